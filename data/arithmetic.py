@@ -1,0 +1,87 @@
+"""Multi-step arithmetic word problems with a gold chain of thought and the program behind it.
+
+    Anne has 14 apples. Anne buys 5 more. Anne gives away 3. How many apples does Anne have now?
+    14+5=19
+    19-3=16                                                                    -> \\boxed{16}
+
+A problem is decided by its numbers alone (the program), so train and test never share a calculation,
+whatever the names. Every value along the way lies in 1..99.
+"""
+
+import hashlib
+import json
+import random
+
+NAMES = ["Anne", "Ben", "Clara", "David", "Emma", "Jack", "Kate", "Leo"]
+OBJECTS = ["apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps"]
+PHRASES = {
+    "+": ["{name} buys {n} more.", "{name} finds {n} more.", "{other} gives {name} {n}."],
+    "-": ["{name} loses {n}.", "{name} sells {n}.", "{name} gives {other} {n}."],
+    "*": ["{name} doubles the number of {things}."],
+}
+KINDS = [2, 3, 4]  # number of steps
+TEST_SHARE = 10  # one problem in ten is held out
+
+
+def split_of(key) -> str:
+    """Split of a problem from its canonical key: a stable hash, so it never moves between runs."""
+    digest = hashlib.sha256(json.dumps(key).encode()).digest()
+    return "test" if digest[0] * 256 + digest[1] < 65536 // TEST_SHARE else "train"
+
+
+def apply(value: int, op: str, n: int) -> int:
+    return {"+": value + n, "-": value - n, "*": value * n}[op]
+
+
+def run(program: dict, override: dict[int, int] | None = None) -> str:
+    """Answer of a program; `override` replaces the results of single steps and what follows uses them."""
+    value = program["start"]
+    for i, (op, n) in enumerate(program["ops"]):
+        value = (override or {}).get(i, apply(value, op, n))
+    return str(value)
+
+
+def draw(rng: random.Random, steps: int) -> dict:
+    """A random program {start, ops, values}: values[i] is the true result of step i."""
+    start = value = rng.randint(2, 49)
+    ops, values = [], []
+    while len(ops) < steps:
+        op = rng.choice("++--*")
+        n = 2 if op == "*" else rng.randint(1, 9) if rng.random() < 0.7 else rng.randint(10, 29)
+        if 1 <= apply(value, op, n) <= 99:
+            value = apply(value, op, n)
+            ops.append([op, n])
+            values.append(value)
+    return {"start": start, "ops": ops, "values": values}
+
+
+def make(rng: random.Random, split: str) -> dict:
+    """One problem of the split: {question, cot, answer, program, kind}. Line i of the cot is step i."""
+    steps = rng.choice(KINDS)
+    program = draw(rng, steps)
+    while split_of([program["start"], program["ops"]]) != split:
+        program = draw(rng, steps)
+    name, other = rng.sample(NAMES, 2)
+    things = rng.choice(OBJECTS)
+    sentences = [f"{name} has {program['start']} {things}."]
+    lines, value = [], program["start"]
+    for (op, n), result in zip(program["ops"], program["values"]):
+        sentences.append(rng.choice(PHRASES[op]).format(name=name, other=other, n=n, things=things))
+        lines.append(f"{value}{op}{n}={result}")
+        value = result
+    sentences.append(f"How many {things} does {name} have now?")
+    return {"question": " ".join(sentences), "cot": "\n".join(lines), "answer": str(value),
+            "answer_line": f"\\boxed{{{value}}}", "program": program, "kind": f"{steps} steps"}
+
+
+def distinct(make, split: str, n: int, seed: int) -> list[dict]:
+    """n problems with no question twice, in an order that the seed fixes."""
+    rng, seen = random.Random(f"{split} {seed}"), {}
+    while len(seen) < n:
+        problem = make(rng, split)
+        seen.setdefault(problem["question"], problem)
+    return list(seen.values())
+
+
+def problems(split: str, n: int, seed: int = 0) -> list[dict]:
+    return distinct(make, split, n, seed)

@@ -1,0 +1,147 @@
+r"""Did a response give the right answer?
+
+A number is taken from the last \boxed{...}, else the last `#### x`, else, flagged, from "answer is x", else
+it is the last number. A choice is taken from the last ANSWER:, else the last \boxed{...}, else, flagged, from
+"answer is x", else it is the last line. The strict verdict counts the first two rules of each list, and is
+what a reward should use; the flexible one counts all. A box or an ANSWER: that holds something else is
+wrong: the later rules are not tried. Every step is linear in the text, whatever a model writes.
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+STRICT = ("boxed", "####", "ANSWER:")
+MAX_DIGITS = 50  # of a number and of its exponent's value: exact arithmetic beyond could take for ever
+
+# A sign counts only where nothing stands in front that it could subtract from: 10-5 ends in 5, not in -5.
+NUMBER = re.compile(r"""(?<![A-Za-z0-9]) (?P<sign>(?<![\w)\]}%])[-+])? [$€£]?
+    (?P<body> (?: [0-9]{1,3}(?:,[0-9]{3})+(?![0-9]) | [0-9]+ ) (?:\.[0-9]+)? | (?<![0-9.])\.[0-9]+ )
+    (?: [eE](?P<exponent>[-+]?[0-9]+) | /(?P<divisor>[0-9]+) )?""", re.VERBOSE)
+# dollars, km/h, %; but 2x is no number
+UNIT = re.compile(r" ?%?\.?| ?%?(?: |(?=[A-Za-z]{2}))[A-Za-z][A-Za-z ./'^²³-]*")
+ANSWER_IS = re.compile(r"\banswer(?:\s+is|\s*:)[\s:*$(\[\\]*", re.IGNORECASE)
+OPERATION = re.compile(r"\s*[-+*/×÷=^]\s*[0-9($]")
+
+
+class Grade(NamedTuple):
+    value: str | None  # the answer found, normalised; None without one and in an unfinished response
+    rule: str | None  # the rule that found it
+    finished: bool
+    strict: bool
+    flexible: bool
+
+
+def grade(text: str, gold: str, kind: str, choices: tuple[str, ...] | None = None, finished: bool = True,
+          think_open: bool = False) -> Grade:
+    """Grade of a whole decoded response; `kind` is "number" or "choice".
+
+    The caller has cut trailing control tokens (<|im_end|> and the like), and says whether an eos came
+    (`finished`) and whether the prompt ended inside a think block (`think_open`). A response that has not
+    finished, or not finished thinking, is never right.
+    """
+    answer = after_thinking(text, think_open)
+    if not finished or answer is None:
+        return Grade(None, None, False, False, False)
+    value, rule = extract(answer, kind)
+    gold = normalise(gold, kind)
+    right = value == gold
+    named = value is not None and choices is not None and mentioned(value, choices) == {gold}
+    return Grade(value, rule, True, right and rule in STRICT, right or named)
+
+
+def after_thinking(text: str, think_open: bool = False) -> str | None:
+    """What follows the last </think>: all of it if there is no thinking, None while a think block is open."""
+    _, closed, answer = text.rpartition("</think>")
+    return None if "<think>" in answer or (think_open and not closed) else answer
+
+
+def extract(answer: str, kind: str) -> tuple[str | None, str | None]:
+    """(value, rule) of a response without its thoughts; (None, None) where no rule applies."""
+    return _extract_number(answer) if kind == "number" else _extract_choice(answer)
+
+
+def _extract_number(answer: str) -> tuple[str | None, str | None]:
+    boxed = last_boxed(answer)
+    if boxed is not None:
+        return normalise(boxed, "number"), "boxed"
+    for span in reversed(re.findall(r"####[ \t]*([^\n#]*)", answer)):
+        if number(span) is not None:  # #### also begins a heading in Markdown
+            return normalise(span, "number"), "####"
+    answer = plain(answer)
+    for lead in reversed(list(ANSWER_IS.finditer(answer))):
+        found = NUMBER.match(answer, lead.end())
+        if found and not OPERATION.match(answer, found.end()):  # in "3*6 = 18" the first number isn't it
+            return normalise(found[0], "number"), "answer is"
+    found = list(NUMBER.finditer(answer))
+    return (normalise(found[-1][0], "number"), "last number") if found else (None, None)
+
+
+def _extract_choice(answer: str) -> tuple[str | None, str | None]:
+    _, found, span = answer.rpartition("ANSWER:")
+    if found:
+        return normalise(span.lstrip("*_ \t\r\n").partition("\n")[0], "choice"), "ANSWER:"
+    boxed = last_boxed(answer)
+    if boxed is not None:
+        return normalise(boxed, "choice"), "boxed"
+    leads = list(ANSWER_IS.finditer(answer))
+    if leads:
+        return normalise(re.split(r"[.\n]", answer[leads[-1].end():], maxsplit=1)[0], "choice"), "answer is"
+    lines = answer.strip().split("\n")
+    return (normalise(lines[-1], "choice"), "last line") if lines[-1] else (None, None)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last \boxed{...} whose braces balance (of the inner one, if nested)."""
+    opened, last = [], (-1, -1)
+    for brace in re.finditer(r"(\\boxed\s*)?\{|\}", text):
+        if brace[0] != "}":
+            opened.append((brace.end(), brace[1]))
+        elif opened:
+            start, is_box = opened.pop()
+            if is_box:
+                last = max(last, (start, brace.start()))
+    return None if last[0] < 0 else text[slice(*last)]
+
+
+def plain(text: str) -> str:
+    r"""Text without LaTeX's dress of numbers: \$ \% \! \, {,} \text{} \frac{a}{b}, and the Unicode minus."""
+    text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\,", "")
+    text = re.sub(r"\\([$% ])", r"\1", text)
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)  # 1\frac{1}{2} must not become 11/2
+    return re.sub(r"\\[dt]?frac\s*\{\s*(-?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"\1/\2", text)
+
+
+def number(span: str) -> Fraction | None:
+    """The exact value of a span that is one number, with at most a currency and a unit; else None."""
+    span = plain(span).strip().strip("$*").strip()
+    found = NUMBER.match(span)
+    if found is None or not UNIT.fullmatch(re.sub(r"\s+", " ", span[found.end():])):
+        return None
+    if len(found[0]) > MAX_DIGITS:
+        return None
+    exponent, divisor = int(found["exponent"] or 0), int(found["divisor"] or 1)
+    if abs(exponent) > MAX_DIGITS or divisor == 0:
+        return None
+    value = Fraction(found["body"].replace(",", "")) * Fraction(10) ** exponent / divisor
+    return -value if found["sign"] == "-" else value
+
+
+def normalise(span: str, kind: str) -> str:
+    """One spelling for equal answers: a number in lowest terms, a choice in lower case without article."""
+    if kind == "number":
+        value = number(span)
+        return plain(span).strip() if value is None else str(value)
+    words = plain(span).strip(" \t\r\n*_`\"'“”‘’.,;:!()[]$").lower().split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
+
+
+def mentioned(span: str, choices: tuple[str, ...]) -> set[str]:
+    """The choices that a span names as whole words; a longer one hides the shorter ones inside it."""
+    named = set()
+    for choice in sorted({normalise(choice, "choice") for choice in choices}, key=len, reverse=True):
+        span, count = re.subn(rf"(?<!\w){re.escape(choice)}(?!\w)", "|", span)
+        if count:
+            named.add(choice)
+    return named

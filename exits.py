@@ -1,0 +1,455 @@
+"""Early exits: the policy over (depth, token) that both training stages and the sampler share.
+
+Equation numbers are those of the README. Shapes: B sequences, T positions, N positions picked from a batch, D width,
+V vocabulary, L layers, E exits (E+1 outcomes, the last one the full stack), R rows being sampled. `depth` counts
+layers run (an exit, or L), `exit_idx` indexes 0..E.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from data.hub import UserError, read_json
+from model import Cache, Transformer
+
+CHUNK = 2**25  # vocabulary-sized tables are built for at most this many (position, token) pairs at a time
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NEVER = 2.0  # a uniform number that no exit probability exceeds
+
+
+# ---------------------------------------------------------------------------------------------- adapters and heads
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trained low-rank update: y = W x + (alpha / r) B A x. B starts at zero."""
+
+    def __init__(self, linear: nn.Linear, r: int, alpha: float):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        out_features, in_features = linear.weight.shape
+        like = dict(device=linear.weight.device, dtype=torch.float32)  # float32 masters, whatever the base's dtype
+        self.lora_A = nn.Parameter(torch.empty(r, in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scale, self.on = alpha / r, True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if self.on:
+            y = y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return y
+
+
+class ExitHeads(nn.Module):
+    """One linear map per exit on the RMS-normalised stream. Starts at p = sigmoid(-4) = 0.018 for every exit."""
+
+    def __init__(self, exits: int, width: int, eps: float, device):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(exits, width, device=device))
+        self.bias = nn.Parameter(torch.full((exits,), -4.0, device=device))
+
+    def forward(self, h: torch.Tensor, exit_idx: int) -> torch.Tensor:
+        """Stream (..., D) at exit `exit_idx` -> exit logits z (...), in float32."""
+        h = h.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return h @ self.weight[exit_idx] + self.bias[exit_idx]
+
+
+def exit_depths(n_layers: int, every: int | None = None) -> tuple[int, ...]:
+    """The exitable depths: every 5 layers (2 in models under 20 layers) and below L. Raises UserError if there is none."""
+    if every is None:
+        every = min(2 if n_layers < 20 else 5, max(1, n_layers - 1))
+    if not 0 < every < n_layers:
+        raise UserError(f"--exit-every {every}: a model of {n_layers} layers needs a stride from 1 to {n_layers - 1}")
+    return tuple(range(every, n_layers, every))
+
+
+class Pass(NamedTuple):
+    """What one forward pass gives: the streams and logits behind every log-probability."""
+
+    h: torch.Tensor  # (B, T, D) each position's stream at its own depth
+    exit_logits: torch.Tensor  # (B, T, E); past a position's depth they read a frozen stream and mean nothing
+    depths: torch.Tensor  # (B, T)
+    streams: list[torch.Tensor]  # E of (B, T, D): the stream at each exit, for lenses
+
+
+class Policy(nn.Module):
+    """A transformer that may exit early: base weights (frozen), LoRA adapters and exit heads (trained)."""
+
+    def __init__(self, model: Transformer, exits: Sequence[int], rank: int = 16, alpha: float | None = None):
+        super().__init__()
+        L = model.config.num_hidden_layers
+        if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] >= L:
+            raise UserError(f"exits {list(exits)}: need ascending depths between 1 and {L - 1}")
+        self.model = model.requires_grad_(False)
+        self.exits, self.n_layers, self.rank, self.alpha = tuple(exits), L, rank, float(alpha or 2 * rank)
+        for block in model.model.layers:
+            for part in (block.self_attn, block.mlp):
+                for name in PROJECTIONS:
+                    if hasattr(part, name):
+                        setattr(part, name, LoRALinear(getattr(part, name), rank, self.alpha))
+        self.adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+        self.device = model.lm_head.weight.device
+        self.heads = ExitHeads(len(exits), model.config.hidden_size, model.config.rms_norm_eps, self.device)
+        self.outcomes = torch.tensor([*exits, L], device=self.device)  # exit_idx -> depth
+
+    def exit_idx(self, depths: torch.Tensor) -> torch.Tensor:
+        return torch.searchsorted(self.outcomes, depths)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def forward(self, ids, depths=None, u=None, delta: float = 0.0, cache: Cache | None = None) -> Pass:
+        """The one place where a stream freezes: ids (B, T) -> Pass.
+
+        depths (B, T) prescribes how many layers each position runs (default: all). With uniforms u (B, T, E), the
+        positions whose depth is L draw it instead, exit by exit: p_e = sigmoid(z_e + delta) against u_e.
+        """
+        L = self.n_layers
+        closed = depths is None and u is None
+        depth = torch.full_like(ids, L) if depths is None else depths
+        streams, exit_logits = [], []
+
+        def gate(layer: int, h: torch.Tensor) -> torch.Tensor | None:
+            nonlocal depth
+            if layer in self.exits:
+                e = len(streams)
+                streams.append(h)
+                exit_logits.append(self.heads(h, e))
+                if u is not None:
+                    p = torch.sigmoid(exit_logits[e] + delta)
+                    depth = depth.masked_fill((depth == L) & (u[..., e] < p), layer)
+            return None if closed else depth > layer
+
+        h = self.model.stream(ids, gate, cache)
+        return Pass(h, torch.stack(exit_logits, dim=-1), depth, streams)
+
+
+@contextmanager
+def adapters_off(policy: Policy):
+    """Inside, and without exits, the network is the base model bit for bit: teacher and reference policy."""
+    before = [adapter.on for adapter in policy.adapters]
+    for adapter in policy.adapters:
+        adapter.on = False
+    try:
+        yield policy
+    finally:
+        for adapter, on in zip(policy.adapters, before, strict=True):
+            adapter.on = on
+
+
+@torch.no_grad()
+def merge(policy: Policy, sign: int = 1) -> None:
+    """Adds the adapters' product to the base weights and switches the adapters off."""
+    for a in policy.adapters:
+        a.weight += (sign * a.scale * (a.lora_B @ a.lora_A)).to(a.weight.dtype)
+        a.on = sign < 0
+
+
+def unmerge(policy: Policy) -> None:
+    """Takes the product out again and switches the adapters on. Exact up to rounding in the weights' dtype."""
+    merge(policy, sign=-1)
+
+
+# ---------------------------------------------------------------------------------------- log-probabilities
+
+
+def stick_breaking(log_p: torch.Tensor, log_not_p: torch.Tensor) -> torch.Tensor:
+    """Eq. (S): log pi(e_i) = log p_i + sum_{j<i} log(1 - p_j); what is left goes to the full stack.
+
+    log p and log (1 - p) of each exit (..., E) -> log-probabilities of the outcomes (..., E+1).
+    """
+    return F.pad(log_not_p.cumsum(-1), (1, 0)) + F.pad(log_p, (0, 1))
+
+
+def token_logp_all(model: Transformer, h: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """log softmax(W_U norm(h) / temperature) in float32: (N, D) -> (N, V). Temperature 0 scores at temperature 1."""
+    return torch.log_softmax(model.unembed(h).float() / (temperature or 1.0), dim=-1)
+
+
+def kl(logp_all: torch.Tensor, logq_all: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) = sum_x p(x) (log p(x) - log q(x)), exact over the vocabulary: (N, V), (N, V) -> (N,)."""
+    return (logp_all.exp() * (logp_all - logq_all)).sum(-1).clamp(min=0)
+
+
+def in_chunks(function, vocab: int, *tensors):
+    """Applies `function` to pieces of (N, ...) tensors, so that memory does not grow with N x V.
+
+    Under autograd a piece keeps only its inputs and is computed again in the backward pass.
+    """
+    size = max(1, CHUNK // vocab)
+    pieces = zip(*(t.split(size) for t in tensors), strict=True)
+    return [torch.cat(parts) for parts in zip(*(checkpoint(function, *p, use_reentrant=False, preserve_rng_state=False)
+                                                 for p in pieces), strict=True)]
+
+
+def joint_logp(policy: Policy, h, exit_logits, depths, tokens, teacher_h=None, *, temperature=1.0, delta=0.0, u=None):
+    """Eq. (2): log pi(l_t, x_t) = log pi(l_t) + log softmax(W_U norm(h_t) / temperature)[x_t], and the KL of (1), (5).
+
+    h (N, D) is each position's stream at its own depth, exit_logits (N, E), depths (N,), tokens (N,) the ids
+    predicted there; teacher_h (N, D) is the base model's stream at full depth. Returns, each (N,):
+    logp_exit, logp_token and token_kl = KL(policy's token distribution || teacher's), None without teacher_h.
+
+    With uniforms u (N,) it samples before it scores: `tokens` is filled with the draws (argmax at temperature 0).
+    """
+    z = exit_logits + delta
+    outcomes = stick_breaking(F.logsigmoid(z), F.logsigmoid(-z))
+    logp_exit = outcomes.gather(-1, policy.exit_idx(depths)[:, None])[:, 0]
+
+    def score(h, tokens, teacher_h, u):
+        logp_all = token_logp_all(policy.model, h, temperature)
+        if u.numel():
+            tokens.copy_(draw(logp_all, u) if temperature else logp_all.argmax(-1))
+        logp_token = logp_all.gather(-1, tokens[:, None])[:, 0]
+        if teacher_h.shape[-1] == 0:
+            return (logp_token,)
+        return logp_token, kl(logp_all, token_logp_all(policy.model, teacher_h, temperature))
+
+    absent = h.new_empty(len(h), 0)
+    logp_token, *token_kl = in_chunks(
+        score, policy.model.config.vocab_size, h, tokens,
+        absent if teacher_h is None else teacher_h, absent if u is None else u)
+    return logp_exit, logp_token, token_kl[0] if token_kl else None
+
+
+# ------------------------------------------------------------------------------------------------- random draws
+
+
+def uniforms(seed: Sequence[int], rows, positions, count: int, device="cpu") -> torch.Tensor:
+    """Uniform numbers in [0, 1) that depend only on (seed, row, position, index), never on the batch around them.
+
+    rows and positions broadcast against each other to some shape; returns float64 of that shape + (count,).
+    SplitMix64's finaliser (Steele et al. 2014), once for each part of the address.
+    """
+    def mix(x):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    key = np.uint64(0)
+    rows, positions = np.asarray(rows)[..., None], np.asarray(positions)[..., None]
+    with np.errstate(over="ignore"):
+        for part in (*seed, rows, positions, np.arange(count)):
+            key = mix((key ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+    return torch.from_numpy((key >> np.uint64(11)) * 2.0**-53).to(device)
+
+
+def draw(logp_all: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Inverse-CDF samples (N,) of log-probabilities (N, V) at uniforms u (N,); float64, for V can be 150,000."""
+    cdf = logp_all.double().exp().cumsum(-1)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logp_all.shape[-1] - 1)
+
+
+# --------------------------------------------------------------------------------------- sampling and scoring
+
+
+class Batch(NamedTuple):
+    """Prompts and responses laid out for one parallel pass. N predicting positions: P-1 .. P+T_i-2 of each row."""
+
+    ids: torch.Tensor  # (B, T) right-padded
+    depths: torch.Tensor  # (B, T) L outside the predicting positions
+    where: tuple[torch.Tensor, torch.Tensor]  # row and position of the N predicting positions: index (B, T, ...) by it
+    tokens: torch.Tensor  # (N,) the token predicted at each
+
+
+def collate(prompts, responses, depths=None, *, n_layers: int, device="cpu") -> Batch:
+    """Lists of prompt ids, response ids and (optionally) depths, one a generated token -> Batch.
+
+    The mask comes from lengths alone: a padding id may well be an eos that the policy chose.
+    """
+    B, T = len(prompts), max(len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True))
+    ids = torch.zeros(B, T, dtype=torch.long)
+    depth = torch.full((B, T), n_layers)
+    where = torch.zeros(B, T, dtype=torch.bool)
+    for b, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+        ids[b, : len(p) + len(r) - 1] = torch.tensor([*p, *r[:-1]])
+        span = slice(len(p) - 1, len(p) + len(r) - 1)
+        where[b, span] = True
+        if depths is not None:
+            depth[b, span] = torch.as_tensor(depths[b])
+    tokens = torch.tensor([token for r in responses for token in r])
+    return Batch(ids.to(device), depth.to(device), where.to(device).nonzero(as_tuple=True), tokens.to(device))
+
+
+def teacher_pass(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The base model at full depth: final stream (N, D) and the E streams (N, D) at the exits, without gradient."""
+    with torch.no_grad(), adapters_off(policy):
+        out = policy(batch.ids)
+    return out.h[batch.where], [h[batch.where] for h in out.streams]
+
+
+def score(policy: Policy, batch: Batch, teacher_h: torch.Tensor | None = None):
+    """Teacher-forced joint_logp of a batch at its recorded depths: logp_exit, logp_token, token_kl, each (N,), and
+    the exit logits (N, E)."""
+    out = policy(batch.ids, depths=batch.depths)
+    exit_logits = out.exit_logits[batch.where]
+    return *joint_logp(policy, out.h[batch.where], exit_logits, batch.depths[batch.where], batch.tokens, teacher_h), exit_logits
+
+
+@dataclass
+class Samples:
+    """R sampled responses, right-padded to the longest, T. Only the first lengths[r] entries of a row count."""
+
+    tokens: torch.Tensor  # (R, T)
+    depths: torch.Tensor  # (R, T)
+    logp_exit: torch.Tensor  # (R, T) at sampling time
+    logp_token: torch.Tensor  # (R, T)
+    lengths: torch.Tensor  # (R,) the eos that ended a response is counted
+    finished: torch.Tensor  # (R,) whether an eos came within max_new_tokens
+
+
+def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int,
+             eos_ids: Sequence[int], temperature: float = 1.0, delta: float = 0.0, depths=None,
+             seed: Sequence[int] = (0,), batch_size: int = 64, progress=None) -> Samples:
+    """Samples `samples` responses to each prompt; rows of the result are prompt-major.
+
+    Exits are drawn with offset `delta`, unless `depths` prescribes them: an int for every token, or (R,
+    max_new_tokens). Row r's randomness is that of (seed, r, position), so neither batch_size nor the other prompts
+    change its sample. `progress`, a tqdm bar, advances by one a finished response. Raises UserError for a prompt
+    that is empty or leaves no room in the model's context.
+    """
+    context = policy.model.config.max_position_embeddings
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= context - max_new_tokens:
+            raise UserError(f"prompt {i} has {len(prompt)} tokens: it must have one at least, and leave room for "
+                            f"--max-new-tokens {max_new_tokens} in a context of {context}; shorten either")
+    if max_new_tokens < 1 or samples < 1:
+        raise UserError("--max-new-tokens and the number of samples must be at least 1")
+    every = torch.arange(len(prompts) * samples)
+    if depths is not None:
+        depths = torch.as_tensor(depths).expand(len(every), max_new_tokens)
+    stride = max(1, batch_size // samples)
+    parts = []
+    for i in range(0, len(prompts), stride):
+        rows = every[i * samples : (i + stride) * samples]
+        parts.append(generate_rows(policy, prompts[i : i + stride], rows, samples, max_new_tokens, torch.tensor(eos_ids),
+                                   temperature, delta, None if depths is None else depths[rows], seed, progress))
+    width = max(part.tokens.shape[1] for part in parts)
+    return Samples(*(torch.cat([F.pad(value, (0, width - value.shape[1])) if value.ndim == 2 else value
+                                for value in (getattr(part, field.name) for part in parts)])
+                     for field in fields(Samples)))
+
+
+@torch.no_grad()
+def generate_rows(policy, prompts, rows, samples, max_new_tokens, eos_ids, temperature, delta, depths, seed, progress):
+    """One batch of `generate`. The prompt but for its last token runs at full depth, once per prompt; then every
+    step is the same: one token in, its depth and its successor drawn."""
+    device, E, R = policy.device, len(policy.exits), len(rows)
+    length = torch.tensor([len(p) - 1 for p in prompts])
+    width = int(length.max())
+    ids = torch.zeros(len(prompts), width + 1, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        ids[b, : len(prompt)] = torch.tensor(prompt)
+    ids = ids.to(device)
+    cache = Cache(policy.model.config, len(prompts), max(width, 1), policy.model.lm_head.weight)
+    if width:
+        policy.model.stream(ids[:, :-1], cache=cache)
+    cache.fill(length.to(device), width)
+    prompt_of = torch.arange(len(prompts)).repeat_interleave(samples)
+    cache.select(prompt_of.to(device), slots=width + max_new_tokens)
+
+    out = Samples(*(torch.zeros(R, max_new_tokens, dtype=kind) for kind in (torch.long, torch.long, torch.float, torch.float)),
+                  torch.zeros(R, dtype=torch.long), torch.zeros(R, dtype=torch.bool))
+    token = ids[prompt_of, length[prompt_of]]  # (R,) the last one of each prompt
+    length = length[prompt_of]
+    live = torch.arange(R)  # the rows that are still in the cache
+    for step in range(max_new_tokens):
+        # A finished row that still sits in the cache runs no layer at all.
+        depth = torch.full((len(live),), policy.n_layers) if depths is None else depths[live, step].clone()
+        depth[out.finished[live]] = 0
+        u = uniforms(seed, rows[live], length[live] + step, E + 1, device)
+        step_pass = policy(token[:, None], depth[:, None].to(device), u[:, None, :E] if depths is None else None, delta, cache)
+        cache.fill(cache.length + 1, cache.longest + 1)
+        logp_exit, logp_token, _ = joint_logp(policy, step_pass.h[:, 0], step_pass.exit_logits[:, 0], step_pass.depths[:, 0],
+                                              token, temperature=temperature, delta=delta, u=u[:, E])
+
+        now = ~out.finished[live]
+        alive = live[now]
+        for buffer, value in ((out.tokens, token), (out.depths, step_pass.depths[:, 0]),
+                              (out.logp_exit, logp_exit), (out.logp_token, logp_token)):
+            buffer[alive, step] = value.cpu()[now].to(buffer.dtype)
+        out.lengths[alive] += 1
+        out.finished[alive] = torch.isin(out.tokens[alive, step], eos_ids)
+        if progress is not None:
+            progress.update(int(out.finished[alive].sum()))
+        left = ~out.finished[live]
+        if not left.any():
+            break
+        if left.sum() <= 0.75 * len(live):  # shrinking copies the cache, so not for every row that finishes
+            keep = left.nonzero()[:, 0].to(device)
+            cache.select(keep)
+            token, live = token[keep], live[left]
+    if progress is not None:
+        progress.update(int((~out.finished).sum()))
+    longest = int(out.lengths.max())
+    return Samples(*(value[:, :longest] if value.ndim == 2 else value for value in vars(out).values()))
+
+
+# ------------------------------------------------------------------------------------------------- save and load
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Writes the adapter as a PEFT folder, and the exit heads beside it. Base weights are not written."""
+    model = policy.model
+    adapter = {f"base_model.model.{name}.weight": p.detach().contiguous().cpu()
+               for name, p in model.named_parameters() if "lora_" in name}
+    save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.source,
+        "revision": model.revision, "r": policy.rank, "lora_alpha": policy.alpha, "lora_dropout": 0.0,
+        "target_modules": list(PROJECTIONS), "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
+        "use_dora": False, "modules_to_save": None, "inference_mode": True})
+    heads = {name: p.detach().cpu() for name, p in policy.heads.named_parameters()}
+    save_file(heads, folder / "exit_heads.safetensors", metadata={"format": "pt"})
+    write_json(folder / "exit_config.json", {"exits": policy.exits, "num_hidden_layers": policy.n_layers})
+
+
+def load_policy(model: Transformer, folder: Path) -> Policy:
+    """The policy that save_policy wrote, on `model`. Raises UserError unless every name and shape fits."""
+    folder = Path(folder)
+    exit_config, lora = read_json(folder / "exit_config.json"), read_json(folder / "adapter_config.json")
+    try:
+        if exit_config["num_hidden_layers"] != model.config.num_hidden_layers:
+            raise UserError(f"{folder}: trained on a model of {exit_config['num_hidden_layers']} layers, but --model "
+                            f"{model.source} has {model.config.num_hidden_layers}")
+        policy = Policy(model, exit_config["exits"], lora["r"], lora["lora_alpha"])
+    except KeyError as missing:
+        raise UserError(f"{folder}: field {missing} is missing from exit_config.json or adapter_config.json") from None
+    adapter = {f"base_model.model.{name}.weight": p for name, p in model.named_parameters() if "lora_" in name}
+    fill(adapter, folder / "adapter_model.safetensors")
+    fill(dict(policy.heads.named_parameters()), folder / "exit_heads.safetensors")
+    return policy
+
+
+@torch.no_grad()
+def fill(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Copies a safetensors file into tensors of the same names and shapes. Raises UserError naming what differs."""
+    try:
+        saved = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is missing or damaged ({error})") from None
+    problems = [f"missing {name}" for name in tensors.keys() - saved.keys()]
+    problems += [f"unexpected {name}" for name in saved.keys() - tensors.keys()]
+    problems += [f"{name} has shape {tuple(saved[name].shape)}, not {tuple(tensors[name].shape)}"
+                 for name in tensors.keys() & saved.keys() if saved[name].shape != tensors[name].shape]
+    if problems:
+        raise UserError(f"{path} does not fit the model: " + "; ".join(sorted(problems)))
+    for name, tensor in tensors.items():
+        tensor.copy_(saved[name])
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
