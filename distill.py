@@ -135,7 +135,7 @@ def teacher_responses(run, policy: Policy, tokenizer, args) -> dict[str, list[di
             for i in range(len(rows), len(prompts), args.rows):
                 got = generate(policy, prompts[i : i + args.rows], max_new_tokens=args.max_new_tokens,
                                eos_ids=tokenizer.eos_ids, depths=policy.n_layers, batch_size=args.rows, progress=bar,
-                               seed=(args.seed, RESPONSES, split == "test", i))
+                               seed=(args.seed, RESPONSES, split == "test"), first_row=i)
                 fresh = [{"split": split, "id": problems[i + j].id, "prompt_ids": prompts[i + j],
                           "response_ids": got.tokens[j, : got.lengths[j]].tolist(), "finished": bool(got.finished[j])}
                          for j in range(len(got.lengths))]

@@ -8,7 +8,6 @@
 Writes evaluation.json, completions.jsonl and page.html, which opens offline.
 """
 
-import argparse
 import json
 import math
 import os
@@ -103,16 +102,18 @@ def chosen_runs(args) -> dict[str, runs.Path]:
         newest = runs.newest("rloo", model=args.model) or runs.newest("distill", model=args.model)
         if newest is None:
             raise UserError(f"no complete run under {runs.RUNS}/: run python distill.py first, or name runs to compare")
-        init = read_json(newest / "config.json")["args"].get("init")
+        init = runs.read_config(newest)["args"].get("init")
         folders = ([runs.Path(init)] if init else []) + [newest]
-    stages = [{"distill": "stage 1", "rloo": "stage 2"}.get(read_json(f / "config.json").get("stage"), "?") for f in folders]
+    stages = [{"distill": "stage 1", "rloo": "stage 2"}[runs.read_config(folder)["stage"]] for folder in folders]
+    if len({tuple(read_json(runs.checkpoint(folder) / "exit_config.json")["exits"]) for folder in folders}) > 1:
+        raise UserError("the runs have different exits: compare runs of one --exit-every")
     return {stage if stages.count(stage) == 1 else f"{stage} {folder.name}": folder
             for stage, folder in zip(stages, folders, strict=True)}
 
 
 def write_merged(run: runs.Path, out: runs.Path, args) -> None:
     """Base + LoRA as a plain Hugging Face checkpoint: our weights, the base's config and tokenizer files."""
-    config = read_json(run / "config.json")["args"]
+    config = runs.read_config(run)["args"]
     if out.exists():
         raise UserError(f"--out {out} exists: choose a new folder")
     model = Transformer.from_pretrained(config["model"], config["revision"], getattr(torch, args.dtype), "cpu")
@@ -146,13 +147,9 @@ def main() -> None:
         return write_merged(runs.Path(args.merge), runs.Path(args.out), args)
 
     columns = chosen_runs(args)
-    first = argparse.Namespace(**read_json(next(iter(columns.values())) / "config.json")["args"])
-    args.model, args.revision, args.task = first.model, first.revision, args.task or first.task
-    args.data = args.data or (first.data if args.task == first.task else None)
+    for run in columns.values():
+        runs.inherit(args, run)  # from the first; the others must be of the same model
     args = runs.settle(args, n=(200, 100))
-    others = [str(f) for f in columns.values() if read_json(f / "config.json")["args"]["model"] != args.model]
-    if others:
-        raise UserError(f"{others[0]} is not a run on {args.model}: compare runs of one model")
     problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
     out = runs.Path(args.out) if args.out else runs.RUNS / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
     out.mkdir(parents=True, exist_ok=True)

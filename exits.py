@@ -313,12 +313,12 @@ class Samples:
 
 def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int,
              eos_ids: Sequence[int], temperature: float = 1.0, delta: float = 0.0, depths=None,
-             seed: Sequence[int] = (0,), batch_size: int = 64, progress=None) -> Samples:
+             seed: Sequence[int] = (0,), first_row: int = 0, batch_size: int = 64, progress=None) -> Samples:
     """Samples `samples` responses to each prompt; rows of the result are prompt-major.
 
     Exits are drawn with offset `delta`, unless `depths` prescribes them: an int for every token, or (R,
-    max_new_tokens). Row r's randomness is that of (seed, r, position), so neither batch_size nor the other prompts
-    change its sample. `progress`, a tqdm bar, advances by one a finished response. Raises UserError for a prompt
+    max_new_tokens). Row r's randomness is that of (seed, first_row + r, position), so neither batch_size nor the other
+    prompts change its sample. `progress`, a tqdm bar, advances by one a finished response. Raises UserError for a prompt
     that is empty or leaves no room in the model's context.
     """
     context = policy.model.config.max_position_embeddings
@@ -336,7 +336,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     for i in range(0, len(prompts), stride):
         rows = every[i * samples : (i + stride) * samples]
         parts.append(generate_rows(policy, prompts[i : i + stride], rows, samples, max_new_tokens, torch.tensor(eos_ids),
-                                   temperature, delta, None if depths is None else depths[rows], seed, progress))
+                                   temperature, delta, None if depths is None else depths[rows], seed, first_row, progress))
     width = max(part.tokens.shape[1] for part in parts)
     return Samples(*(torch.cat([F.pad(value, (0, width - value.shape[1])) if value.ndim == 2 else value
                                 for value in (getattr(part, field.name) for part in parts)])
@@ -344,7 +344,8 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
 
 
 @torch.no_grad()
-def generate_rows(policy, prompts, rows, samples, max_new_tokens, eos_ids, temperature, delta, depths, seed, progress):
+def generate_rows(policy, prompts, rows, samples, max_new_tokens, eos_ids, temperature, delta, depths, seed, first_row,
+                  progress):
     """One batch of `generate`. The prompt but for its last token runs at full depth, once per prompt; then every
     step is the same: one token in, its depth and its successor drawn."""
     device, E, R = policy.device, len(policy.exits), len(rows)
@@ -370,7 +371,7 @@ def generate_rows(policy, prompts, rows, samples, max_new_tokens, eos_ids, tempe
         # A finished row that still sits in the cache runs no layer at all.
         depth = torch.full((len(live),), policy.n_layers) if depths is None else depths[live, step].clone()
         depth[out.finished[live]] = 0
-        u = uniforms(seed, rows[live], length[live] + step, E + 1, device)
+        u = uniforms(seed, first_row + rows[live], length[live] + step, E + 1, device)
         step_pass = policy(token[:, None], depth[:, None].to(device), u[:, None, :E] if depths is None else None, delta, cache)
         cache.fill(cache.length + 1, cache.longest + 1)
         logp_exit, logp_token, _ = joint_logp(policy, step_pass.h[:, 0], step_pass.exit_logits[:, 0], step_pass.depths[:, 0],

@@ -305,9 +305,9 @@ def shard_paths(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
+            outside = [name for name in names if Path(name).name != name]
         except (KeyError, AttributeError, TypeError):
             raise UserError(f"{index}: no usable 'weight_map'; download the file again") from None
-        outside = [name for name in names if Path(name).name != name]
         if outside:
             raise UserError(f"{index}: shard name {outside[0]!r} points outside the folder")
     absent = [name for name in names if not (folder / name).is_file()]

@@ -91,7 +91,7 @@ h3 { display: flex; flex-wrap: wrap; gap: 0 .6rem; margin: 0; font-size: .95rem;
 #tip .here { background: var(--mark); box-shadow: inset 3px 0 var(--ink); }
 #tip .frozen { color: var(--dim); } #tip .frozen span { opacity: .7; }
 @media (max-width: 40rem) { .legend em, .numbers th small { display: none; } article { padding: 1rem; }
-  .figures :is(th, td) { padding-left: .5rem; } .numbers td { white-space: normal; } }
+  .figures :is(th, td) { padding-left: .5rem; } .numbers tbody td { white-space: normal; } }
 """
 
 SCRIPT = r"""

@@ -13,7 +13,6 @@ division by the standard deviation, a critic, truncated sampling (the policy tha
     python rloo.py --resume runs/rloo-…         goes on after an interruption
 """
 
-import argparse
 import time
 
 import torch
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 import runs
 from data import tasks
-from data.hub import UserError, read_json
+from data.hub import UserError
 from exits import Policy, collate, generate, load_policy, score, teacher_pass
 
 
@@ -158,10 +157,7 @@ def main() -> None:
         args = run.args
     else:
         args.init = str(stage_one(args))
-        first = argparse.Namespace(**read_json(runs.Path(args.init) / "config.json")["args"])
-        if args.model not in (None, first.model):
-            raise UserError(f"--model {args.model}, but {args.init} was trained on {first.model}: leave --model out")
-        args.model, args.revision = first.model, args.revision or first.revision
+        runs.inherit(args, runs.Path(args.init))
         args = runs.settle(args, steps=(150, 400), batch_size=(16, 4), problems=(4096, None))
 
     model, tokenizer = runs.load_model(args)

@@ -41,14 +41,15 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help="checkpoint folder or hub id (default: the embedded model; after stage 1, its model)")
     p.add_argument("--revision", help="branch, tag or commit of a hub model")
-    p.add_argument("--task", choices=tasks.TASKS, help="arithmetic / gsm8k")
+    p.add_argument("--task", choices=tasks.TASKS, help="arithmetic / gsm8k (after stage 1: its task, as for the next three)")
     p.add_argument("--data", help="local file or folder with the task's data (default: made here, or from the hub)")
-    p.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=True,
+    p.add_argument("--thinking", action=argparse.BooleanOptionalAction,
                    help="the chat template's thinking mode (default: on)")
     p.add_argument("--max-new-tokens", type=int, help="160 / 2048; longer responses are cut and count as unfinished")
     p.add_argument("--rows", type=int, help="responses sampled at a time, 256 / 16; each holds a K/V cache")
     p.add_argument("--micro-batch", type=int, help="sequences in one training pass, 64 / 1; changes memory, not results")
-    p.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, a quarter slower")
+    p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
+                   help="activation checkpointing, off / on: far less memory, a third more work in the update")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base weights; bfloat16 on CUDA, else float32")
@@ -56,10 +57,22 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return p
 
 
+def inherit(args: argparse.Namespace, run: Path) -> None:
+    """Fills the flags left open that say what a stage-1 run was about; what follows it should be about the same."""
+    before = argparse.Namespace(**read_config(run)["args"])
+    if args.model not in (None, before.model):
+        raise UserError(f"--model {args.model}, but {run} was trained on {before.model}: leave --model out")
+    if args.task not in (None, before.task):
+        before.data = None
+    for name in ("model", "revision", "task", "data", "thinking", "max_new_tokens"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(before, name))
+
+
 def settle(args: argparse.Namespace, **defaults) -> argparse.Namespace:
     """Fills the flags left open with the value for the embedded model (first of each pair) or any other (second)."""
     args.model = args.model or EMBEDDED
-    defaults |= {"task": ("arithmetic", "gsm8k"), "max_new_tokens": (160, 2048), "rows": (256, 16), "micro_batch": (64, 1)}
+    defaults |= {"task": ("arithmetic", "gsm8k"), "thinking": (True, True), "recompute": (False, True), "max_new_tokens": (160, 2048), "rows": (256, 16), "micro_batch": (64, 1)}
     for name, pair in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, pair[args.model != EMBEDDED])
@@ -139,9 +152,9 @@ class Run:
     def resume(cls, folder: str, stage: str) -> "Run":
         """An interrupted run, under the flags it was started with."""
         folder = Path(folder)
-        config = read_json(folder / "config.json")
-        if config.get("stage") != stage:
-            raise UserError(f"{folder} is a run of stage {config.get('stage')!r}, not of {stage}")
+        config = read_config(folder)
+        if config["stage"] != stage:
+            raise UserError(f"{folder} is a run of {config['stage']}.py, not of {stage}.py")
         if (folder / "complete.json").exists():
             raise UserError(f"{folder} is complete: there is nothing to resume")
         return cls(folder, argparse.Namespace(**config["args"]))
@@ -215,6 +228,14 @@ def moments(policy: Policy, optimizer) -> dict[str, torch.Tensor]:
             for key, value in optimizer.state[p].items()}
 
 
+def read_config(run: Path) -> dict:
+    """What a run was started with: stage, args, revision, versions."""
+    config = read_json(Path(run) / "config.json")
+    if "stage" not in config or "args" not in config:
+        raise UserError(f"{run} is not a run of distill.py or rloo.py: give the folder that one of them wrote")
+    return config
+
+
 def checkpoint(run: Path) -> Path:
     """A run's newest checkpoint."""
     found = sorted(Path(run).glob("step-*"))
@@ -227,7 +248,7 @@ def newest(*stages: str, model: str | None = None) -> Path | None:
     """The complete run that ended last among runs/*, of one of the stages and, if given, of that model."""
     found = []
     for done in RUNS.glob("*/complete.json"):
-        config = read_json(done.parent / "config.json")
+        config = read_config(done.parent)
         if config["stage"] in stages and model in (None, config["args"]["model"]):
             found.append((done.stat().st_mtime, done.parent))
     return max(found)[1] if found else None

@@ -133,7 +133,7 @@ def normalise(span: str, kind: str) -> str:
     if kind == "number":
         value = number(span)
         return plain(span).strip() if value is None else str(value)
-    words = plain(span).strip(" \t\r\n*_`\"'“”‘’.,;:!()[]$").lower().split()
+    words = plain(span).replace("*", "").strip(" \t\r\n_`\"'“”‘’.,;:!()[]$").lower().split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
 

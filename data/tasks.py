@@ -160,7 +160,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
         for row in reader:
             yield f"{path}:{reader.line_num}", row
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: malformed CSV ({error}): download it again") from None
+        line = reader.reader.line_num  # the outer count leaves out the row that failed
+        raise UserError(f"{path}:{line}: malformed CSV ({error}): download it again") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:

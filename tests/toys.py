@@ -24,14 +24,15 @@ def toy_config(**changes) -> Config:
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int) -> nn.Module:
-    """Fills every parameter: norms around 1, biases around 0, matrices so that a unit input gives a unit output."""
+    """Fills every parameter: norms around 1, biases around 0, matrices so that a unit input gives a unit output, and an
+    embedding so small that the tied read-out keeps several tokens likely."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(module.named_parameters()):
         noise = torch.randn(p.shape, generator=generator)
         if p.ndim == 1:
             noise = 0.3 * noise + (1.0 if name.endswith("weight") else 0.0)
-        elif "embed_tokens" not in name:
-            noise = noise / p.shape[-1] ** 0.5
+        else:
+            noise = noise * (0.4 if "embed_tokens" in name else p.shape[-1] ** -0.5)
         p.copy_(noise)
     return module
 

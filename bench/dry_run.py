@@ -1,0 +1,94 @@
+"""One step of each stage at a published model's shapes with random weights: does it fit, and does it step?
+
+    python bench/dry_run.py --shape qwen3-4b                     all layers, on the GPU where there is one
+    python bench/dry_run.py --shape r1-distill-1.5b --layers 4   a few layers, for a CPU
+
+Random weights say nothing about quality: only about shapes, memory and the order of magnitude of the time.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import distill  # noqa: E402
+import rloo  # noqa: E402
+import runs  # noqa: E402
+from exits import Policy, exit_depths, generate  # noqa: E402
+from model import Config, Transformer  # noqa: E402
+
+SHAPES = {
+    "qwen3-4b": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6,
+        tie_word_embeddings=True, attention_bias=False, max_position_embeddings=40960),
+    "r1-distill-1.5b": dict(
+        model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e4,
+        tie_word_embeddings=False, attention_bias=True, max_position_embeddings=131072),
+}
+
+
+def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str) -> Transformer:
+    sizes = SHAPES[shape]
+    with torch.device("meta"):
+        model = Transformer(Config(**sizes | {"num_hidden_layers": layers or sizes["num_hidden_layers"]})).to(dtype)
+    model.to_empty(device=device)
+    if sizes["tie_word_embeddings"]:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02) if p.ndim == 2 else torch.nn.init.ones_(p)
+    return model.eval()
+
+
+def peak_gib(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shape", choices=SHAPES, default="qwen3-4b")
+    p.add_argument("--layers", type=int, help="run only so many layers (default: all)")
+    p.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default: 128)")
+    p.add_argument("--new", type=int, default=128, help="tokens of a response (default: 128)")
+    p.add_argument("--rank", type=int, default=16)
+    args = p.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    model = random_model(args.shape, args.layers, dtype, device)
+    model.recompute = True
+    policy = Policy(model, exit_depths(model.config.num_hidden_layers), args.rank)
+    run, optimizer = runs.Run(Path("."), args), runs.adamw(policy)
+    trained = sum(p.numel() for p in policy.trained().values())
+    print(f"{args.shape}, {policy.n_layers} layers, exits {policy.exits}, {dtype} on {device}: "
+          f"{sum(p.numel() for p in policy.parameters()) / 1e9:.2f} B parameters, {trained / 1e6:.1f} M trained")
+
+    def timed(name, function):
+        start = time.perf_counter()
+        value = function()
+        print(f"  {name:28} {time.perf_counter() - start:7.1f} s   peak so far {peak_gib(device):5.1f} GiB", flush=True)
+        return value
+
+    prompts = torch.randint(0, model.config.vocab_size, (2, args.prompt)).tolist()
+    settings = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=0, lam=0.1, beta=0.02, k=2, max_new_tokens=args.new)
+    got = timed(f"rollout, 4 x {args.new} tokens", lambda: generate(
+        policy, prompts, samples=2, max_new_tokens=args.new, eos_ids=[-1], delta=2.0))
+    rows = [{"prompt_ids": prompts[i // 2], "token_ids": t, "response_ids": t, "depths": d, "task": float(i % 2),
+             "logp_exit": a, "logp_token": b} for i, (t, d, a, b) in enumerate(zip(
+                 got.tokens.tolist(), got.depths.tolist(), got.logp_exit.tolist(), got.logp_token.tolist(), strict=True))]
+    timed("stage 1, gradient of 4 rows", lambda: distill.train_step(policy, rows, 0, settings))
+    print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5):.3g}")
+    teachers, _ = timed("stage 2, score 4 rows", lambda: rloo.score_rows(policy, rows, settings))
+    timed("stage 2, gradient of 4 rows", lambda: rloo.accumulate_gradient(policy, rows, teachers, settings))
+    print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5):.3g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The generated problems are right, reproducible, split cleanly, and can't be solved by counting mentions.
+
+The referees below read the question's text and never call the generators' own replay.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+
+import pytest
+
+from data import arithmetic, stories
+
+SEED, N = 1, 1200
+TEST_STARTS = [2, 4, 9, 18, 28, 36, 37, 58, 81, 87, 88, 104, 108, 123, 142, 149, 160, 162, 165, 166, 168, 180, 185, 190]
+
+
+@pytest.fixture(scope="module")
+def sums():
+    return {split: arithmetic.problems(split, N, SEED) for split in ("train", "test")}
+
+
+@pytest.fixture(scope="module")
+def tales():
+    return {"train": stories.problems("train", N, SEED), "test": stories.problems("test", 150, SEED)}
+
+
+def solve_sum(question: str) -> int:
+    """Reads a word problem with nothing but its verbs."""
+    value = None
+    for sentence in question.split(". "):
+        numbers = [int(n) for n in re.findall(r"\d+", sentence)]
+        me = question.split()[0]
+        if " has " in sentence and value is None:
+            value = numbers[0]
+        elif "doubles" in sentence:
+            value *= 2
+        elif re.search(rf"buys|finds|gives {me} ", sentence):
+            value += numbers[0]
+        elif re.search(r"loses|sells|gives", sentence):
+            value -= numbers[0]
+    return value
+
+
+def solve_tale(question: str) -> str:
+    """Simulates everybody's first- and second-order beliefs as dictionaries, sentence by sentence."""
+    *sentences, query = re.findall(r"[^.?]+", question)
+    people = re.findall(r"\w+", sentences[0].split(" are ")[0].replace(" and ", ", "))
+    present, place, left_at = set(people), None, {}
+    first, second = {}, {}
+    for sentence in sentences[1:]:
+        words = sentence.split()
+        if words[1] == "leaves":
+            present.discard(words[0])
+            left_at.setdefault(words[0], place)
+        elif words[1] == "returns":
+            present.add(words[0])
+        elif words[1] == "moves" or words[0] == "The":
+            place = words[-1]
+            if words[1] == "moves":
+                assert words[0] in present, "nobody moves things from outside"
+            for p in present:
+                first[p] = place
+                second |= {(p, q): place for q in present}
+    words = query.split()
+    if words[:2] == ["Where", "does"]:
+        return second[words[2], words[4]] if "thinks" in words else first[words[2]]
+    return place if words[1] == "is" else left_at[words[-3]]
+
+
+def mentions(question: str) -> list[str]:
+    return re.findall("|".join(stories.CONTAINERS), question)
+
+
+def deviation(hits: int, n: int, p: float) -> float:
+    """Standard errors between a count and its expectation."""
+    return abs(hits - n * p) / math.sqrt(n * p * (1 - p))
+
+
+def test_same_seed_same_problems_other_seed_others(sums, tales):
+    """A cached teacher response or a reported accuracy belongs to a problem set that must come back."""
+    for module, made in ((arithmetic, sums), (stories, tales)):
+        assert module.problems("train", 40, SEED) == made["train"][:40]
+        assert module.problems("train", 40, SEED + 1) != made["train"][:40]
+
+
+def test_split_never_moves():
+    """The embedded model was trained on these splits: a new hash would leak its training set into the tests."""
+    keys = [[n, [["+", 5], ["-", 3]]] for n in range(1, 200)]
+    assert [key[0] for key in keys if arithmetic.split_of(key) == "test"] == TEST_STARTS
+
+
+def test_train_and_test_share_no_calculation_and_no_plot(sums, tales):
+    def plot(problem):
+        """The story with people and containers numbered in order of appearance, without bystanders' likes."""
+        text, number = re.sub(r"\w+ likes the \w+\. ", "", problem["question"]), {}
+        text = text.split(". ", 1)[1]
+        text = re.sub("|".join(stories.THINGS), "thing", text)
+        names = "|".join(stories.NAMES + stories.CONTAINERS)
+        return re.sub(rf"\b({names})\b", lambda m: str(number.setdefault(m[0], len(number))), text)
+
+    def calculation(problem):
+        return problem["cot"]
+
+    for made, key in ((sums, calculation), (tales, plot)):
+        assert not {key(p) for p in made["train"]} & {key(p) for p in made["test"]}
+
+
+def test_no_test_question_twice(sums, tales):
+    for made in (sums, tales):
+        questions = [p["question"] for p in made["test"]]
+        assert len(set(questions)) == len(questions)
+
+
+def test_answers_are_right_by_an_independent_reading(sums, tales):
+    """A wrong gold answer would cap every accuracy in the project."""
+    for split in ("train", "test"):
+        assert all(str(solve_sum(p["question"])) == p["answer"] for p in sums[split])
+        assert all(solve_tale(p["question"]) == p["answer"] for p in tales[split])
+
+
+def test_arithmetic_thoughts_are_true_sums_that_chain_to_the_answer(sums):
+    for p in sums["train"]:
+        value = re.search(r"has (\d+)", p["question"])[1]
+        lines = p["cot"].split("\n")
+        for line, true_value in zip(lines, p["program"]["values"], strict=True):
+            left, result = line.split("=")
+            assert left.startswith(value) and eval(left) == int(result) == true_value and 1 <= true_value <= 99
+            value = result
+        assert value == p["answer"] and p["answer_line"] == f"\\boxed{{{value}}}"
+
+
+def test_story_thoughts_carry_the_program_values_and_end_in_the_answer(tales):
+    for p in tales["train"]:
+        held = [p["program"]["containers"][v] for v in p["program"]["values"]]
+        lines = p["cot"].split("\n")
+        for line, value in zip(lines, held, strict=True):
+            *_, last = re.split(r"[ :]+", line)
+            assert last == value or last in ("leaves", "returns")
+        assert held[-1] == p["answer"] and p["answer_line"] == f"ANSWER: {p['answer']}"
+
+
+def test_programs_survive_json_and_give_the_answer_again(sums, tales):
+    for module, made in ((arithmetic, sums), (stories, tales)):
+        for p in made["train"] + made["test"]:
+            assert module.run(json.loads(json.dumps(p["program"]))) == p["answer"]
+
+
+def test_a_corrupted_sum_changes_what_follows(sums):
+    """Corrupting one step must give the answer of a reader who trusts that step."""
+    for p in sums["train"]:
+        program, last = p["program"], len(p["program"]["ops"]) - 1
+        assert arithmetic.run(program, {last: 5}) == "5"
+        doublings = sum(op == "*" for op, _ in program["ops"][1:])
+        shifted = arithmetic.run(program, {0: program["values"][0] + 1})
+        assert int(shifted) == int(p["answer"]) + 2**doublings
+
+
+def test_a_corrupted_belief_lasts_until_the_object_is_seen_again(tales):
+    for p in tales["train"]:
+        program, lines = p["program"], p["cot"].split("\n")
+        wrong = (program["values"][0] + 1) % 3
+        answer = stories.run(program, {0: wrong})
+        seen_again = any(line[0].islower() and "away" not in line for line in lines[1:])
+        assert answer == (p["answer"] if seen_again else program["containers"][wrong])
+        assert stories.run(program, {len(lines) - 1: wrong}) == program["containers"][wrong]
+
+
+def test_kinds_are_balanced(sums, tales):
+    """7 counts within 4 standard errors: a right generator fails for one seed in 2,000."""
+    for made, kinds in ((sums, [f"{k} steps" for k in arithmetic.KINDS]), (tales, stories.KINDS)):
+        counts = Counter(p["kind"] for p in made["train"])
+        assert set(counts) == set(kinds)
+        assert all(deviation(n, N, 1 / len(kinds)) < 4 for n in counts.values()), counts
+
+
+def test_no_shortcut_beats_chance(tales):
+    """First, last and most mentioned container, and the object's last place where that isn't the question.
+
+    Each must hit one time in three, for each kind of question: 15 counts within 4 standard errors, so a right
+    generator fails for one seed in 1,000.
+    """
+    hits, of_kind = Counter(), Counter()
+    for p in tales["train"]:
+        named = mentions(p["question"])
+        places = re.findall(r"(?:is in|to) the (\w+)\.", p["question"])
+        guesses = {"first": named[0], "last": named[-1], "most": max(named, key=named.count)}
+        if p["kind"] != "reality":
+            guesses["last place"] = places[-1]
+        of_kind[p["kind"]] += 1
+        hits.update((p["kind"], name) for name, guess in guesses.items() if guess == p["answer"])
+    assert len(hits) == 15
+    assert all(deviation(n, of_kind[kind], 1 / 3) < 4 for (kind, _), n in hits.items()), hits

@@ -1,0 +1,263 @@
+"""Loading the tasks: what is read, how it is split, and what is said about a file that can't be used."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data import tasks
+from data.hub import UserError
+from data.tasks import load
+
+ROW = {"question": "Natalia sold 48 clips, then half as many. How many?",
+       "answer": "Then 48/2 = <<48/2=24>>24.\nIn all 48+24 = <<48+24=72>>1,072.\n#### 1,072"}
+STORY = ("story_structure", "infilled_story", "question", "expected_answer")
+
+
+def rows(n):
+    return [{"question": f"What is {i} + 1?", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"}
+            for i in range(n)]
+
+
+def jsonl(path, items, end="\n"):
+    path.write_bytes("".join(json.dumps(item) + end for item in items).encode())
+    return str(path)
+
+
+def parquet(path, items):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(items), path)
+    return str(path)
+
+
+def tom_csv(path, items, columns=STORY):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([columns, *items])
+    return str(path)
+
+
+def stories(n, questions=3):
+    return [(f"Anne moved apple {i}.", f"Once upon a time,\nAnne moved apple {i}.",
+             f"Does Anne think that Ben believes {q}? Answer yes or no.", "yes") for i in range(n)
+            for q in range(questions)]
+
+
+# gsm8k
+
+def test_gsm8k_row_becomes_a_problem(tmp_path):
+    """Else the calculator's marks are taught to the model, or a gold with a comma is never matched."""
+    jsonl(tmp_path / "train.jsonl", [ROW])
+    problem, = load("gsm8k", "train", str(tmp_path))
+    assert problem.gold == "1072" and problem.kind == "number"
+    assert problem.cot == "Then 48/2 = 24.\nIn all 48+24 = 1,072."
+    assert problem.messages == [{"role": "user", "content":
+                                 "Natalia sold 48 clips, then half as many. How many?\n"
+                                 "Please reason step by step, and put your final answer within \\boxed{}."}]
+    assert problem.grade(r"\boxed{1072.0}", True).strict
+    assert not problem.grade(r"\boxed{1072}", False).finished
+    assert not problem.grade(r"\boxed{1072}", True, think_open=True).finished
+
+
+def test_a_folders_files_are_the_splits(tmp_path):
+    """Else problems held out by the authors are trained on."""
+    jsonl(tmp_path / "train.jsonl", rows(9))
+    jsonl(tmp_path / "test.jsonl", rows(12)[9:])
+    assert {p.gold for p in load("gsm8k", "train", str(tmp_path))} == {str(i) for i in range(1, 10)}
+    assert {p.gold for p in load("gsm8k", "test", str(tmp_path))} == {"10", "11", "12"}
+
+
+@pytest.mark.parametrize("write, name", [(jsonl, "all.jsonl"), (parquet, "all.parquet")])
+def test_a_single_file_is_divided_without_overlap(tmp_path, write, name):
+    """Else the same file given for training and testing measures memory. Repeated questions stay together."""
+    again = [{**row, "question": f" {row['question']}\n"} for row in rows(300)]
+    path = write(tmp_path / name, rows(300) + again)
+    train, test = ({p.question for p in load("gsm8k", split, path)} for split in ("train", "test"))
+    assert not train & test and len(train | test) == 300
+    assert 30 <= len(test) <= 90  # 60 expected; 4.3 standard deviations either way
+
+
+def test_parquet_in_the_hubs_layout_is_read_offline(tmp_path):
+    """Else `--model X` without `--data` can't find GSM8K in the hub's cache."""
+    sha = "b" * 40
+    repo = tmp_path / "hub" / "datasets--openai--gsm8k"
+    for split, items in (("train", rows(3)), ("test", rows(5)[3:])):
+        parquet(repo / "snapshots" / sha / "main" / f"{split}-00000-of-00001.parquet", items)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(sha)
+    code = ("from data.tasks import load\n"
+            "print(*(sorted(p.gold for p in load('gsm8k', split)) for split in ('train', 'test')))")
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
+                         cwd=Path(__file__).parent.parent)
+    assert run.stdout == "['1', '2', '3'] ['4', '5']\n", run.stderr
+
+
+def test_a_seed_draws_the_order_and_n_cuts_it(tmp_path):
+    """Else runs with the same seed differ, or more problems means other problems."""
+    jsonl(tmp_path / "test.jsonl", rows(40))
+
+    def ids(n=None, seed=0):
+        return [p.id for p in load("gsm8k", "test", str(tmp_path), n, seed)]
+
+    assert ids() == ids() and ids(7) == ids()[:7] and len(ids(100)) == len(set(ids())) == 40
+    assert ids(seed=1) != ids() and sorted(ids(seed=1)) == sorted(ids())
+
+
+@pytest.mark.parametrize("prefix, end", [(b"", "\n"), (b"\xef\xbb\xbf", "\r\n"), (b"\n\n", "\n\n")])
+def test_byte_order_marks_line_ends_and_blank_lines_do_not_matter(tmp_path, prefix, end):
+    """Else a file that went through Windows is called malformed."""
+    jsonl(tmp_path / "train.jsonl", [{**row, "note": "a\u2028b"} for row in rows(4)], end)
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(prefix + path.read_bytes())
+    assert len(load("gsm8k", "train", str(tmp_path))) == 4
+
+
+GOOD = json.dumps(ROW).encode() + b"\n"
+
+
+@pytest.mark.parametrize("content, named", [
+    (b"", r"train\.jsonl is empty"),
+    (b" \n\n", r"train\.jsonl is empty"),
+    (GOOD + b'{"question": ', r"train\.jsonl:2: malformed JSON"),
+    (GOOD + b"\n" + b"[" * 100_000, r"train\.jsonl:3: malformed JSON"),
+    (GOOD + b'["a"]\n', r"train\.jsonl:2: not a JSON object"),
+    (GOOD + b'{"question": "a", "solution": "b"}',
+     r"train\.jsonl:2: column 'answer' is missing \(found: question, solution\)"),
+    (GOOD + b"{}", r"train\.jsonl:2: column 'question' is missing \(found: none\)"),
+    (GOOD + b'{"question": "a", "answer": 5}', r"train\.jsonl:2: column 'answer' must be text, not 5"),
+    (GOOD + b'{"question": " ", "answer": "#### 5"}', r":2: column 'question' must be text"),
+    (GOOD + b'{"question": "\\ud800", "answer": "#### 5"}', r":2: column 'question' must be text"),
+    (GOOD + b'{"question": "a\\u0000", "answer": "#### 5"}', r":2: column 'question' must be text"),
+    (GOOD + b'{"question": "a", "answer": "5"}', r":2: 'answer' must end in '#### ' and a number"),
+    (GOOD + b'{"question": "a", "answer": "#### five"}', r"train\.jsonl:2: 'answer' must end in '#### '"),
+    (GOOD + GOOD + b"a\0b", r"train\.jsonl:3: a NUL byte"),
+    (GOOD + b"\xff\xfe", r"train\.jsonl:2: not UTF-8"),
+])
+def test_a_faulty_file_is_named_with_its_line(tmp_path, content, named):
+    """Else one bad row among thousands ends in a traceback, or is dropped without a word."""
+    (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=named) as error:
+        load("gsm8k", "train", str(tmp_path))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_other_faults_name_the_file_and_the_remedy(tmp_path):
+    """Else a wrong flag is found out by reading our source."""
+    with pytest.raises(UserError, match="missing doesn't exist: check"):
+        load("gsm8k", "train", str(tmp_path / "missing"))
+    with pytest.raises(UserError, match=r"holds neither train\.jsonl nor main/train-\*\.parquet: name"):
+        load("gsm8k", "train", str(tmp_path))
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 cut off")
+    with pytest.raises(UserError, match=r"x\.parquet can't be read as parquet"):
+        load("gsm8k", "train", str(tmp_path / "x.parquet"))
+    with pytest.raises(UserError, match=r"x2\.parquet, row 0: column 'answer' is missing"):
+        load("gsm8k", "train", parquet(tmp_path / "x2.parquet", [{"question": "a"}]))
+    with pytest.raises(UserError, match="no problem falls into the (train|test) split"):
+        for split in ("train", "test"):
+            load("gsm8k", split, jsonl(tmp_path / "one.jsonl", [ROW]))
+    with pytest.raises(UserError, match="'gsm' is unknown: choose one of gsm8k, tom, arithmetic, stories"):
+        load("gsm", "train")
+    with pytest.raises(UserError, match="'dev' is unknown: choose train or test"):
+        load("gsm8k", "dev")
+    with pytest.raises(UserError, match="0 problems asked for"):
+        load("arithmetic", "train", n=0)
+    with pytest.raises(UserError, match="reads no data"):
+        load("arithmetic", "train", "x.jsonl")
+
+
+# theory of mind
+
+def test_tom_row_becomes_a_problem(tmp_path):
+    """Else the story, the question or the candidate answers don't reach the model."""
+    path = tom_csv(tmp_path / "t.csv", stories(20))
+    problem = load("tom", "train", path, n=1)[0]
+    story, question, instruction = problem.messages[0]["content"].rsplit("\n", 2)
+    assert story.startswith("Once upon a time,\nAnne moved apple ") and question.endswith("Answer yes or no.")
+    assert instruction == 'Think step by step, then end with a line "ANSWER: " followed by yes or no.'
+    assert problem.choices == ("yes", "no") and problem.kind == "choice"
+    assert problem.grade("She does.\nANSWER: Yes.", True).strict
+    assert not problem.grade("ANSWER: yes or no", True).flexible
+
+
+@pytest.mark.parametrize("question, choices", [
+    ("Does Ann know about the party? Answer yes or no.", ("yes", "no")),
+    ("What does Ann think about Bob's belief on it? (knows about it / does not know about it)",
+     ("knows about it", "does not know about it")),
+    ("In which room was the ball at the beginning?", None),
+])
+def test_tom_choices_come_from_the_question(question, choices):
+    """Else an answer that names both candidates can't be told from a right one."""
+    assert tasks._choices(question) == choices
+
+
+def test_a_storys_questions_share_a_split(tmp_path):
+    """Else the test asks about stories that were trained on."""
+    path = tom_csv(tmp_path / "t.csv", stories(100))
+    train, test = ({p.question.partition("Does")[0] for p in load("tom", split, path)}
+                   for split in ("train", "test"))
+    assert not train & test and len(train | test) == 100 and 5 <= len(test) <= 40
+    assert len(load("tom", "train", path)) == 3 * len(train)
+
+
+def test_tom_falls_back_on_the_plain_story_and_finds_the_file_in_a_folder(tmp_path):
+    """Else rows that nobody rewrote as prose have an empty story."""
+    tom_csv(tmp_path / "ExploreToM-data-sample.csv",
+            [(f"Anne moved apple {i}.", "", "Where is it?", "the box") for i in range(20)])
+    problem = load("tom", "train", str(tmp_path))[0]
+    assert problem.question.startswith("Anne moved apple") and problem.choices is None
+    assert "the place alone" in problem.messages[0]["content"]
+    assert problem.grade("ANSWER: Box", True).strict
+
+
+@pytest.mark.parametrize("content, named", [
+    ("", "is empty"),
+    ("story_structure,question,expected_answer\na,b\n", r"csv:2: column 'expected_answer' must be text"),
+    ("story_structure,question\na,b\n",
+     r"csv:2: column 'expected_answer' is missing \(found: story_structure, question\)"),
+    ("question,expected_answer\na,b\n", r"csv:2: column 'story_structure' is missing"),
+    ('story_structure,question,expected_answer\na,b,c\nd,"cut off', r"csv:3: malformed CSV"),
+    ("story_structure,question,expected_answer\na,b,c\n\0", r"csv:3: a NUL byte"),
+])
+def test_a_faulty_csv_is_named_with_its_line(tmp_path, content, named):
+    """Else a file cut off by a bad connection is read as a smaller data set."""
+    path = tmp_path / "t.csv"
+    path.write_text(content, encoding="utf-8", newline="")
+    with pytest.raises(UserError, match=named):
+        load("tom", "train", str(path))
+
+
+def test_long_stories_are_read(tmp_path):
+    """Else the csv module stops at 128 KB a field."""
+    path = tom_csv(tmp_path / "t.csv", [("x" * 200_000 + str(i), "", "Where?", "box") for i in range(9)])
+    assert len(load("tom", "train", path)[0].question) > 200_000
+
+
+# our own generators
+
+@pytest.mark.parametrize("task, kind", [("arithmetic", "number"), ("stories", "choice")])
+def test_generated_problems_carry_gold_thoughts_and_program(task, kind):
+    """Else the embedded model is prompted with more than the bare question it was trained on."""
+    problems = load(task, "test", n=20)
+    assert len(problems) == 20 == len({p.id for p in problems})
+    for p in problems:
+        assert p.messages == [{"role": "user", "content": p.question}]
+        assert p.kind == kind and p.cot and p.program
+        form = "\\boxed{%s}" if kind == "number" else "ANSWER: %s"
+        assert p.grade(form % p.gold, True).strict and not p.grade(form % (p.gold + "0"), True).flexible
+        assert p.choices is None or p.gold in p.choices and len(p.choices) == 3
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "stories"])
+def test_generated_problems_are_a_prefix_of_more_and_splits_are_disjoint(task):
+    """Else changing n changes the problems, or test questions are trained on."""
+    train, test = (load(task, split, n=60, seed=3) for split in ("train", "test"))
+    assert [p.question for p in load(task, "train", n=5, seed=3)] == [p.question for p in train[:5]]
+    assert not {p.question for p in train} & {p.question for p in test}
+    assert [p.question for p in load(task, "train", n=5, seed=4)] != [p.question for p in train[:5]]
