@@ -67,7 +67,7 @@ def log_target(kl_e: torch.Tensor, kappa: float) -> torch.Tensor:
 
 
 def distill_loss(token_kl: torch.Tensor, logp_exit: torch.Tensor, count: int) -> torch.Tensor:
-    """Eq. (5): mean over positions of KL(student || teacher) - log pi(l*); sums over (N,), divided by the step's count."""
+    """Eq. (5): mean over positions of KL(student || teacher) - log pi(l*): (N,), (N,), the step's positions."""
     return (token_kl - logp_exit).sum() / count
 
 
@@ -80,7 +80,7 @@ def summary(distribution: torch.Tensor, outcomes: torch.Tensor) -> dict:
 
 
 def hazards(p: torch.Tensor, depths: torch.Tensor, exits) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of p_e over the positions that reach exit e under prescribed depths, and their number: (N, E) -> (E,), (E,)."""
+    """Sums of p_e over the positions that reach exit e at given depths, and their number: (N, E) -> two (E,)."""
     reach = depths[:, None] >= torch.tensor(exits, device=depths.device)
     return (p * reach).sum(0), reach.sum(0)
 
@@ -92,7 +92,7 @@ def from_hazards(p: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def learned_exits(policy: Policy, rows: list[dict], kappa: float, seed: int, micro_batch: int) -> dict:
-    """Exits drawn by the student in the parallel pass on given responses, against the mean of q on the same positions."""
+    """Exits that the student draws in a parallel pass on given responses, against the mean of q on those positions."""
     E = len(policy.exits)
     drawn, target, count = torch.zeros(E + 1), torch.zeros(E + 1), 0
     for i in range(0, len(rows), micro_batch):
@@ -183,7 +183,8 @@ def main() -> None:
     p.add_argument("--steps", type=int, help="150 / 200")
     p.add_argument("--batch-size", type=int, help="sequences in a step, 32 / 8")
     p.add_argument("--draws", type=int, default=1, help="depth samples of each sequence in its step (default: 1)")
-    p.add_argument("--lr", type=float, help="peak learning rate (default: 0.25 / hidden size: a logit sums over the width)")
+    p.add_argument("--lr", type=float, help="peak learning rate (default: 0.25 / hidden size, for a logit sums "
+                   "over the width)")
     p.add_argument("--responses", type=int, help="teacher responses to train on, 512 / 256")
     p.add_argument("--held-out", type=int, default=64, help="test prompts for the final comparison (default: 64)")
     p.add_argument("--teacher", help="teacher.jsonl of an earlier run, instead of sampling anew")
@@ -223,8 +224,9 @@ def main() -> None:
         warm_down = min(1.0, (step + 1) / 10) * (1 - step / args.steps)
         metrics["grad_norm"] = run.apply_gradients(optimizer, lr * warm_down)
         run.log("metrics.jsonl", [{"step": step, **metrics}])
-        bar.set_postfix_str(f"token KL {metrics['token_kl']:.3f}  exit CE {metrics['exit_cross_entropy']:.3f}  exit rate "
-                            f"{metrics['learned']['exit_rate']:.1%} (target {metrics['target']['exit_rate']:.1%})")
+        rates = [metrics[name]["exit_rate"] for name in ("learned", "target")]
+        bar.set_postfix_str(f"token KL {metrics['token_kl']:.3f}  exit CE {metrics['exit_cross_entropy']:.3f}  "
+                            f"exit rate {rates[0]:.1%} (target {rates[1]:.1%})")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             run.save(step + 1, policy, optimizer)
 
@@ -233,7 +235,7 @@ def main() -> None:
     print(f"held-out responses, {held_out['positions']} positions:")
     for name in ("target", "learned"):
         s = held_out[name]
-        shares = "  ".join(f"{d}: {x:.1%}" for d, x in zip([*policy.exits, policy.n_layers], s["distribution"], strict=True))
+        shares = "  ".join(f"{d}: {x:.1%}" for d, x in zip(policy.outcomes.tolist(), s["distribution"], strict=True))
         print(f"  {name:8} exit rate {s['exit_rate']:.1%}  layer savings {s['layer_savings']:.1%}   {shares}")
     print(f"next: python rloo.py --lam 0.1    (continues from {run.folder})")
 

@@ -45,9 +45,9 @@ def measure(rows: list[dict], outcomes: list[int]) -> dict:
     compute = sum(depths) / len(depths) / L
     return {"n": n, "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high,
             "accuracy_flexible": sum(row["flexible"] for row in rows) / n,
-            "exit_rate": sum(d < L for d in depths) / len(depths), "layer_savings": 1 - compute, "average_compute": compute,
-            "total_compute": sum(depths) / L / n, "length": len(depths) / n,
-            "finished": sum(row["finished"] for row in rows) / n,
+            "exit_rate": sum(d < L for d in depths) / len(depths),
+            "layer_savings": 1 - compute, "average_compute": compute,
+            "total_compute": sum(depths) / L / n, "length": len(depths) / n, "finished": sum(row["finished"] for row in rows) / n,
             "exit_histogram": {str(d): depths.count(d) / len(depths) for d in outcomes}}
 
 
@@ -71,7 +71,8 @@ def answer(policy: Policy, problems, prompts, tokenizer, base: bool, args) -> li
 @torch.no_grad()
 def transcript(policy: Policy, row: dict, tokenizer, base: bool, args) -> dict:
     """A response as the page shows it: every token's depth, exit probabilities and the top tokens of each lens."""
-    batch = collate([row["prompt_ids"]], [row["token_ids"]], [row["depths"]], n_layers=policy.n_layers, device=policy.device)
+    batch = collate([row["prompt_ids"]], [row["token_ids"]], [row["depths"]],
+                    n_layers=policy.n_layers, device=policy.device)
     with adapters_off(policy) if base else nullcontext():
         out = policy(batch.ids, depths=batch.depths)
     top = []
@@ -87,11 +88,12 @@ def transcript(policy: Policy, row: dict, tokenizer, base: bool, args) -> dict:
 
 def table(metrics: list[dict]) -> str:
     """The comparison as text, one model a line."""
-    lines = [f"{'':24}{'accuracy (95% CI)':>22}{'exit rate':>11}{'savings':>9}{'compute':>9}{'total':>8}{'length':>8}{'finished':>10}"]
+    lines = [f"{'':24}{'accuracy (95% CI)':>22}{'exit rate':>11}{'savings':>9}{'compute':>9}{'total':>8}"
+             f"{'length':>8}{'finished':>10}"]
     for m in metrics:
         accuracy = f"{m['accuracy']:.1%} ({m['accuracy_low']:.0%}-{m['accuracy_high']:.0%})"
-        lines.append(f"{m['name']:24}{accuracy:>22}{m['exit_rate']:>11.1%}{m['layer_savings']:>9.1%}{m['average_compute']:>9.3f}"
-                     f"{m['total_compute']:>8.1f}{m['length']:>8.1f}{m['finished']:>10.1%}")
+        lines.append(f"{m['name']:24}{accuracy:>22}{m['exit_rate']:>11.1%}{m['layer_savings']:>9.1%}"
+                     f"{m['average_compute']:>9.3f}{m['total_compute']:>8.1f}{m['length']:>8.1f}{m['finished']:>10.1%}")
     return "\n".join(lines)
 
 
@@ -136,7 +138,7 @@ def main() -> None:
     p.add_argument("runs", nargs="*", help="runs to compare (default: the newest complete ones)")
     p.add_argument("--n", type=int, help="held-out problems, 200 / 100")
     p.add_argument("--temperature", type=float, default=1.0, help="of the tokens; 0 is argmax (default: 1)")
-    p.add_argument("--delta", type=float, default=0.0, help="added to every exit logit: above 0 exits more (default: 0)")
+    p.add_argument("--delta", type=float, default=0.0, help="added to every exit logit: above 0 exits more")
     p.add_argument("--show", type=int, default=6, help="problems on the page (default: 6)")
     p.add_argument("--merge", metavar="RUN", help="write base + LoRA of RUN to --out as a plain checkpoint, and end")
     args = p.parse_args()
@@ -153,8 +155,8 @@ def main() -> None:
     problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
     out = runs.Path(args.out) if args.out else runs.RUNS / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{args.model}: {len(problems)} held-out problems of {args.task}, temperature {args.temperature}, delta {args.delta}, "
-          f"thinking {'on' if args.thinking else 'off'}, at most {args.max_new_tokens} new tokens")
+    print(f"{args.model}: {len(problems)} held-out problems of {args.task}, temperature {args.temperature}, delta "
+          f"{args.delta}, thinking {'on' if args.thinking else 'off'}, at most {args.max_new_tokens} new tokens")
 
     metrics, completions = [], []
     shown = [{"id": p.id, "question": p.question, "gold": p.gold, "runs": {}} for p in problems[: args.show]]
@@ -165,7 +167,8 @@ def main() -> None:
         print(f"  {name}: {run}")
         for label, base in ((("base", True),) if i == 0 else ()) + ((name, False),):
             rows = answer(policy, problems, prompts, tokenizer, base, args)
-            metrics.append({"name": label, "run": None if base else str(run), **measure(rows, policy.outcomes.tolist())})
+            measured = measure(rows, policy.outcomes.tolist())
+            metrics.append({"name": label, "run": None if base else str(run), **measured})
             completions += [{"model": label, **row} for row in rows]
             for problem, row in zip(shown, rows, strict=False):
                 problem["runs"][label] = transcript(policy, row, tokenizer, base, args)

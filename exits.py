@@ -69,7 +69,7 @@ class ExitHeads(nn.Module):
 
 
 def exit_depths(n_layers: int, every: int | None = None) -> tuple[int, ...]:
-    """The exitable depths: every 5 layers (2 in models under 20 layers) and below L. Raises UserError if there is none."""
+    """The exitable depths: every 5 layers (2 in models under 20 layers), below L. Raises UserError if there is none."""
     if every is None:
         every = min(2 if n_layers < 20 else 5, max(1, n_layers - 1))
     if not 0 < every < n_layers:
@@ -296,7 +296,8 @@ def score(policy: Policy, batch: Batch, teacher_h: torch.Tensor | None = None):
     the exit logits (N, E)."""
     out = policy(batch.ids, depths=batch.depths)
     exit_logits = out.exit_logits[batch.where]
-    return *joint_logp(policy, out.h[batch.where], exit_logits, batch.depths[batch.where], batch.tokens, teacher_h), exit_logits
+    h, depths = out.h[batch.where], batch.depths[batch.where]
+    return *joint_logp(policy, h, exit_logits, depths, batch.tokens, teacher_h), exit_logits
 
 
 @dataclass
@@ -318,7 +319,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
 
     Exits are drawn with offset `delta`, unless `depths` prescribes them: an int for every token, or (R,
     max_new_tokens). Row r's randomness is that of (seed, first_row + r, position), so neither batch_size nor the other
-    prompts change its sample. `progress`, a tqdm bar, advances by one a finished response. Raises UserError for a prompt
+    prompts change its sample. `progress`, a tqdm bar, counts finished responses. Raises UserError for a prompt
     that is empty or leaves no room in the model's context.
     """
     context = policy.model.config.max_position_embeddings
@@ -335,8 +336,9 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     parts = []
     for i in range(0, len(prompts), stride):
         rows = every[i * samples : (i + stride) * samples]
-        parts.append(generate_rows(policy, prompts[i : i + stride], rows, samples, max_new_tokens, torch.tensor(eos_ids),
-                                   temperature, delta, None if depths is None else depths[rows], seed, first_row, progress))
+        prescribed = None if depths is None else depths[rows]
+        parts.append(generate_rows(policy, prompts[i : i + stride], rows + first_row, samples, max_new_tokens,
+                                   torch.tensor(eos_ids), temperature, delta, prescribed, seed, progress))
     width = max(part.tokens.shape[1] for part in parts)
     return Samples(*(torch.cat([F.pad(value, (0, width - value.shape[1])) if value.ndim == 2 else value
                                 for value in (getattr(part, field.name) for part in parts)])
@@ -344,8 +346,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
 
 
 @torch.no_grad()
-def generate_rows(policy, prompts, rows, samples, max_new_tokens, eos_ids, temperature, delta, depths, seed, first_row,
-                  progress):
+def generate_rows(policy, prompts, rows, samples, max_new_tokens, eos_ids, temperature, delta, depths, seed, progress):
     """One batch of `generate`. The prompt but for its last token runs at full depth, once per prompt; then every
     step is the same: one token in, its depth and its successor drawn."""
     device, E, R = policy.device, len(policy.exits), len(rows)
@@ -362,7 +363,8 @@ def generate_rows(policy, prompts, rows, samples, max_new_tokens, eos_ids, tempe
     prompt_of = torch.arange(len(prompts)).repeat_interleave(samples)
     cache.select(prompt_of.to(device), slots=width + max_new_tokens)
 
-    out = Samples(*(torch.zeros(R, max_new_tokens, dtype=kind) for kind in (torch.long, torch.long, torch.float, torch.float)),
+    kinds = (torch.long, torch.long, torch.float, torch.float)
+    out = Samples(*(torch.zeros(R, max_new_tokens, dtype=kind) for kind in kinds),
                   torch.zeros(R, dtype=torch.long), torch.zeros(R, dtype=torch.bool))
     token = ids[prompt_of, length[prompt_of]]  # (R,) the last one of each prompt
     length = length[prompt_of]
@@ -371,15 +373,16 @@ def generate_rows(policy, prompts, rows, samples, max_new_tokens, eos_ids, tempe
         # A finished row that still sits in the cache runs no layer at all.
         depth = torch.full((len(live),), policy.n_layers) if depths is None else depths[live, step].clone()
         depth[out.finished[live]] = 0
-        u = uniforms(seed, first_row + rows[live], length[live] + step, E + 1, device)
-        step_pass = policy(token[:, None], depth[:, None].to(device), u[:, None, :E] if depths is None else None, delta, cache)
+        u = uniforms(seed, rows[live], length[live] + step, E + 1, device)
+        drawn = u[:, None, :E] if depths is None else None
+        h, exit_logits, depth, _ = policy(token[:, None], depth[:, None].to(device), drawn, delta, cache)
         cache.fill(cache.length + 1, cache.longest + 1)
-        logp_exit, logp_token, _ = joint_logp(policy, step_pass.h[:, 0], step_pass.exit_logits[:, 0], step_pass.depths[:, 0],
-                                              token, temperature=temperature, delta=delta, u=u[:, E])
+        logp_exit, logp_token, _ = joint_logp(policy, h[:, 0], exit_logits[:, 0], depth[:, 0], token,
+                                              temperature=temperature, delta=delta, u=u[:, E])
 
         now = ~out.finished[live]
         alive = live[now]
-        for buffer, value in ((out.tokens, token), (out.depths, step_pass.depths[:, 0]),
+        for buffer, value in ((out.tokens, token), (out.depths, depth[:, 0]),
                               (out.logp_exit, logp_exit), (out.logp_token, logp_token)):
             buffer[alive, step] = value.cpu()[now].to(buffer.dtype)
         out.lengths[alive] += 1

@@ -54,7 +54,7 @@ class Config:
             refuse("model_type", "only dense 'qwen2' and 'qwen3' checkpoints are implemented")
         for field in ("num_experts", "num_local_experts", "quantization_config"):
             if cfg.get(field):
-                refuse(field, "mixture-of-experts and quantised weights are not implemented; use a dense bf16 checkpoint")
+                refuse(field, "mixture-of-experts and quantised weights are not implemented; use a dense checkpoint")
         if cfg.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", "only 'silu' is implemented")
         if cfg.get("use_sliding_window") or "sliding_attention" in (cfg.get("layer_types") or ()):

@@ -24,7 +24,7 @@ from data.hub import UserError
 from exits import Policy, collate, generate, load_policy, score, teacher_pass
 
 
-def reward(task: torch.Tensor, mean_depth: torch.Tensor, mean_kl: torch.Tensor, lam: float, beta: float) -> torch.Tensor:
+def reward(task, mean_depth, mean_kl, lam: float, beta: float) -> torch.Tensor:
     """Eq. (1): R = r_task - lambda mean_t l_t / L - beta mean_t KL_t, all (R,); mean_depth is mean_t l_t / L."""
     return task - lam * mean_depth - beta * mean_kl
 
@@ -119,7 +119,8 @@ def summarise(policy: Policy, rows: list[dict], drift: torch.Tensor, args) -> di
         "reward_depth": -args.lam * mean(row["mean_depth"] for row in rows),
         "reward_kl": -args.beta * mean(row["mean_kl"] for row in rows),
         "accuracy": mean(row["task"] for row in rows), "accuracy_flexible": mean(row["flexible"] for row in rows),
-        "average_compute": mean(depths) / policy.n_layers, "total_compute": sum(depths) / policy.n_layers / len(rows),
+        "average_compute": mean(depths) / policy.n_layers,
+        "total_compute": sum(depths) / policy.n_layers / len(rows),
         "early_exit_rate": mean(d < policy.n_layers for d in depths),
         "exit_histogram": {str(d): depths.count(d) / len(depths) for d in policy.outcomes.tolist()},
         "length": mean(len(row["token_ids"]) for row in rows), "finished": mean(row["finished"] for row in rows),
@@ -132,15 +133,16 @@ def stage_one(args) -> runs.Path:
     """The stage-1 run to start from: --init, or the newest complete one (of --model, where given)."""
     found = runs.Path(args.init) if args.init else runs.newest("distill", model=args.model)
     if found is None:
-        raise UserError(f"no complete stage-1 run{f' of --model {args.model}' if args.model else ''} under {runs.RUNS}/: run "
-                        f"python distill.py{f' --model {args.model}' if args.model else ''} first, or give --init RUN")
+        flag = f" --model {args.model}" if args.model else ""
+        raise UserError(f"no complete stage-1 run{flag} under {runs.RUNS}/: run python distill.py{flag} first, "
+                        f"or give --init RUN")
     return found
 
 
 def main() -> None:
     p = runs.parser(__doc__)
     p.add_argument("--lam", type=float, default=0.1, help="lambda of (1), the price of depth (default: 0.1)")
-    p.add_argument("--beta", type=float, default=0.02, help="weight of the mean token KL to the base model (default: 0.02)")
+    p.add_argument("--beta", type=float, default=0.02, help="weight of the mean token KL to the base (default: 0.02)")
     p.add_argument("--k", type=int, default=8, help="samples per prompt (default: 8)")
     p.add_argument("--batch-size", type=int, help="prompts in a step, 16 / 4")
     p.add_argument("--steps", type=int, help="150 / 400")
@@ -171,9 +173,10 @@ def main() -> None:
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)
     run = run or runs.Run.start("rloo", args, model)
     run.rewind(start)
-    print(f"stage 1: {args.init}\n{args.model}: exits {policy.exits} of {policy.n_layers}, {args.task}, lambda {args.lam}, beta "
-          f"{args.beta}, {args.batch_size} prompts x {args.k} samples, thinking {'on' if args.thinking else 'off'}, at most "
-          f"{args.max_new_tokens} new tokens -> {run.folder}")
+    print(f"stage 1: {args.init}")
+    print(f"{args.model}: exits {policy.exits} of {policy.n_layers}, {args.task}, lambda "
+          f"{args.lam}, beta {args.beta}, {args.batch_size} prompts x {args.k} samples, thinking "
+          f"{'on' if args.thinking else 'off'}, at most {args.max_new_tokens} new tokens -> {run.folder}")
 
     lr, warned = args.lr or 0.1 / model.config.hidden_size, False
     for step in (bar := tqdm(range(start, args.steps), initial=start, total=args.steps, desc="rloo")):
@@ -188,16 +191,18 @@ def main() -> None:
         times.append(time.perf_counter())
 
         metrics = {"step": step, **summarise(policy, rows, drift, args), "grad_norm": grad_norm}
-        metrics |= {f"seconds_{name}": b - a for name, a, b in zip(("rollout", "score", "update"), times, times[1:], strict=False)}
+        seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+        metrics |= {f"seconds_{name}": s for name, s in zip(("rollout", "score", "update"), seconds, strict=True)}
         run.log("completions.jsonl", rows)
         run.log("metrics.jsonl", [metrics])
         if metrics["finished"] < 0.8 and not warned:
             bar.clear()
             runs.warn_unfinished(metrics["finished"], args)
             warned = True
-        bar.set_postfix_str(f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.0%}  compute "
-                            f"{metrics['average_compute']:.2f}  length {metrics['length']:.0f}  KL {metrics['kl']:.3f}  drift "
-                            f"{metrics['drift_max']:.0e}  " + "/".join(f"{b - a:.1f}" for a, b in zip(times, times[1:], strict=False)) + " s")
+        bar.set_postfix_str(f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.0%}  "
+                            f"compute {metrics['average_compute']:.2f}  length {metrics['length']:.0f}  "
+                            f"KL {metrics['kl']:.3f}  drift {metrics['drift_max']:.0e}  "
+                            f"rollout/score/update {'/'.join(f'{s:.1f}' for s in seconds)} s")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             run.save(step + 1, policy, optimizer)
     run.complete(metrics)

@@ -39,20 +39,21 @@ MAX_SKIPPED = 5  # steps in a row with a gradient that isn't finite before a run
 def parser(doc: str) -> argparse.ArgumentParser:
     """The flags of all three scripts. Where help says 'A / B', A is for the embedded model and B for any other."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", help="checkpoint folder or hub id (default: the embedded model; after stage 1, its model)")
+    p.add_argument("--model", help="checkpoint folder or hub id (default: the embedded one; after stage 1, its model)")
     p.add_argument("--revision", help="branch, tag or commit of a hub model")
-    p.add_argument("--task", choices=tasks.TASKS, help="arithmetic / gsm8k (after stage 1: its task, as for the next three)")
+    p.add_argument("--task", choices=tasks.TASKS, help="arithmetic / gsm8k; after stage 1, its task and --data, "
+                   "--thinking and --max-new-tokens")
     p.add_argument("--data", help="local file or folder with the task's data (default: made here, or from the hub)")
     p.add_argument("--thinking", action=argparse.BooleanOptionalAction,
                    help="the chat template's thinking mode (default: on)")
     p.add_argument("--max-new-tokens", type=int, help="160 / 2048; longer responses are cut and count as unfinished")
     p.add_argument("--rows", type=int, help="responses sampled at a time, 256 / 16; each holds a K/V cache")
-    p.add_argument("--micro-batch", type=int, help="sequences in one training pass, 64 / 1; changes memory, not results")
+    p.add_argument("--micro-batch", type=int, help="sequences in one training pass, 64 / 1: memory, not results")
     p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
                    help="activation checkpointing, off / on: far less memory, a third more work in the update")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base weights; bfloat16 on CUDA, else float32")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; bfloat16 on CUDA, else float32")
     p.add_argument("--out", help="the run's folder (default: runs/STAGE-TIME)")
     return p
 
@@ -72,7 +73,8 @@ def inherit(args: argparse.Namespace, run: Path) -> None:
 def settle(args: argparse.Namespace, **defaults) -> argparse.Namespace:
     """Fills the flags left open with the value for the embedded model (first of each pair) or any other (second)."""
     args.model = args.model or EMBEDDED
-    defaults |= {"task": ("arithmetic", "gsm8k"), "thinking": (True, True), "recompute": (False, True), "max_new_tokens": (160, 2048), "rows": (256, 16), "micro_batch": (64, 1)}
+    defaults |= {"task": ("arithmetic", "gsm8k"), "thinking": (True, True), "max_new_tokens": (160, 2048),
+                 "rows": (256, 16), "micro_batch": (64, 1), "recompute": (False, True)}
     for name, pair in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, pair[args.model != EMBEDDED])
@@ -117,15 +119,16 @@ def grade(problem, prompt: list[int], response: list[int], finished: bool, token
 
 def pick(count: int, size: int, step: int, seed: int) -> list[int]:
     """The step's `size` indices out of 0..count-1: a fresh shuffle every epoch, without replacement inside one."""
-    first = step * size
-    return [int(np.random.default_rng([seed, i // count]).permutation(count)[i % count]) for i in range(first, first + size)]
+    wanted = range(step * size, (step + 1) * size)
+    return [int(np.random.default_rng([seed, i // count]).permutation(count)[i % count]) for i in wanted]
 
 
 def warn_unfinished(share_finished: float, args) -> None:
     if share_finished < 0.8:
         bar = "!" * 100
-        print(f"{bar}\n{1 - share_finished:.0%} of the responses are unfinished at --max-new-tokens {args.max_new_tokens}: "
-              f"they count as wrong.\nRaise it, or pass --no-thinking for shorter ones.\n{bar}", file=sys.stderr)
+        print(f"{bar}\n{1 - share_finished:.0%} of the responses are unfinished at --max-new-tokens "
+              f"{args.max_new_tokens}: they count as wrong.\nRaise it, or pass --no-thinking for shorter ones.\n{bar}",
+              file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------- run folders
@@ -189,7 +192,7 @@ class Run:
         return load_policy(model, folder), read_json(folder / "state.json")["step"]
 
     def apply_gradients(self, optimizer, lr: float) -> float:
-        """Clips the gradient to norm 1 and steps. A gradient that isn't finite is dropped; a few in a row end the run."""
+        """Clips the gradient to norm 1 and steps. One that isn't finite is dropped; a few in a row end the run."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(params, 1.0))
         self.skipped = 0 if np.isfinite(norm) else self.skipped + 1
@@ -218,7 +221,8 @@ def adamw(policy: Policy, folder: Path | None = None) -> torch.optim.AdamW:
     optimizer = torch.optim.AdamW(policy.trained().values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     if folder is not None:
         for p in policy.trained().values():
-            optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p)}
         fill(moments(policy, optimizer), folder / "optimizer.safetensors")
     return optimizer
 

@@ -67,8 +67,9 @@ def main() -> None:
     policy = Policy(model, exit_depths(model.config.num_hidden_layers), args.rank)
     run, optimizer = runs.Run(Path("."), args), runs.adamw(policy)
     trained = sum(p.numel() for p in policy.trained().values())
+    size = sum(p.numel() for p in policy.parameters())
     print(f"{args.shape}, {policy.n_layers} layers, exits {policy.exits}, {dtype} on {device}: "
-          f"{sum(p.numel() for p in policy.parameters()) / 1e9:.2f} B parameters, {trained / 1e6:.1f} M trained")
+          f"{size / 1e9:.2f} B parameters, {trained / 1e6:.1f} M trained")
 
     def timed(name, function):
         start = time.perf_counter()
@@ -77,12 +78,14 @@ def main() -> None:
         return value
 
     prompts = torch.randint(0, model.config.vocab_size, (2, args.prompt)).tolist()
-    settings = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=0, lam=0.1, beta=0.02, k=2, max_new_tokens=args.new)
+    settings = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=0, lam=0.1, beta=0.02, k=2,
+                                  max_new_tokens=args.new)
     got = timed(f"rollout, 4 x {args.new} tokens", lambda: generate(
         policy, prompts, samples=2, max_new_tokens=args.new, eos_ids=[-1], delta=2.0))
     rows = [{"prompt_ids": prompts[i // 2], "token_ids": t, "response_ids": t, "depths": d, "task": float(i % 2),
-             "logp_exit": a, "logp_token": b} for i, (t, d, a, b) in enumerate(zip(
-                 got.tokens.tolist(), got.depths.tolist(), got.logp_exit.tolist(), got.logp_token.tolist(), strict=True))]
+             "logp_exit": a, "logp_token": b}
+            for i, (t, d, a, b) in enumerate(zip(
+                *(x.tolist() for x in (got.tokens, got.depths, got.logp_exit, got.logp_token)), strict=True))]
     timed("stage 1, gradient of 4 rows", lambda: distill.train_step(policy, rows, 0, settings))
     print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5):.3g}")
     teachers, _ = timed("stage 2, score 4 rows", lambda: rloo.score_rows(policy, rows, settings))

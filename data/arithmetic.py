@@ -65,7 +65,7 @@ def make(rng: random.Random, split: str) -> dict:
     things = rng.choice(OBJECTS)
     sentences = [f"{name} has {program['start']} {things}."]
     lines, value = [], program["start"]
-    for (op, n), result in zip(program["ops"], program["values"]):
+    for (op, n), result in zip(program["ops"], program["values"], strict=True):
         sentences.append(rng.choice(PHRASES[op]).format(name=name, other=other, n=n, things=things))
         lines.append(f"{value}{op}{n}={result}")
         value = result

@@ -1,9 +1,9 @@
 """Trains the embedded model `data/tiny` from scratch on our own generators: tokenizer, weights, config.
 
-It minimises next-token cross-entropy over the response (and, more lightly, the prompt) of arithmetic problems and
-Sally-Anne stories, 65% with the gold chain of thought and 35% answered at once after an empty think block. Problems
-are drawn afresh for every chunk of steps from a seed that is the chunk's number, so a resumed run sees what an
-unbroken one would have seen. Left out: packing (rows of like length are batched instead), dropout, weight averaging.
+It minimises the cross-entropy of the response's tokens to arithmetic problems and Sally-Anne stories, 70% of them with
+the gold chain of thought and 30% answered at once after an empty think block. Problems are drawn afresh for every
+chunk of steps, from a seed that is the chunk's number, so a resumed run sees what an unbroken one would have seen.
+Left out: packing (rows of like length are batched instead), dropout, weight averaging, a curriculum.
 
     python -m data.make_tiny --out runs/tiny        # one CPU thread: about 75 minutes, 1.5 GB; run again to resume
 """
@@ -15,23 +15,25 @@ import random
 import time
 from pathlib import Path
 
-import jinja2
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
 from tqdm import tqdm
 
-from data import arithmetic, stories
-from model import Cache, Config, Transformer
+from data import arithmetic, stories, tasks
+from data.text import Tokenizer
+from exits import Policy, generate
+from model import Config, Transformer
 
 FAMILIES = {"arithmetic": arithmetic, "stories": stories}
-MAX_VOCAB = 512
 THINKING = 0.7  # share of problems answered with a chain of thought
+MODES = [("think", True, 0.0), ("think_t1", True, 1.0), ("direct", False, 0.0), ("direct_t1", False, 1.0)]
 CHUNK = 16  # batches drawn together, so that rows of like length can share a batch
 CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 476, "hidden_size": 128,
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 128,
     "intermediate_size": 320, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 32, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_bias": False,
     "tie_word_embeddings": True, "max_position_embeddings": 2048, "torch_dtype": "float32",
@@ -48,40 +50,43 @@ TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{% endif %}"
 )
-PROMPT = jinja2.Template(TEMPLATE)
 
 
-def render(question: str, thinking: bool) -> str:
-    messages = [{"role": "user", "content": question}]
-    return PROMPT.render(messages=messages, add_generation_prompt=True, enable_thinking=thinking)
-
-
-def response(problem: dict, thinking: bool) -> str:
-    thought = f"<think>\n{problem['cot']}\n</think>\n\n" if thinking else ""
-    return f"{thought}{problem['answer_line']}<|im_end|>"
-
-
-def train_tokenizer() -> Tokenizer:
-    """Byte-level BPE over generator text: all 256 bytes, then the commonest words."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=MAX_VOCAB - 2, special_tokens=special, show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+def make_tokenizer(folder: Path) -> Tokenizer:
+    """Byte-level BPE over generator text: all 256 bytes, and every word of the generators as one token."""
+    bpe = HFTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
     problems = [p for family in FAMILIES.values() for p in family.problems("train", 2000)]
-    tokenizer.train_from_iterator(
-        [text for p in problems for text in (f"user\n{p['question']}", f"assistant\n{p['cot']}\n\n{p['answer_line']}")],
-        trainer)
-    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
-    return tokenizer
+    bpe.train_from_iterator([text for p in problems for text in (
+        f"user\n{p['question']}", f"assistant\n{p['cot']}\n", f"\n\n{p['answer_line']}")], trainer)
+    bpe.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "model_max_length": CONFIG["max_position_embeddings"], "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>", "bos_token": None, "unk_token": None, "chat_template": TEMPLATE})
+    write_json(folder / "config.json", CONFIG | {"vocab_size": bpe.get_vocab_size()})
+    write_json(folder / "generation_config.json",
+               {"eos_token_id": 2, "pad_token_id": 0, "do_sample": True, "temperature": 1.0})
+    return Tokenizer.from_pretrained(str(folder))
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def encode(tokenizer: Tokenizer, problem: dict, thinking: bool) -> tuple[list[int], int]:
     """Token ids of prompt and response, and the prompt's length."""
-    prompt = tokenizer.encode(render(problem["question"], thinking)).ids
-    return prompt + tokenizer.encode(response(problem, thinking)).ids, len(prompt)
+    prompt = tokenizer.prompt_ids([{"role": "user", "content": problem["question"]}], thinking)
+    thought = f"<think>\n{problem['cot']}\n</think>\n\n" if thinking else ""
+    return prompt + tokenizer.encode(f"{thought}{problem['answer_line']}<|im_end|>"), len(prompt)
 
 
 def draw_chunk(tokenizer: Tokenizer, seed: int, args) -> list[list[tuple[list[int], int]]]:
@@ -155,66 +160,31 @@ def load_state(path: Path, model: Transformer, optimizers: list) -> int:
         return int(file.metadata()["step"])
 
 
-def export(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
-    """The checkpoint in Hugging Face layout; the tied head is left out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if name != "lm_head.weight"}
-    save_file(weights, folder / "model.safetensors.part", {"format": "pt"})
-    (folder / "model.safetensors.part").replace(folder / "model.safetensors")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None, "unk_token": None}
-    for name, value in {
-        "config": CONFIG,
-        "generation_config": {"eos_token_id": 2, "pad_token_id": 0, "do_sample": True, "temperature": 1.0},
-        "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                             "model_max_length": CONFIG["max_position_embeddings"], **special,
-                             "chat_template": TEMPLATE},
-    }.items():
-        (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
+def save_weights(folder: Path, model: Transformer) -> None:
+    """In Hugging Face layout: float32, the tied head left out."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if name != "lm_head.weight"}
+    save_file(weights, folder / "model.part", {"format": "pt"})
+    (folder / "model.part").replace(folder / "model.safetensors")
 
 
-@torch.no_grad()
-def respond(model: Transformer, prompts: list[list[int]], temperature: float, limit: int = 120) -> list[list[int]]:
-    lengths = torch.tensor([len(p) for p in prompts])
-    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-    for b, prompt in enumerate(prompts):
-        ids[b, : len(prompt)] = torch.tensor(prompt)
-    cache = Cache(model.config, len(prompts), ids.shape[1] + limit, model.lm_head.weight)
-    h = model.stream(ids, cache=cache)[torch.arange(len(prompts)), lengths - 1]
-    cache.fill(lengths.clone(), int(max(lengths)))
-    out = []
-    for _ in range(limit):
-        logits = model.unembed(h)
-        token = (logits / temperature).softmax(-1).multinomial(1)[:, 0] if temperature else logits.argmax(-1)
-        out.append(token)
-        if all((torch.stack(out) == CONFIG["eos_token_id"]).any(0)):
-            break
-        h = model.stream(token[:, None], cache=cache)[:, 0]
-        cache.fill(cache.length + 1, cache.longest + 1)
-    return torch.stack(out, 1).tolist()
-
-
-def accuracy(model, tokenizer, problems: list[dict], thinking: bool, temperature: float = 0.0) -> list[bool]:
-    """Which problems are answered exactly: the whole text after the think block, and nothing behind it."""
-    prompts = [tokenizer.encode(render(p["question"], thinking)).ids for p in problems]
-    right = []
-    for problem, ids in zip(problems, respond(model, prompts, temperature)):
-        text = tokenizer.decode(ids, skip_special_tokens=False).split("<|im_end|>")[0]
-        right.append(text.split("</think>")[-1].strip() == problem["answer_line"])
-    return right
-
-
-def evaluate(model, tokenizer, n: int) -> dict:
-    scores = {}
+def evaluate(folder: Path, tokenizer: Tokenizer, n: int) -> dict:
+    """Held-out accuracy of the saved checkpoint: per family and mode, and per kind of problem when it thinks."""
+    policy, scores = Policy(Transformer.from_pretrained(folder), exits=[1]), {}
     for family, module in FAMILIES.items():
-        problems = module.problems("test", n)
-        for mode, thinking, temperature in (("think", True, 0.0), ("think_t1", True, 1.0), ("direct", False, 0.0)):
-            right = accuracy(model, tokenizer, problems, thinking, temperature)
+        problems = tasks.load(family, "test", n=n)
+        for mode, thinking, temperature in MODES:
+            prompts = [tokenizer.prompt_ids(p.messages, thinking) for p in problems]
+            out = generate(policy, prompts, max_new_tokens=120, eos_ids=tokenizer.eos_ids, temperature=temperature,
+                           depths=policy.n_layers)
+            texts = [tokenizer.decode(ids[: length - 1]) for ids, length in zip(out.tokens.tolist(), out.lengths, strict=True)]
+            right = [problem.grade(text, bool(finished)).strict
+                     for problem, text, finished in zip(problems, texts, out.finished, strict=True)]
             scores[f"{family}_{mode}"] = sum(right) / n
             if mode == "think":
-                for kind in sorted({p["kind"] for p in problems}):
-                    of_kind = [r for r, p in zip(right, problems) if p["kind"] == kind]
-                    scores[f"{family}_{mode}_{kind.replace(' ', '_')}"] = round(sum(of_kind) / len(of_kind), 3)
+                kinds = [p["kind"] for p in module.problems("test", n)]
+                for kind in sorted(set(kinds)):
+                    hits = [r for r, k in zip(right, kinds, strict=True) if k == kind]
+                    scores[f"{family}_{kind.replace(' ', '_')}"] = sum(hits) / len(hits)
     return scores
 
 
@@ -234,9 +204,8 @@ def main() -> None:
     # Model, optimizers, and where the last run stopped
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    tokenizer = train_tokenizer()
-    assert tokenizer.get_vocab_size() == CONFIG["vocab_size"], "the generators' words have changed"
-    model = Transformer(Config.from_dict(CONFIG))
+    tokenizer = make_tokenizer(args.export)
+    model = Transformer(Config.from_dict(json.loads((args.export / "config.json").read_text())))
     initialise(model)
     optimizers = make_optimizers(model)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -269,9 +238,9 @@ def main() -> None:
 
         if step % args.save_every == 0 or step >= args.steps:
             save_state(state, model, optimizers, step)
-            export(args.export, model, tokenizer)
+            save_weights(args.export, model)
             row = {"step": step, "loss": sum(losses) / len(losses), "tokens_per_s": tokens / (time.time() - clock)}
-            row |= evaluate(Transformer.from_pretrained(args.export), tokenizer, args.eval_problems)
+            row |= evaluate(args.export, tokenizer, args.eval_problems)
             with open(args.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             bar.write(json.dumps(row))

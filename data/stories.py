@@ -135,7 +135,7 @@ def tell(rng: random.Random, program: dict, people: list[str], containers: list[
     events += [(at, "like", p, c) for at, p, c in program["noise"]]
     order = rng.sample(people, 3)
     sentences = [f"{order[0]}, {order[1]} and {order[2]} are in the {rng.choice(ROOMS)}."]
-    for at, verb, p, c in sorted(events, key=lambda event: event[0]):
+    for _, verb, p, c in sorted(events, key=lambda event: event[0]):
         if verb == "move" and p < 0:
             sentences.append(f"The {thing} is in the {containers[c]}.")
         elif verb == "move":
@@ -160,7 +160,7 @@ def think(program: dict, people: list[str], containers: list[str]) -> str:
         if verb != "move":
             lines.append(f"{people[person]} {verb}s" + ("" if belief else f": {containers[value]}"))
         elif belief:
-            who = "".join(f", {name} {'here' if here else 'away'}" for name, here in zip(asked, present))
+            who = "".join(f", {name} {'here' if here else 'away'}" for name, here in zip(asked, present, strict=True))
             lines.append(f"{containers[place]}{who}: {containers[value]}")
         else:
             lines.append(containers[place])

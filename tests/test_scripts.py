@@ -21,7 +21,8 @@ import runs
 from tests.toys import toy_model
 
 ROOT = Path(__file__).parent.parent
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "<|im_start|>assistant\n"
             "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}")
 
 
@@ -46,8 +47,8 @@ def toy_checkpoint(folder, layers=4):
 
 
 def run(*command, cwd, ok=True, **env):
-    done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=cwd, capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=cwd,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
 
@@ -68,7 +69,8 @@ def trained(tmp_path_factory):
 
 def test_literal_command_on_a_hub_model_offline(tmp_path):
     """`python distill.py --model Qwen/Qwen3-4B` with nothing else must find model and GSM8K in the hub's cache."""
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
+    import pyarrow
     import pyarrow.parquet
     hub = tmp_path / "home" / "hub"
     for kind, sha in (("models--Qwen--Qwen3-4B", "a" * 40), ("datasets--openai--gsm8k", "b" * 40)):
@@ -154,7 +156,8 @@ def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path, script):
         flags = ("--init", init, *RL[2:], "--steps", 6, "--save-every", 2)
     run(script, *flags, "--out", "whole", cwd=tmp_path)
     process = subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags), "--out", "broken"], cwd=tmp_path,
-                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (tmp_path / "broken" / "step-000002").exists():
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
@@ -164,10 +167,12 @@ def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path, script):
     (tmp_path / "broken" / ".partial-000004").mkdir()  # as a kill in the middle of a save leaves it
     run(script, "--resume", "broken", cwd=tmp_path)
     for name in ("adapter_model", "exit_heads", "optimizer"):
-        whole, broken = (load_file(tmp_path / side / "step-000006" / f"{name}.safetensors") for side in ("whole", "broken"))
+        whole, broken = (load_file(tmp_path / side / "step-000006" / f"{name}.safetensors")
+                         for side in ("whole", "broken"))
         assert whole.keys() == broken.keys() and all(torch.equal(whole[k], broken[k]) for k in whole)
     losses = [[{k: v for k, v in json.loads(line).items() if "seconds" not in k}
-               for line in (tmp_path / side / "metrics.jsonl").read_text().splitlines()] for side in ("whole", "broken")]
+               for line in (tmp_path / side / "metrics.jsonl").read_text().splitlines()]
+              for side in ("whole", "broken")]
     assert losses[0] == losses[1]
 
 
@@ -185,7 +190,7 @@ BAD = {
     "no stage-1 run": (("rloo.py",), "python distill.py"),
     "k of one": (("rloo.py", "--k", 1), "--k 1"),
     "absent model": (("distill.py", "--model", "./nothing"), "nothing"),
-    "stride out of range": (("distill.py", "--model", "toy", "--task", "arithmetic", "--exit-every", 9), "--exit-every 9"),
+    "stride out of range": (("distill.py", "--model", "toy", "--task", "stories", "--exit-every", 9), "--exit-every 9"),
     "prompt beyond the context": (("distill.py", "--model", "toy", "--task", "arithmetic", "--max-new-tokens", 4090),
                                   "--max-new-tokens"),
     "no steps": (("distill.py", "--model", "toy", "--steps", 0), "--steps 0"),
@@ -218,6 +223,7 @@ def test_bad_input_ends_in_one_line(case, tmp_path, monkeypatch, capsys):
 
 def test_offline_without_the_model_is_one_line(tmp_path):
     """HF_HUB_OFFLINE with an empty cache: a short message that says so, no traceback, no wait for the network."""
-    done = run("distill.py", "--model", "Qwen/Qwen3-4B", cwd=tmp_path, ok=False, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    done = run("distill.py", "--model", "Qwen/Qwen3-4B", cwd=tmp_path, ok=False, HF_HUB_OFFLINE="1",
+               HF_HOME=str(tmp_path))
     assert done.returncode == 2 and "HF_HUB_OFFLINE" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
