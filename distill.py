@@ -27,12 +27,12 @@ from exits import (
     NEVER,
     Policy,
     adapters_off,
-    collate,
     draw,
     exit_depths,
     generate,
     in_chunks,
     kl,
+    micro_batches,
     score,
     stick_breaking,
     teacher_pass,
@@ -95,10 +95,7 @@ def learned_exits(policy: Policy, rows: list[dict], kappa: float, seed: int, mic
     """Exits that the student draws in a parallel pass on given responses, against the mean of q on those positions."""
     E = len(policy.exits)
     drawn, target, count = torch.zeros(E + 1), torch.zeros(E + 1), 0
-    for i in range(0, len(rows), micro_batch):
-        part = rows[i : i + micro_batch]
-        batch = collate([r["prompt_ids"] for r in part], [r["response_ids"] for r in part],
-                        n_layers=policy.n_layers, device=policy.device)
+    for i, _, batch in micro_batches(policy, rows, micro_batch):
         row, position = (index.cpu().numpy() for index in batch.where)
         u = torch.full((*batch.ids.shape, E), NEVER, dtype=torch.double, device=policy.device)
         u[batch.where] = uniforms((seed, HELD_OUT), row + i, position, E, policy.device)
@@ -137,7 +134,7 @@ def teacher_responses(run, policy: Policy, tokenizer, args) -> dict[str, list[di
                                eos_ids=tokenizer.eos_ids, depths=policy.n_layers, batch_size=args.rows, progress=bar,
                                seed=(args.seed, RESPONSES, split == "test"), first_row=i)
                 fresh = [{"split": split, "id": problems[i + j].id, "prompt_ids": prompts[i + j],
-                          "response_ids": got.tokens[j, : got.lengths[j]].tolist(), "finished": bool(got.finished[j])}
+                          "token_ids": got.tokens[j, : got.lengths[j]].tolist(), "finished": bool(got.finished[j])}
                          for j in range(len(got.lengths))]
                 run.log("teacher.jsonl", fresh)
                 rows += fresh
@@ -146,13 +143,10 @@ def teacher_responses(run, policy: Policy, tokenizer, args) -> dict[str, list[di
 
 def train_step(policy: Policy, rows: list[dict], step: int, args) -> dict:
     """Accumulates the gradient of eq. (5) over a step's sequences and returns what is logged."""
-    count = sum(len(row["response_ids"]) for row in rows)
+    count = sum(len(row["token_ids"]) for row in rows)
     E, total = len(policy.exits), dict.fromkeys(("token_kl", "exit_cross_entropy"), 0.0)
     q_sum, student, wanted, reached = (torch.zeros(n, device=policy.device) for n in (E + 1, E, E, E))
-    for i in range(0, len(rows), args.micro_batch):
-        part = rows[i : i + args.micro_batch]
-        batch = collate([r["prompt_ids"] for r in part], [r["response_ids"] for r in part],
-                        n_layers=policy.n_layers, device=policy.device)
+    for i, _, batch in micro_batches(policy, rows, args.micro_batch):
         teacher_h, lens_h = teacher_pass(policy, batch)
         kl_e = lens_kl(policy.model, teacher_h, lens_h)
         log_q = log_target(kl_e, args.kl_factor)

@@ -47,7 +47,8 @@ def measure(rows: list[dict], outcomes: list[int]) -> dict:
             "accuracy_flexible": sum(row["flexible"] for row in rows) / n,
             "exit_rate": sum(d < L for d in depths) / len(depths),
             "layer_savings": 1 - compute, "average_compute": compute,
-            "total_compute": sum(depths) / L / n, "length": len(depths) / n, "finished": sum(row["finished"] for row in rows) / n,
+            "total_compute": sum(depths) / L / n, "length": len(depths) / n,
+            "finished": sum(row["finished"] for row in rows) / n,
             "exit_histogram": {str(d): depths.count(d) / len(depths) for d in outcomes}}
 
 

@@ -284,6 +284,19 @@ def collate(prompts, responses, depths=None, *, n_layers: int, device="cpu") -> 
     return Batch(ids.to(device), depth.to(device), where.to(device).nonzero(as_tuple=True), tokens.to(device))
 
 
+def micro_batches(policy: Policy, rows: list[dict], size: int):
+    """(number of the first row, rows, Batch) of at most `size` rows at a time, rows of like length together.
+
+    A row holds prompt_ids, token_ids and, once sampled from the policy, depths. The order depends on the rows alone.
+    """
+    rows = sorted(rows, key=lambda row: len(row["prompt_ids"]) + len(row["token_ids"]))
+    for i in range(0, len(rows), size):
+        part = rows[i : i + size]
+        depths = [row["depths"] for row in part] if "depths" in part[0] else None
+        yield i, part, collate([row["prompt_ids"] for row in part], [row["token_ids"] for row in part], depths,
+                               n_layers=policy.n_layers, device=policy.device)
+
+
 def teacher_pass(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The base model at full depth: final stream (N, D) and the E streams (N, D) at the exits, without gradient."""
     with torch.no_grad(), adapters_off(policy):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import runs
 from data import tasks
 from data.hub import UserError
-from exits import Policy, collate, generate, load_policy, score, teacher_pass
+from exits import Policy, generate, load_policy, micro_batches, score, teacher_pass
 
 
 def reward(task, mean_depth, mean_kl, lam: float, beta: float) -> torch.Tensor:
@@ -48,11 +48,6 @@ def per_row(values: torch.Tensor, batch) -> torch.Tensor:
     return values.new_zeros(len(batch.ids)).index_add(0, batch.where[0], values)
 
 
-def collate_rows(policy: Policy, rows: list[dict]):
-    return collate([r["prompt_ids"] for r in rows], [r["token_ids"] for r in rows], [r["depths"] for r in rows],
-                   n_layers=policy.n_layers, device=policy.device)
-
-
 def roll_out(policy: Policy, problems, tokenizer, step: int, args) -> list[dict]:
     """k samples of each problem with stochastic exits at temperature 1, graded: one record a response."""
     prompts = runs.prompt_ids(problems, tokenizer, args.thinking)
@@ -75,9 +70,7 @@ def score_rows(policy: Policy, rows: list[dict], args) -> tuple[list[torch.Tenso
     """Adds each response's depth, KL, reward and advantage to its record. Returns the teacher's streams by
     micro-batch, for the update, and |log-prob at sampling - log-prob here| at every generated token (N,)."""
     teachers, drift = [], []
-    for i in range(0, len(rows), args.micro_batch):
-        part = rows[i : i + args.micro_batch]
-        batch = collate_rows(policy, part)
+    for _, part, batch in micro_batches(policy, rows, args.micro_batch):
         teacher_h, _ = teacher_pass(policy, batch)
         logp_exit, logp_token, token_kl, _ = score(policy, batch, teacher_h)
         for row, total in zip(part, per_row(token_kl, batch).tolist(), strict=True):
@@ -96,9 +89,8 @@ def score_rows(policy: Policy, rows: list[dict], args) -> tuple[list[torch.Tenso
 
 def accumulate_gradient(policy: Policy, rows: list[dict], teachers: list[torch.Tensor], args) -> None:
     """The gradient of rloo_loss over all rows of a step, micro-batch by micro-batch."""
-    for i, teacher_h in zip(range(0, len(rows), args.micro_batch), teachers, strict=True):
-        part = rows[i : i + args.micro_batch]
-        batch = collate_rows(policy, part)
+    parts = micro_batches(policy, rows, args.micro_batch)
+    for (_, part, batch), teacher_h in zip(parts, teachers, strict=True):
         logp_exit, logp_token, token_kl, _ = score(policy, batch, teacher_h)
         lengths = per_row(torch.ones_like(token_kl), batch)
         advantage = torch.tensor([row["advantage"] for row in part], device=policy.device, dtype=token_kl.dtype)

@@ -82,7 +82,7 @@ def main() -> None:
                                   max_new_tokens=args.new)
     got = timed(f"rollout, 4 x {args.new} tokens", lambda: generate(
         policy, prompts, samples=2, max_new_tokens=args.new, eos_ids=[-1], delta=2.0))
-    rows = [{"prompt_ids": prompts[i // 2], "token_ids": t, "response_ids": t, "depths": d, "task": float(i % 2),
+    rows = [{"prompt_ids": prompts[i // 2], "token_ids": t, "depths": d, "task": float(i % 2),
              "logp_exit": a, "logp_token": b}
             for i, (t, d, a, b) in enumerate(zip(
                 *(x.tolist() for x in (got.tokens, got.depths, got.logp_exit, got.logp_token)), strict=True))]

@@ -96,7 +96,7 @@ def test_exit_rate_and_savings_are_equation_6():
 
 def rows():
     prompts, responses, _ = make_batch(toy_policy(1))
-    return [{"prompt_ids": p, "response_ids": r} for p, r in zip(prompts, responses, strict=True)]
+    return [{"prompt_ids": p, "token_ids": r} for p, r in zip(prompts, responses, strict=True)]
 
 
 def test_micro_batches_leave_gradient_and_metrics_unchanged():

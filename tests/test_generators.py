@@ -12,7 +12,7 @@ import pytest
 
 from data import arithmetic, stories
 
-SEED, N = 1, 1200
+SEED, N = 1, 900
 TEST_STARTS = [2, 4, 9, 18, 28, 36, 37, 58, 81, 87, 88, 104, 108, 123, 142, 149, 160, 162, 165, 166, 168, 180, 185, 190]
 
 
@@ -23,7 +23,7 @@ def sums():
 
 @pytest.fixture(scope="module")
 def tales():
-    return {"train": stories.problems("train", N, SEED), "test": stories.problems("test", 150, SEED)}
+    return {"train": stories.problems("train", N, SEED), "test": stories.problems("test", 100, SEED)}
 
 
 def solve_sum(question: str) -> int:
@@ -45,28 +45,27 @@ def solve_sum(question: str) -> int:
 
 def solve_tale(question: str) -> str:
     """Simulates everybody's first- and second-order beliefs as dictionaries, sentence by sentence."""
-    *sentences, query = re.findall(r"[^.?]+", question)
-    people = re.findall(r"\w+", sentences[0].split(" are ")[0].replace(" and ", ", "))
-    present, place, left_at = set(people), None, {}
-    first, second = {}, {}
-    for sentence in sentences[1:]:
-        words = sentence.split()
+    *sentences, query = [s.split() for s in re.findall(r"[^.?]+", question)]
+    present, left_at = {name.strip(",") for name in sentences[0][:4]} - {"and"}, {}
+    beliefs = {}  # () -> the real place, (p,) -> where p thinks, (p, q) -> where p thinks that q thinks
+    for words in sentences[1:]:
         if words[1] == "leaves":
-            present.discard(words[0])
-            left_at.setdefault(words[0], place)
+            present.remove(words[0])
+            left_at.setdefault(words[0], beliefs[()])
         elif words[1] == "returns":
+            assert words[0] not in present
             present.add(words[0])
-        elif words[1] == "moves" or words[0] == "The":
-            place = words[-1]
-            if words[1] == "moves":
-                assert words[0] in present, "nobody moves things from outside"
-            for p in present:
-                first[p] = place
-                second |= {(p, q): place for q in present}
-    words = query.split()
-    if words[:2] == ["Where", "does"]:
-        return second[words[2], words[4]] if "thinks" in words else first[words[2]]
-    return place if words[1] == "is" else left_at[words[-3]]
+        elif words[1] != "likes":
+            assert words[0] in present | {"The"}, "nobody moves things from outside"
+            witnesses = [(), *((p,) for p in present), *((p, q) for p in present for q in present if p != q)]
+            for who in witnesses:
+                if words[1] == "swaps":
+                    pair = {words[-4]: words[-1], words[-1]: words[-4]}
+                    beliefs[who] = pair.get(beliefs[who], beliefs[who])
+                else:
+                    beliefs[who] = words[-1]
+    people = [word for word in query if word[0].isupper() and word != "Where"]
+    return left_at[people[0]] if query[1] == "was" else beliefs[tuple(people)]
 
 
 def mentions(question: str) -> list[str]:
@@ -157,14 +156,15 @@ def test_a_corrupted_sum_changes_what_follows(sums):
         assert int(shifted) == int(p["answer"]) + 2**doublings
 
 
-def test_a_corrupted_belief_lasts_until_the_object_is_seen_again(tales):
+def test_a_corrupted_story_line_is_what_a_trusting_reader_would_answer(tales):
+    """A wrong first line is a story that starts elsewhere; a wrong last line is the answer."""
     for p in tales["train"]:
-        program, lines = p["program"], p["cot"].split("\n")
+        program, containers = p["program"], p["program"]["containers"]
         wrong = (program["values"][0] + 1) % 3
-        answer = stories.run(program, {0: wrong})
-        seen_again = any(line[0].islower() and "away" not in line for line in lines[1:])
-        assert answer == (p["answer"] if seen_again else program["containers"][wrong])
-        assert stories.run(program, {len(lines) - 1: wrong}) == program["containers"][wrong]
+        elsewhere = p["question"].replace(f" is in the {p['cot'].split()[1].strip(',:')}.", f" is in the {containers[wrong]}.")
+        assert elsewhere != p["question"]
+        assert stories.run(program, {0: wrong}) == solve_tale(elsewhere)
+        assert stories.run(program, {len(program["values"]) - 1: wrong}) == containers[wrong]
 
 
 def test_kinds_are_balanced(sums, tales):
@@ -176,18 +176,17 @@ def test_kinds_are_balanced(sums, tales):
 
 
 def test_no_shortcut_beats_chance(tales):
-    """First, last and most mentioned container, and the object's last place where that isn't the question.
+    """First, last and most mentioned container, and the real place where that isn't the question.
 
-    Each must hit one time in three, for each kind of question: 15 counts within 4 standard errors, so a right
-    generator fails for one seed in 1,000.
+    Each must hit one time in three, for each kind of question: 15 counts within 4 standard errors, so a
+    right generator fails for one seed in 1,000.
     """
     hits, of_kind = Counter(), Counter()
     for p in tales["train"]:
         named = mentions(p["question"])
-        places = re.findall(r"(?:is in|to) the (\w+)\.", p["question"])
         guesses = {"first": named[0], "last": named[-1], "most": max(named, key=named.count)}
         if p["kind"] != "reality":
-            guesses["last place"] = places[-1]
+            guesses["real place"] = solve_tale(f"{p['question'].rpartition('. ')[0]}. Where is it now?")
         of_kind[p["kind"]] += 1
         hits.update((p["kind"], name) for name, guess in guesses.items() if guess == p["answer"])
     assert len(hits) == 15
