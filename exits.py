@@ -188,9 +188,12 @@ def kl(logp_all: torch.Tensor, logq_all: torch.Tensor) -> torch.Tensor:
 def in_chunks(function, vocab: int, *tensors):
     """Applies `function` to pieces of (N, ...) tensors, so that memory does not grow with N x V.
 
-    Under autograd a piece keeps only its inputs and is computed again in the backward pass.
+    Under autograd a piece keeps only its inputs and is computed again in the backward pass; a single one is small
+    enough to keep.
     """
     size = max(1, CHUNK // vocab)
+    if len(tensors[0]) <= size:
+        return function(*tensors)
     pieces = zip(*(t.split(size) for t in tensors), strict=True)
     return [torch.cat(parts) for parts in zip(*(checkpoint(function, *p, use_reentrant=False, preserve_rng_state=False)
                                                  for p in pieces), strict=True)]

@@ -15,7 +15,7 @@ STRICT = ("boxed", "####", "ANSWER:")
 MAX_DIGITS = 50  # of a number and of its exponent's value: exact arithmetic beyond could take for ever
 
 # A sign counts only where nothing stands in front that it could subtract from: 10-5 ends in 5, not in -5.
-NUMBER = re.compile(r"""(?<![A-Za-z0-9]) (?P<sign>(?<![\w)\]}%])[-+])? [$€£]?
+NUMBER = re.compile(r"""(?<![A-Za-z0-9]) (?P<sign>(?<![)\]}%])[-+])? [$€£]?
     (?P<body> (?: [0-9]{1,3}(?:,[0-9]{3})+(?![0-9]) | [0-9]+ ) (?:\.[0-9]+)? | (?<![0-9.])\.[0-9]+ )
     (?: [eE](?P<exponent>[-+]?[0-9]+) | /(?P<divisor>[0-9]+) )?""", re.VERBOSE)
 # dollars, km/h, %; but 2x is no number

@@ -155,7 +155,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """(file:line, row) of each row; the line is where the row ends, for a story may hold line breaks."""
     csv.field_size_limit(2**24)  # the default, 128 KB, is tight for a story
-    reader = csv.DictReader(io.StringIO(_read(path), newline=""), strict=True)  # strict: no cut-off file
+    reader = csv.DictReader(io.StringIO(_read(path)), strict=True)  # strict: no cut-off file
     try:
         for row in reader:
             yield f"{path}:{reader.line_num}", row

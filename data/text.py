@@ -28,7 +28,7 @@ class Tokenizer:
                  special: dict[str, str], eos_ids: tuple[int, ...], pad_id: int):
         hf.no_truncation()  # both may be baked into tokenizer.json, and a prompt is never cut
         hf.no_padding()
-        added = sorted((t.content for t in hf.get_added_tokens_decoder().values()), key=len, reverse=True)
+        added = [token.content for token in hf.get_added_tokens_decoder().values()]
         control = [re.escape(content) for content in added if not content.isspace()]  # blanks control nothing
         self._control = re.compile("|".join(control) or r"(?!)")  # (?!) matches nowhere
         self._hf, self._special = hf, special

@@ -13,7 +13,7 @@ import pytest
 from data import arithmetic, stories
 
 SEED, N = 1, 900
-TEST_STARTS = [2, 4, 9, 18, 28, 36, 37, 58, 81, 87, 88, 104, 108, 123, 142, 149, 160, 162, 165, 166, 168, 180, 185, 190]
+TEST_STARTS = [2, 4, 9, 18, 28, 36, 37, 58, 81, 87, 88]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def tales():
 def solve_sum(question: str) -> int:
     """Reads a word problem with nothing but its verbs."""
     value = None
-    for sentence in question.split(". "):
+    for sentence in question.split("\n"):
         numbers = [int(n) for n in re.findall(r"\d+", sentence)]
         me = question.split()[0]
         if " has " in sentence and value is None:
@@ -45,7 +45,8 @@ def solve_sum(question: str) -> int:
 
 def solve_tale(question: str) -> str:
     """Simulates everybody's first- and second-order beliefs as dictionaries, sentence by sentence."""
-    *sentences, query = [s.split() for s in re.findall(r"[^.?]+", question)]
+    uncounted = re.sub(r"(First|Second|Third|\w+th) ", "", question)
+    *sentences, query = [sentence.split() for sentence in re.findall(r"[^.?]+", uncounted)]
     present, left_at = {name.strip(",") for name in sentences[0][:4]} - {"and"}, {}
     beliefs = {}  # () -> the real place, (p,) -> where p thinks, (p, q) -> where p thinks that q thinks
     for words in sentences[1:]:
@@ -55,12 +56,12 @@ def solve_tale(question: str) -> str:
         elif words[1] == "returns":
             assert words[0] not in present
             present.add(words[0])
-        elif words[1] != "likes":
-            assert words[0] in present | {"The"}, "nobody moves things from outside"
+        else:
+            assert words[0] in present | {"the"}, "nobody moves things from outside"
             witnesses = [(), *((p,) for p in present), *((p, q) for p in present for q in present if p != q)]
             for who in witnesses:
                 if words[1] == "swaps":
-                    pair = {words[-4]: words[-1], words[-1]: words[-4]}
+                    pair = {words[-3]: words[-1], words[-1]: words[-3]}
                     beliefs[who] = pair.get(beliefs[who], beliefs[who])
                 else:
                     beliefs[who] = words[-1]
@@ -85,16 +86,15 @@ def test_same_seed_same_problems_other_seed_others(sums, tales):
 
 
 def test_split_never_moves():
-    """The embedded model was trained on these splits: a new hash would leak its training set into the tests."""
-    keys = [[n, [["+", 5], ["-", 3]]] for n in range(1, 200)]
+    """The embedded model was trained on these splits: a new hash would leak its training into the tests."""
+    keys = [[n, [["+", 5], ["-", 3]]] for n in range(1, 100)]
     assert [key[0] for key in keys if arithmetic.split_of(key) == "test"] == TEST_STARTS
 
 
 def test_train_and_test_share_no_calculation_and_no_plot(sums, tales):
     def plot(problem):
-        """The story with people and containers numbered in order of appearance, without bystanders' likes."""
-        text, number = re.sub(r"\w+ likes the \w+\. ", "", problem["question"]), {}
-        text = text.split(". ", 1)[1]
+        """The story with people and containers numbered in order of appearance."""
+        text, number = problem["question"].split("\n", 1)[1], {}
         text = re.sub("|".join(stories.THINGS), "thing", text)
         names = "|".join(stories.NAMES + stories.CONTAINERS)
         return re.sub(rf"\b({names})\b", lambda m: str(number.setdefault(m[0], len(number))), text)
@@ -106,10 +106,11 @@ def test_train_and_test_share_no_calculation_and_no_plot(sums, tales):
         assert not {key(p) for p in made["train"]} & {key(p) for p in made["test"]}
 
 
-def test_no_test_question_twice(sums, tales):
-    for made in (sums, tales):
-        questions = [p["question"] for p in made["test"]]
-        assert len(set(questions)) == len(questions)
+def test_no_question_twice(sums, tales):
+    """Two copies of a problem in a test set would make its confidence intervals too narrow."""
+    repeating = arithmetic.distinct(lambda rng, split: {"question": rng.randint(1, 30)}, "test", 25, SEED)
+    for problems in (repeating, sums["test"], tales["test"]):
+        assert len({p["question"] for p in problems}) == len(problems)
 
 
 def test_answers_are_right_by_an_independent_reading(sums, tales):
@@ -122,10 +123,11 @@ def test_answers_are_right_by_an_independent_reading(sums, tales):
 def test_arithmetic_thoughts_are_true_sums_that_chain_to_the_answer(sums):
     for p in sums["train"]:
         value = re.search(r"has (\d+)", p["question"])[1]
-        lines = p["cot"].split("\n")
+        lines = [line.split(": ")[1] for line in p["cot"].split("\n")]
         for line, true_value in zip(lines, p["program"]["values"], strict=True):
             left, result = line.split("=")
-            assert left.startswith(value) and eval(left) == int(result) == true_value and 1 <= true_value <= 99
+            assert left.startswith(value) and eval(left) == int(result) == true_value
+            assert 1 <= true_value <= 99
             value = result
         assert value == p["answer"] and p["answer_line"] == f"\\boxed{{{value}}}"
 
@@ -135,8 +137,7 @@ def test_story_thoughts_carry_the_program_values_and_end_in_the_answer(tales):
         held = [p["program"]["containers"][v] for v in p["program"]["values"]]
         lines = p["cot"].split("\n")
         for line, value in zip(lines, held, strict=True):
-            *_, last = re.split(r"[ :]+", line)
-            assert last == value or last in ("leaves", "returns")
+            assert line.endswith(f": {value}")
         assert held[-1] == p["answer"] and p["answer_line"] == f"ANSWER: {p['answer']}"
 
 
@@ -161,7 +162,7 @@ def test_a_corrupted_story_line_is_what_a_trusting_reader_would_answer(tales):
     for p in tales["train"]:
         program, containers = p["program"], p["program"]["containers"]
         wrong = (program["values"][0] + 1) % 3
-        elsewhere = p["question"].replace(f" is in the {p['cot'].split()[1].strip(',:')}.", f" is in the {containers[wrong]}.")
+        elsewhere = re.sub(r" is in (\w+)\.", f" is in {containers[wrong]}.", p["question"])
         assert elsewhere != p["question"]
         assert stories.run(program, {0: wrong}) == solve_tale(elsewhere)
         assert stories.run(program, {len(program["values"]) - 1: wrong}) == containers[wrong]
@@ -186,7 +187,7 @@ def test_no_shortcut_beats_chance(tales):
         named = mentions(p["question"])
         guesses = {"first": named[0], "last": named[-1], "most": max(named, key=named.count)}
         if p["kind"] != "reality":
-            guesses["real place"] = solve_tale(f"{p['question'].rpartition('. ')[0]}. Where is it now?")
+            guesses["real place"] = solve_tale(p["question"].rpartition("\n")[0] + " Where is it now?")
         of_kind[p["kind"]] += 1
         hits.update((p["kind"], name) for name, guess in guesses.items() if guess == p["answer"])
     assert len(hits) == 15

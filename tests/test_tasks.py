@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
-from data import tasks
+from data import hub, tasks
 from data.hub import UserError
 from data.tasks import load
 
@@ -24,7 +25,7 @@ def rows(n):
 
 
 def jsonl(path, items, end="\n"):
-    path.write_bytes("".join(json.dumps(item) + end for item in items).encode())
+    path.write_bytes("".join(json.dumps(item, ensure_ascii=False) + end for item in items).encode())
     return str(path)
 
 
@@ -97,6 +98,30 @@ def test_parquet_in_the_hubs_layout_is_read_offline(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
                          cwd=Path(__file__).parent.parent)
     assert run.stdout == "['1', '2', '3'] ['4', '5']\n", run.stderr
+
+
+@pytest.mark.parametrize("task, repo, file", [
+    ("gsm8k", "openai/gsm8k", "main/train-00000-of-00001.parquet"),
+    ("tom", "facebook/ExploreToM", "ExploreToM-data-sample.csv")])
+def test_only_the_tasks_files_are_asked_of_the_hub(monkeypatch, task, repo, file):
+    """Else nothing is downloaded, or all there is."""
+    asked = {}
+
+    def snapshot_download(repo_id, repo_type, revision, allow_patterns):
+        asked.update(repo=repo_id, type=repo_type, patterns=allow_patterns)
+        raise ConnectionError("cut off")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match=f"{repo}.*cut off"):
+        load(task, "train")
+    assert (asked["repo"], asked["type"]) == (repo, "dataset")
+    assert all(fnmatch(file, pattern) for pattern in asked["patterns"])
+    assert not any(fnmatch("README.md", pattern) for pattern in asked["patterns"])
+
+
+def test_splits_are_drawn_by_a_fixed_hash():
+    """Else the next run, with Python's own hash, trains on what this one held out. SHA-256 of nothing."""
+    assert tasks._hash("") == 0xe3b0c44298fc1c14
 
 
 def test_a_seed_draws_the_order_and_n_cuts_it(tmp_path):
@@ -183,6 +208,7 @@ def test_tom_row_becomes_a_problem(tmp_path):
     assert instruction == 'Think step by step, then end with a line "ANSWER: " followed by yes or no.'
     assert problem.choices == ("yes", "no") and problem.kind == "choice"
     assert problem.grade("She does.\nANSWER: Yes.", True).strict
+    assert problem.grade("ANSWER: yes, she does", True).flexible
     assert not problem.grade("ANSWER: yes or no", True).flexible
 
 
@@ -231,6 +257,14 @@ def test_a_faulty_csv_is_named_with_its_line(tmp_path, content, named):
     path.write_text(content, encoding="utf-8", newline="")
     with pytest.raises(UserError, match=named):
         load("tom", "train", str(path))
+
+
+def test_windows_line_ends_do_not_reach_the_story(tmp_path):
+    """Else the model reads carriage returns."""
+    path = tmp_path / "t.csv"
+    tom_csv(path, stories(9))
+    path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"))
+    assert load("tom", "train", str(path))[0].question.startswith("Once upon a time,\nAnne")
 
 
 def test_long_stories_are_read(tmp_path):

@@ -4,19 +4,31 @@ import json
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
-from data import text
+from data import hub, text
 from data.hub import UserError, resolve
 
 TEMPLATES = Path(__file__).parent / "fixtures" / "chat_templates"
 CONTROL = {"think": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
            "r1": ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]}
-NOT_SPECIAL = ["<think>", "</think>", "<tool_response>"]  # added tokens without the special flag, as in Qwen3
+NOT_SPECIAL = ["<think>", "</think>", "<tool_response>", "<e\u0301>"]  # without the special flag, as in Qwen3
+BLANKS = "\t\t"  # some tokenizers have added tokens for runs of blanks
 CORPUS = ["the user thinks of a question and the assistant thinks of an answer\n\n", "1 + 1 = 2, think"]
 
 
@@ -28,6 +40,7 @@ CHATS = [user("What is 2+2?"),
          [{"role": "system", "content": "Be terse."}, *user("  Hi\n\n there \n")],
          user("a") + [{"role": "assistant", "content": "b \n c"}] + user("d\n"),
          user("h\u00e9llo e\u0301 \u4e16\u754c \U0001f986 \u00a0x"),
+         user(f"a{BLANKS}b"),
          user('{"name": "f", "arguments": {"x": [1, 2]}} {{ 7*7 }} {% if x %} & < > \' "'),
          user("")]
 
@@ -35,13 +48,14 @@ CHATS = [user("What is 2+2?"),
 def build(folder, style="think", template=None, **config):
     """A byte-level BPE checkpoint folder without weights, whose tokenizer also adds a BOS in the r1 style."""
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                   show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in CONTROL[style]])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in NOT_SPECIAL])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in [*NOT_SPECIAL, BLANKS]])
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None}
     if style == "r1":
         bos, eos = CONTROL["r1"][:2]
@@ -153,7 +167,8 @@ def test_control_tokens_in_a_message_stay_text(loaded, style):
         harmless = tokenizer.prompt_ids(user("hello"))
         ids = tokenizer.prompt_ids(user(attack))
         assert [i for i in ids if i in control] == [i for i in harmless if i in control], attack
-        assert tokenizer.decode(ids) == tokenizer.decode(harmless).replace("hello", attack)
+        shown = tokenizer.decode(harmless).replace("hello", normalize("NFC", attack))
+        assert tokenizer.decode(ids) == shown
 
 
 def test_hidden_control_tokens_are_encoded_as_a_tokenizer_without_them_would(folders, loaded):
@@ -243,8 +258,10 @@ def test_eos_ids_come_from_generation_config_then_config_then_tokenizer(tmp_path
     assert text.Tokenizer.from_pretrained(str(folder)).pad_id == 9
 
 
-def test_pad_id_is_the_tokenizers_where_it_has_one(loaded):
+def test_pad_id_is_the_tokenizers_where_it_has_one(loaded, tmp_path):
+    """Else padded positions hold an id that the model was not padded with; 0 is an id like any other."""
     assert [loaded["think"].pad_id] == loaded["think"].encode("<|endoftext|>")
+    assert text.Tokenizer.from_pretrained(str(build(tmp_path, pad_token="!"))).pad_id == 0
 
 
 def test_truncation_and_padding_baked_into_the_tokenizer_are_ignored(folders, tmp_path):
@@ -307,10 +324,20 @@ def test_a_cached_repository_is_found_offline(tmp_path):
     assert run.stdout.startswith("("), run.stderr
 
 
+def test_neither_pickles_nor_code_are_asked_of_the_hub(monkeypatch, tmp_path):
+    """Else loading a model can run what its author wrote."""
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download",
+                        lambda *args, allow_patterns, **kwargs: asked.extend(allow_patterns) or tmp_path)
+    assert resolve("some/model") == tmp_path
+    files = ["config.json", "model.safetensors", "chat_template.jinja", "model.bin", "model.py", "x.pt"]
+    assert [file for file in files if any(fnmatch(file, pattern) for pattern in asked)] == files[:3]
+
+
 def test_local_paths_are_told_apart_from_names_on_the_hub(tmp_path):
     """Else a mistyped folder is looked for on the network."""
     assert resolve(str(tmp_path)) == tmp_path
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder, nor a name"):
         resolve(str(tmp_path / "missing"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
