@@ -343,11 +343,13 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
         if not 0 < len(prompt) <= context - max_new_tokens:
             raise UserError(f"prompt {i} has {len(prompt)} tokens: it must have one at least, and leave room for "
                             f"--max-new-tokens {max_new_tokens} in a context of {context}; shorten either")
-    if max_new_tokens < 1 or samples < 1:
-        raise UserError("--max-new-tokens and the number of samples must be at least 1")
+    if max_new_tokens < 1 or samples < 1 or not prompts:
+        raise UserError("at least 1 prompt, 1 sample and 1 new token are needed")
     every = torch.arange(len(prompts) * samples)
     if depths is not None:
         depths = torch.as_tensor(depths).expand(len(every), max_new_tokens)
+        if not torch.isin(depths, policy.outcomes.cpu()).all():
+            raise UserError(f"prescribed depths must be among {policy.outcomes.tolist()}")
     stride = max(1, batch_size // samples)
     parts = []
     for i in range(0, len(prompts), stride):
