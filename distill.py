@@ -174,7 +174,7 @@ def main() -> None:
     p.add_argument("--kl-factor", type=float, default=1.0, help="kappa of (4): larger exits later (default: 1.0)")
     p.add_argument("--exit-every", type=int, help="layers between exits (default: 5, or 2 in models under 20 layers)")
     p.add_argument("--rank", type=int, help="of the LoRA adapters, 8 / 16; alpha is twice the rank")
-    p.add_argument("--steps", type=int, help="150 / 200")
+    p.add_argument("--steps", type=int, help="120 / 200")
     p.add_argument("--batch-size", type=int, help="sequences in a step, 32 / 8")
     p.add_argument("--draws", type=int, default=1, help="depth samples of each sequence in its step (default: 1)")
     p.add_argument("--lr", type=float, help="peak learning rate (default: 0.25 / hidden size, for a logit sums "
@@ -187,7 +187,7 @@ def main() -> None:
     args = p.parse_args()
     run = runs.Run.resume(args.resume, "distill") if args.resume else None
     args = run.args if run else runs.settle(
-        args, steps=(150, 200), batch_size=(32, 8), rank=(8, 16), responses=(512, 256))
+        args, steps=(120, 200), batch_size=(32, 8), rank=(8, 16), responses=(512, 256))
     if args.kl_factor <= 0:
         raise UserError(f"--kl-factor {args.kl_factor}: must be above 0")
 

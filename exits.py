@@ -348,7 +348,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     every = torch.arange(len(prompts) * samples)
     if depths is not None:
         depths = torch.as_tensor(depths).expand(len(every), max_new_tokens)
-        if not torch.isin(depths, policy.outcomes.cpu()).all():
+        if not torch.isin(depths[depths != 0], policy.outcomes.cpu()).all():  # recorded depths are padded with 0
             raise UserError(f"prescribed depths must be among {policy.outcomes.tolist()}")
     stride = max(1, batch_size // samples)
     parts = []

@@ -136,7 +136,7 @@ def main() -> None:
     p.add_argument("--lam", type=float, default=0.1, help="lambda of (1), the price of depth (default: 0.1)")
     p.add_argument("--beta", type=float, default=0.02, help="weight of the mean token KL to the base (default: 0.02)")
     p.add_argument("--k", type=int, default=8, help="samples per prompt (default: 8)")
-    p.add_argument("--batch-size", type=int, help="prompts in a step, 16 / 4")
+    p.add_argument("--batch-size", type=int, help="prompts in a step, 12 / 4")
     p.add_argument("--steps", type=int, help="150 / 400")
     p.add_argument("--lr", type=float, help="learning rate (default: 0.1 / hidden size)")
     p.add_argument("--problems", type=int, help="training problems, 4096 / all")
@@ -152,7 +152,7 @@ def main() -> None:
     else:
         args.init = str(stage_one(args))
         runs.inherit(args, runs.Path(args.init))
-        args = runs.settle(args, steps=(150, 400), batch_size=(16, 4), problems=(4096, None))
+        args = runs.settle(args, steps=(150, 400), batch_size=(12, 4), problems=(4096, None))
 
     model, tokenizer = runs.load_model(args)
     start, optimizer = 0, None

@@ -1,11 +1,16 @@
 """Multi-step arithmetic word problems with a gold chain of thought and the program behind it.
 
-    Anne has 14 apples. Anne buys 5 more. Anne gives away 3. How many apples does Anne have now?
-    14+5=19
-    19-3=16                                                                    -> \\boxed{16}
+    Anne has 14 apples.
+    First Anne buys 5 more.
+    Second Anne loses 3.
+    How many apples does Anne have now?
+
+    First Anne buys 5 more: 14+5=19
+    Second Anne loses 3: 19-3=16                                               -> \\boxed{16}
 
 A problem is decided by its numbers alone (the program), so train and test never share a calculation,
-whatever the names. Every value along the way lies in 1..99.
+whatever the names. Every value along the way lies in 1..99. Each line of the cot first repeats its
+sentence: a small model learns to copy long before it learns to look things up.
 """
 
 import hashlib
@@ -15,10 +20,11 @@ import random
 NAMES = ["Anne", "Ben", "Clara", "David", "Emma", "Jack", "Kate", "Leo"]
 OBJECTS = ["apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps"]
 PHRASES = {
-    "+": ["{name} buys {n} more.", "{name} finds {n} more.", "{other} gives {name} {n}."],
-    "-": ["{name} loses {n}.", "{name} sells {n}.", "{name} gives {other} {n}."],
-    "*": ["{name} doubles the number of {things}."],
+    "+": ["{name} buys {n} more", "{name} finds {n} more", "{other} gives {name} {n}"],
+    "-": ["{name} loses {n}", "{name} sells {n}", "{name} gives {other} {n}"],
+    "*": ["{name} doubles the {things}"],
 }
+ORDINALS = ["First", "Second", "Third", "Fourth", "Fifth", "Sixth"]
 KINDS = [2, 3, 4]  # number of steps
 TEST_SHARE = 10  # one problem in ten is held out
 
@@ -65,12 +71,13 @@ def make(rng: random.Random, split: str) -> dict:
     things = rng.choice(OBJECTS)
     sentences = [f"{name} has {program['start']} {things}."]
     lines, value = [], program["start"]
-    for (op, n), result in zip(program["ops"], program["values"], strict=True):
-        sentences.append(rng.choice(PHRASES[op]).format(name=name, other=other, n=n, things=things))
-        lines.append(f"{value}{op}{n}={result}")
+    for ordinal, (op, n), result in zip(ORDINALS, program["ops"], program["values"], strict=False):
+        event = rng.choice(PHRASES[op]).format(name=name, other=other, n=n, things=things)
+        sentences.append(f"{ordinal} {event}.")
+        lines.append(f"{ordinal} {event}: {value}{op}{n}={result}")
         value = result
     sentences.append(f"How many {things} does {name} have now?")
-    return {"question": " ".join(sentences), "cot": "\n".join(lines), "answer": str(value),
+    return {"question": "\n".join(sentences), "cot": "\n".join(lines), "answer": str(value),
             "answer_line": f"\\boxed{{{value}}}", "program": program, "kind": f"{steps} steps"}
 
 
