@@ -5,7 +5,7 @@ them with the gold chain of thought and 25% answered at once after an empty thin
 afresh for every chunk of steps, seeded by the chunk's number, so a resumed run sees what an unbroken one
 would have seen. Left out: packing (rows of like length share a batch instead), dropout, a curriculum.
 
-    python -m data.make_tiny --out runs/tiny --compile    # one CPU thread: an hour, 2 GB; run again to resume
+    python -m data.make_tiny --out runs/tiny --compile    # one CPU thread: half an hour; run again to resume
 """
 
 import argparse
@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="training state; resumed if it exists")
     parser.add_argument("--export", type=Path, default=Path("data/tiny"), help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=2560)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--story-share", type=float, default=0.55, help="share of stories, the longer texts")
     parser.add_argument("--save-every", type=int, default=256, help="steps between checkpoints")
