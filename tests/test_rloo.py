@@ -37,10 +37,10 @@ def task_reward(tokens):
     return float(tokens[-1] == EOS and len(tokens) == 2)
 
 
-def slow_walk(policy, tokens, depths):
+def slow_walk(policy, tokens, depths, prompt=PROMPT):
     """log pi and the KLs of one response by hand: one sequence, plain products, no code of exits.py's scoring."""
-    ids = PROMPT + tokens[:-1]
-    depth = [3] * (len(PROMPT) - 1) + depths
+    ids = prompt + tokens[:-1]
+    depth = [3] * (len(prompt) - 1) + depths
     model = policy.model
 
     def walk(depth, heads):
@@ -63,7 +63,7 @@ def slow_walk(policy, tokens, depths):
     for adapter in policy.adapters:
         adapter.on = True
     probability, kls = torch.ones(()), []
-    for t, (token, d) in enumerate(zip(tokens, depths, strict=True), start=len(PROMPT) - 1):
+    for t, (token, d) in enumerate(zip(tokens, depths, strict=True), start=len(prompt) - 1):
         exit_p = {1: p[0][t], 2: (1 - p[0][t]) * p[1][t], 3: (1 - p[0][t]) * (1 - p[1][t])}[d]
         probability = probability * exit_p * student[t, token]
         kls.append((student[t] * (student[t] / base[t]).log()).sum())
@@ -144,6 +144,22 @@ def test_micro_batches_leave_the_gradient_unchanged():
     assert grads[0].norm() > 0
     for other in grads[1:]:
         assert torch.allclose(grads[0], other, rtol=1e-4, atol=1e-6 * grads[0].norm().item())
+
+
+def test_accumulated_gradient_is_the_losss():
+    """The update must weigh each response's mean KL and summed log-probability as the loss does."""
+    policy, loss = tiny_policy(), 0.0
+    args = argparse.Namespace(micro_batch=4, lam=LAM, beta=BETA, k=3, max_new_tokens=STEPS)
+    rows = rows_of(policy)
+    teachers, _ = rloo.score_rows(policy, rows, args)
+    rloo.accumulate_gradient(policy, rows, teachers, args)
+    got = torch.cat([p.grad.flatten() for p in policy.trained().values()])
+    for row in rows:
+        probability, mean_kl = slow_walk(policy, row["token_ids"], row["depths"], row["prompt_ids"])
+        assert row["mean_kl"] == pytest.approx(mean_kl.item(), rel=1e-3)
+        loss = loss + (-row["advantage"] * probability.log() + BETA * mean_kl) / (STEPS * len(rows))
+    slow = gradient(policy, loss)
+    assert (got - slow).norm() < 1e-4 * slow.norm()
 
 
 def test_reward_is_equation_1():
