@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import arithmetic, stories, tasks
 from data.text import Tokenizer
-from exits import Policy, generate
+from exits import Policy, generate, write_json
 from model import Config, Transformer
 
 FAMILIES = {"arithmetic": arithmetic, "stories": stories}
@@ -77,10 +77,6 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     write_json(folder / "generation_config.json",
                {"eos_token_id": 2, "pad_token_id": 0, "do_sample": True, "temperature": 1.0})
     return Tokenizer.from_pretrained(str(folder))
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def encode(tokenizer: Tokenizer, problem: dict, thinking: bool) -> tuple[list[int], int]:
