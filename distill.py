@@ -99,7 +99,7 @@ def learned_exits(policy: Policy, rows: list[dict], kappa: float, seed: int, mic
         row, position = (index.cpu().numpy() for index in batch.where)
         u = torch.full((*batch.ids.shape, E), NEVER, dtype=torch.double, device=policy.device)
         u[batch.where] = uniforms((seed, HELD_OUT), row + i, position, E, policy.device)
-        idx = policy.exit_idx(policy(batch.ids, u=u).depths[batch.where])
+        idx = policy.exit_idx(policy(batch.ids, batch.depths, u).depths[batch.where])
         drawn += torch.bincount(idx, minlength=E + 1).cpu()
         target += log_target(lens_kl(policy.model, *teacher_pass(policy, batch)), kappa).exp().sum(0).cpu()
         count += len(idx)

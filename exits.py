@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.hub import UserError, read_json
-from model import Cache, Transformer
+from model import Cache, Transformer, linear
 
 CHUNK = 2**25  # vocabulary-sized tables are built for at most this many (position, token) pairs at a time
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -45,10 +45,11 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scale, self.on = alpha / r, True
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, D_in) -> (n, D_out)
+        y = linear(x, self.weight, self.bias)
         if self.on:
-            y = y + self.scale * F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+            low = linear(x, self.lora_A.to(x.dtype))
+            y = torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scale)
         return y
 
 
@@ -112,29 +113,30 @@ class Policy(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def forward(self, ids, depths=None, u=None, delta: float = 0.0, cache: Cache | None = None) -> Pass:
+    def forward(self, ids, depths=None, u=None, delta: float = 0.0, cache: Cache | None = None, rows=None) -> Pass:
         """The one place where a stream freezes: ids (B, T) -> Pass.
 
-        depths (B, T) prescribes how many layers each position runs (default: all). With uniforms u (B, T, E), the
-        positions whose depth is L draw it instead, exit by exit: p_e = sigmoid(z_e + delta) against u_e.
+        depths (B, T) prescribes how many layers each position runs (default: all); 0 means that nothing stands there
+        (padding, an empty row of the cache). With uniforms u (B, T, E), the positions whose depth is L draw it
+        instead, exit by exit: p_e = sigmoid(z_e + delta) against u_e. `cache` and `rows` as in Transformer.stream.
         """
         L = self.n_layers
         closed = depths is None and u is None
         depth = torch.full_like(ids, L) if depths is None else depths
         streams, exit_logits = [], []
 
-        def gate(layer: int, h: torch.Tensor) -> torch.Tensor | None:
+        def gate(start: int, h: torch.Tensor) -> torch.Tensor | None:
             nonlocal depth
-            if layer in self.exits:
+            if start:
                 e = len(streams)
                 streams.append(h)
                 exit_logits.append(self.heads(h, e))
                 if u is not None:
                     p = torch.sigmoid(exit_logits[e] + delta)
-                    depth = depth.masked_fill((depth == L) & (u[..., e] < p), layer)
-            return None if closed else depth > layer
+                    depth = depth.masked_fill((depth == L) & (u[..., e] < p), start)
+            return None if closed else depth > start
 
-        h = self.model.stream(ids, gate, cache)
+        h = self.model.stream(ids, self.exits, gate, cache, rows)
         return Pass(h, torch.stack(exit_logits, dim=-1), depth, streams)
 
 
@@ -263,7 +265,7 @@ class Batch(NamedTuple):
     """Prompts and responses laid out for one parallel pass. N predicting positions: P-1 .. P+T_i-2 of each row."""
 
     ids: torch.Tensor  # (B, T) right-padded
-    depths: torch.Tensor  # (B, T) L outside the predicting positions
+    depths: torch.Tensor  # (B, T) L outside the predicting positions, 0 at padding
     where: tuple[torch.Tensor, torch.Tensor]  # row and position of the N predicting positions: index (B, T, ...) by it
     tokens: torch.Tensor  # (N,) the token predicted at each
 
@@ -275,10 +277,11 @@ def collate(prompts, responses, depths=None, *, n_layers: int, device="cpu") -> 
     """
     B, T = len(prompts), max(len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True))
     ids = torch.zeros(B, T, dtype=torch.long)
-    depth = torch.full((B, T), n_layers)
+    depth = torch.zeros(B, T, dtype=torch.long)
     where = torch.zeros(B, T, dtype=torch.bool)
     for b, (p, r) in enumerate(zip(prompts, responses, strict=True)):
         ids[b, : len(p) + len(r) - 1] = torch.tensor([*p, *r[:-1]])
+        depth[b, : len(p) + len(r) - 1] = n_layers
         span = slice(len(p) - 1, len(p) + len(r) - 1)
         where[b, span] = True
         if depths is not None:
@@ -303,7 +306,7 @@ def micro_batches(policy: Policy, rows: list[dict], size: int):
 def teacher_pass(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The base model at full depth: final stream (N, D) and the E streams (N, D) at the exits, without gradient."""
     with torch.no_grad(), adapters_off(policy):
-        out = policy(batch.ids)
+        out = policy(batch.ids, depths=policy.n_layers * (batch.depths > 0))
     return out.h[batch.where], [h[batch.where] for h in out.streams]
 
 
@@ -327,7 +330,13 @@ class Samples:
     lengths: torch.Tensor  # (R,) the eos that ended a response is counted
     finished: torch.Tensor  # (R,) whether an eos came within max_new_tokens
 
+    def cut(self) -> "Samples":
+        """Without the columns that no response reaches."""
+        longest = int(self.lengths.max())
+        return Samples(*(value[:, :longest] if value.ndim == 2 else value for value in vars(self).values()))
 
+
+@torch.no_grad()
 def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int,
              eos_ids: Sequence[int], temperature: float = 1.0, delta: float = 0.0, depths=None,
              seed: Sequence[int] = (0,), first_row: int = 0, batch_size: int = 64, progress=None) -> Samples:
@@ -335,8 +344,9 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
 
     Exits are drawn with offset `delta`, unless `depths` prescribes them: an int for every token, or (R,
     max_new_tokens). Row r's randomness is that of (seed, first_row + r, position), so neither batch_size nor the other
-    prompts change its sample. `progress`, a tqdm bar, counts finished responses. Raises UserError for a prompt
-    that is empty or leaves no room in the model's context.
+    prompts change its sample. At most batch_size responses are in the cache at a time (or one prompt's samples): as
+    they end, the next prompts take their rows. `progress`, a tqdm bar, counts ended responses. Raises UserError for a
+    prompt that is empty or leaves no room in the model's context.
     """
     context = policy.model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
@@ -345,79 +355,76 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
                             f"--max-new-tokens {max_new_tokens} in a context of {context}; shorten either")
     if max_new_tokens < 1 or samples < 1 or not prompts:
         raise UserError("at least 1 prompt, 1 sample and 1 new token are needed")
-    every = torch.arange(len(prompts) * samples)
+    total = len(prompts) * samples
     if depths is not None:
-        depths = torch.as_tensor(depths).expand(len(every), max_new_tokens)
+        depths = torch.as_tensor(depths).expand(total, max_new_tokens)
         if not torch.isin(depths[depths != 0], policy.outcomes.cpu()).all():  # recorded depths are padded with 0
             raise UserError(f"prescribed depths must be among {policy.outcomes.tolist()}")
-    stride = max(1, batch_size // samples)
-    parts = []
-    for i in range(0, len(prompts), stride):
-        rows = every[i * samples : (i + stride) * samples]
-        prescribed = None if depths is None else depths[rows]
-        parts.append(generate_rows(policy, prompts[i : i + stride], rows + first_row, samples, max_new_tokens,
-                                   torch.tensor(eos_ids), temperature, delta, prescribed, seed, progress))
-    width = max(part.tokens.shape[1] for part in parts)
-    return Samples(*(torch.cat([F.pad(value, (0, width - value.shape[1])) if value.ndim == 2 else value
-                                for value in (getattr(part, field.name) for part in parts)])
-                     for field in fields(Samples)))
-
-
-@torch.no_grad()
-def generate_rows(policy, prompts, rows, samples, max_new_tokens, eos_ids, temperature, delta, depths, seed, progress):
-    """One batch of `generate`. The prompt but for its last token runs at full depth, once per prompt; then every
-    step is the same: one token in, its depth and its successor drawn."""
-    device, E, R = policy.device, len(policy.exits), len(rows)
-    length = torch.tensor([len(p) - 1 for p in prompts])
-    width = int(length.max())
-    ids = torch.zeros(len(prompts), width + 1, dtype=torch.long)
-    for b, prompt in enumerate(prompts):
-        ids[b, : len(prompt)] = torch.tensor(prompt)
-    ids = ids.to(device)
-    cache = Cache(policy.model.config, len(prompts), max(width, 1), policy.model.lm_head.weight)
-    if width:
-        policy.model.stream(ids[:, :-1], cache=cache)
-    cache.fill(length.to(device), width)
-    prompt_of = torch.arange(len(prompts)).repeat_interleave(samples)
-    cache.select(prompt_of.to(device), slots=width + max_new_tokens)
-
+    device, E, eos_ids = policy.device, len(policy.exits), torch.tensor(eos_ids)
     kinds = (torch.long, torch.long, torch.float, torch.float)
-    out = Samples(*(torch.zeros(R, max_new_tokens, dtype=kind) for kind in kinds),
-                  torch.zeros(R, dtype=torch.long), torch.zeros(R, dtype=torch.bool))
-    token = ids[prompt_of, length[prompt_of]]  # (R,) the last one of each prompt
-    length = length[prompt_of]
-    live = torch.arange(R)  # the rows that are still in the cache
-    for step in range(max_new_tokens):
-        # A finished row that still sits in the cache runs no layer at all.
-        depth = torch.full((len(live),), policy.n_layers) if depths is None else depths[live, step].clone()
-        depth[out.finished[live]] = 0
-        u = uniforms(seed, rows[live], length[live] + step, E + 1, device)
-        drawn = u[:, None, :E] if depths is None else None
-        h, exit_logits, depth, _ = policy(token[:, None], depth[:, None].to(device), drawn, delta, cache)
-        cache.fill(cache.length + 1, cache.longest + 1)
-        logp_exit, logp_token, _ = joint_logp(policy, h[:, 0], exit_logits[:, 0], depth[:, 0], token,
-                                              temperature=temperature, delta=delta, u=u[:, E])
+    out = Samples(*(torch.zeros(total, max_new_tokens, dtype=kind) for kind in kinds),
+                  torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.bool))
 
-        now = ~out.finished[live]
-        alive = live[now]
-        for buffer, value in ((out.tokens, token), (out.depths, depth[:, 0]),
-                              (out.logp_exit, logp_exit), (out.logp_token, logp_token)):
-            buffer[alive, step] = value.cpu()[now].to(buffer.dtype)
-        out.lengths[alive] += 1
-        out.finished[alive] = torch.isin(out.tokens[alive, step], eos_ids)
-        if progress is not None:
-            progress.update(int(out.finished[alive].sum()))
-        left = ~out.finished[live]
-        if not left.any():
-            break
-        if left.sum() <= 0.75 * len(live):  # shrinking copies the cache, so not for every row that finishes
-            keep = left.nonzero()[:, 0].to(device)
+    R = samples * min(len(prompts), max(1, batch_size // samples))
+    width = max(len(prompt) for prompt in prompts) - 1
+    cache = Cache(policy.model.config, R, width + max_new_tokens, E + 1, policy.model.lm_head.weight)
+    holds = torch.full((R,), -1)  # the response that each row of the cache holds, -1 if none
+    token = torch.zeros(R, dtype=torch.long)  # its last token
+    admitted = 0  # prompts
+    while True:
+        free = (holds < 0).nonzero()[:, 0]
+        # A prompt's samples enter together and share its prefill; a few prompts at a time, for few passes.
+        count = min(len(free) // samples, len(prompts) - admitted)
+        if count and (8 * len(free) >= R or count == len(prompts) - admitted):
+            rows = free[: count * samples].view(count, samples)
+            prefill(policy, prompts[admitted : admitted + count], cache, rows)
+            token[rows] = torch.tensor([prompt[-1] for prompt in prompts[admitted : admitted + count]])[:, None]
+            holds[rows.flatten()] = torch.arange(admitted * samples, (admitted + count) * samples)
+            admitted += count
+        elif admitted == len(prompts) and 2 * len(free) >= len(holds):
+            keep = (holds >= 0).nonzero()[:, 0]
+            if not len(keep):
+                return out.cut()
             cache.select(keep)
-            token, live = token[keep], live[left]
-    if progress is not None:
-        progress.update(int((~out.finished).sum()))
-    longest = int(out.lengths.max())
-    return Samples(*(value[:, :longest] if value.ndim == 2 else value for value in vars(out).values()))
+            holds, token = holds[keep], token[keep]
+
+        live = (holds >= 0).nonzero()[:, 0]
+        at = holds[live]
+        step = out.lengths[at]
+        depth = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
+        depth[live] = policy.n_layers if depths is None else depths[at, step]
+        u = torch.full((len(holds), E + 1), NEVER, dtype=torch.double)
+        u[live] = uniforms(seed, first_row + at, cache.length[live], E + 1)
+        u, drawn = u.to(device), live.to(device)
+        h, exit_logits, depth, _ = policy(token[:, None].to(device), depth[:, None].to(device),
+                                          u[:, None, :E] if depths is None else None, delta, cache)
+        h, exit_logits, depth = h[drawn, 0], exit_logits[drawn, 0], depth[drawn, 0]
+        tokens = torch.zeros_like(depth)
+        logp_exit, logp_token, _ = joint_logp(policy, h, exit_logits, depth, tokens, temperature=temperature,
+                                              delta=delta, u=u[drawn, E])
+        for buffer, value in ((out.tokens, tokens), (out.depths, depth), (out.logp_exit, logp_exit),
+                              (out.logp_token, logp_token)):
+            buffer[at, step] = value.cpu().to(buffer.dtype)
+        token[live] = out.tokens[at, step]
+        out.lengths[at] += 1
+        out.finished[at] = torch.isin(token[live], eos_ids)
+        ended = out.finished[at] | (out.lengths[at] == max_new_tokens)
+        holds[live[ended]] = -1
+        if progress is not None:
+            progress.update(int(ended.sum()))
+
+
+def prefill(policy: Policy, prompts: list[list[int]], cache: Cache, rows: torch.Tensor) -> None:
+    """Runs each prompt but for its last token at full depth, once for all the cache rows (P, G) that continue it."""
+    length = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    if length.max() > 0:
+        ids = torch.zeros(len(prompts), int(length.max()), dtype=torch.long)
+        for b, prompt in enumerate(prompts):
+            ids[b, : len(prompt) - 1] = torch.tensor(prompt[:-1])
+        there = torch.arange(ids.shape[1]) < length[:, None]
+        policy.model.stream(ids.to(policy.device), gate=lambda *_: there.to(policy.device), cache=cache,
+                            rows=rows.to(policy.device))
+    cache.admit(rows.flatten(), length.repeat_interleave(rows.shape[1]))
 
 
 # ------------------------------------------------------------------------------------------------- save and load

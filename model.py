@@ -2,14 +2,17 @@
 
 Module names are those of the Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight`), so loading is a
 strict match of names and shapes. Shapes: B sequences, T positions, D width, H query heads, K key/value heads,
-C head dim, S cache slots, V vocabulary, L layers.
+C head dim, R cache rows, S cache slots, V vocabulary, L layers; n packed positions that run a layer, m that only give
+it their keys and values.
 
-Early exits need two things of a transformer, and both are here so that every caller shares them: a block leaves the
-stream of positions that are not `running` untouched while still giving their keys and values, and the one loop over
-the blocks asks a `gate` before each block which positions run it. Who decides is `exits.py`.
+Early exits need one thing of a transformer, and it is here so that every caller shares it: before each segment of
+layers the one loop asks a `gate` which positions run it. Those are packed, and nothing else enters the segment's
+query, attention and MLP products; a frozen position only gives keys and values, and in the cache not before a later
+token of its row needs them. Who decides is `exits.py`.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,6 +22,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.hub import UserError, read_json, resolve
+
+
+# PyTorch multiplies float32 matrices on a CPU by MKL; oneDNN, which it also ships, took half the time (bench/LOG.md).
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+SMALL = 2**18  # multiplications up to which its larger cost of a call is not worth it
+LONG = 2**15  # numbers of K in a row from which a CPU attends row by row: one call for all costs more (bench/LOG.md)
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,37 @@ class Config:
             raise UserError(f"{where}: field {missing} is missing; is this a complete checkpoint?") from None
 
 
+class OneDNN(torch.autograd.Function):
+    """x W^T + b, differentiable: the operator itself has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return ONEDNN(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = ONEDNN(grad, weight.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
+        grad = grad.flatten(0, -2)
+        grad_weight = grad.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b: (..., D_in) -> (..., D_out), by the faster of two kernels for the same numbers."""
+    if ONEDNN is None or x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() * len(weight) < SMALL:
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return OneDNN.apply(x, weight, bias)
+    return ONEDNN(x, weight, bias, "none", [], "")
+
+
+class Linear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -101,41 +141,146 @@ class RMSNorm(nn.Module):
         return self.weight * scaled.to(x.dtype)  # cast before the weight, as Hugging Face does: it differs in bf16
 
 
-def rope(positions: torch.Tensor, config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin tables (B, 1, T, C) of rotary positions (B, T), computed in float32."""
-    half = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angle = positions[..., None].float() * (1.0 / config.rope_theta**half)  # (B, T, C/2)
-    angle = torch.cat([angle, angle], dim=-1)[:, None]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+def rope(slots: int, config: Config, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables (slots, 1, C) of the rotary cos and sin, computed in float32. The first half of sin is negated, so that
+    `rotate` need not negate half of every head."""
+    half = torch.arange(0, config.head_dim, 2, device=like.device).float() / config.head_dim
+    angle = torch.arange(slots, device=like.device).float()[:, None] * (1.0 / config.rope_theta**half)  # (slots, C/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1)[:, None].to(like.dtype), torch.cat([-sin, sin], -1)[:, None].to(like.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Cache:
-    """Keys and values of B rows, preallocated: 2 x L x B x K x S x C numbers.
+    """Keys and values of R rows, preallocated, and the streams of frozen tokens: 2 L K C + D numbers a slot.
 
-    Row b's positions 0..length[b]-1 are filled. Rows are right-padded: a slot beyond a row's length may hold rubbish,
-    which the attention mask hides and the row's own next token overwrites.
+    Row r holds length[r] tokens. The layers between two stops are a segment; in segment g the first filled[g, r]
+    positions of a row have their keys and values. The others froze below it: their streams wait in `frozen` until a
+    token of the row runs the segment, which is often never. Slots beyond these hold rubbish that nothing reads.
     """
 
-    def __init__(self, config: Config, rows: int, slots: int, like: torch.Tensor):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
+    def __init__(self, config: Config, rows: int, slots: int, segments: int, like: torch.Tensor):
+        shape = (config.num_hidden_layers, rows, slots, config.num_key_value_heads, config.head_dim)
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.length = torch.zeros(rows, dtype=torch.long, device=like.device)
-        self.longest = 0  # max(length), known without asking the device
+        self.frozen = like.new_zeros(rows, slots, config.hidden_size)
+        self.length = torch.zeros(rows, dtype=torch.long)  # these two stay on the host, which plans every step
+        self.filled = torch.zeros(segments, rows, dtype=torch.long)
+        self.cos, self.sin = rope(slots, config, like)
 
-    def fill(self, length: torch.Tensor, longest: int) -> None:
-        """Declares how many leading slots of each row (B,) hold its tokens."""
-        self.length, self.longest = length, longest
+    def admit(self, rows: torch.Tensor, length: torch.Tensor) -> None:
+        """Declares the given rows to hold prompts of the given lengths, run at full depth."""
+        self.length[rows], self.filled[:, rows] = length, length
 
-    def select(self, rows: torch.Tensor, slots: int | None = None) -> None:
-        """Keeps the given rows (a long index, repeats allowed), in that order, with room for `slots` positions."""
-        grow = (0, 0, 0, (slots or self.k.shape[3]) - self.k.shape[3])
-        self.k, self.v = F.pad(self.k[:, rows], grow), F.pad(self.v[:, rows], grow)
-        self.length = self.length[rows]
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps the given rows only."""
+        self.length, self.filled = self.length[rows], self.filled[:, rows]
+        rows = rows.to(self.k.device)
+        self.k, self.v, self.frozen = self.k[:, rows], self.v[:, rows], self.frozen[rows]
+
+    def advance(self, h: torch.Tensor, rows: torch.Tensor) -> None:
+        """Ends a step: the given rows are one token longer, and its final stream h[r] (R, D) is remembered."""
+        self.frozen[rows.to(h.device), self.length[rows].to(h.device)] = h[rows.to(h.device)]
+        self.length[rows] += 1
+
+    def pending(self, segment: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and slot (m,) of the tokens of the given rows whose keys and values the segment lacks, which from now
+        on it has, as it has those of the rows' current tokens."""
+        first, end = self.filled[segment, rows], self.length[rows]
+        count = end - first
+        slot = torch.arange(int(count.sum())) - (count.cumsum(0) - count - first).repeat_interleave(count)
+        self.filled[segment, rows] = end + 1
+        return rows.repeat_interleave(count), slot
+
+
+class Sequences:
+    """The packed positions of a segment in whole sequences (B, T) that start at slot 0: causal attention.
+
+    `rows` (B, G), if given, are the rows of `cache` that get the keys and values of each sequence.
+    """
+
+    def __init__(self, shape, tables, running=None, present=None, cache: Cache | None = None, rows=None):
+        self.B, self.T = shape
+        self.cache, self.rows = cache, rows
+        self.run = self.still = None  # flat positions that run, and that only give keys and values; None: all, none
+        if running is not None and not running.all():
+            self.run = running.flatten().nonzero()[:, 0]
+            self.still = (present & ~running).flatten().nonzero()[:, 0]
+            self.at = torch.cat([self.run, self.still])
+        self.cos, self.sin = (table.repeat(self.B, 1, 1) if self.run is None else table[self.at % self.T]
+                              for table in tables)
+
+    def others(self, h: torch.Tensor) -> torch.Tensor | None:
+        return None if self.still is None or len(self.still) == 0 else h.index_select(0, self.still)
+
+    def spread(self, x: torch.Tensor, at) -> torch.Tensor:
+        """Packed (n, heads, C) -> (B, T, heads, C), zero where nothing stands."""
+        if self.run is not None:
+            x = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, at, x)
+        return x.unflatten(0, (self.B, self.T))
+
+    def attend(self, layer, q, k, v) -> torch.Tensor:
+        """Queries (n, H, C) over keys and values (n + m, K, C) -> (n, H C)."""
+        at = None if self.run is None else self.at
+        q, k, v = self.spread(q, self.run), self.spread(k, at), self.spread(v, at)
+        if self.rows is not None:
+            of = torch.arange(self.B).repeat_interleave(self.rows.shape[1])
+            self.cache.k[layer, self.rows.flatten(), : self.T] = k[of]
+            self.cache.v[layer, self.rows.flatten(), : self.T] = v[of]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if k.is_cuda and k.dtype != torch.float32:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:  # enable_gqa falls back to the slow kernel here: copying K and V is cheaper
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = out.transpose(1, 2).flatten(0, 1).flatten(1)
+        return out if self.run is None else out.index_select(0, self.run)
+
+
+class NextTokens:
+    """One new token in each of the cache's rows, in one segment: those of the `running` rows (R,) attend."""
+
+    def __init__(self, cache: Cache, segment: int, running: torch.Tensor):
+        device, (_, R, S, K, C) = cache.k.device, cache.k.shape
+        self.cache, rows = cache, running.nonzero()[:, 0]
+        row, slot = cache.pending(segment, rows)
+        self.waiting = (row * S + slot).to(device) if len(row) else None
+        self.run = None if len(rows) == R else rows.to(device)
+        self.at = (torch.cat([rows, row]) * S + torch.cat([cache.length[rows], slot])).to(device)
+        position = torch.cat([cache.length[rows], slot]).to(device)
+        self.cos, self.sin = cache.cos[position], cache.sin[position]
+        end = cache.length[rows] + 1
+        self.longest = int(end.max())
+        self.each = list(zip(rows.tolist(), end.tolist(), strict=True))
+        self.alone = device.type == "cpu" and self.longest * K * C >= LONG
+        hidden = torch.arange(self.longest) >= end[:, None]
+        self.mask = None
+        if not self.alone and hidden.any():
+            self.mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None, None].to(cache.k)
+
+    def others(self, h: torch.Tensor) -> torch.Tensor | None:
+        return None if self.waiting is None else self.cache.frozen.flatten(0, 1).index_select(0, self.waiting)
+
+    def attend(self, layer, q, k, v) -> torch.Tensor:
+        """Queries (n, H, C) over the rows' slots, after k and v (n + m, K, C) took theirs -> (n, H C)."""
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        keys.flatten(0, 1).index_copy_(0, self.at, k)
+        values.flatten(0, 1).index_copy_(0, self.at, v)
+        n, H, C = q.shape
+        q = q.view(n, k.shape[1], -1, C)  # the heads of a group stand in for the query axis, so K/V stay uncopied
+        if self.alone:  # reads no other row's padding, and copies nothing
+            out = torch.cat([F.scaled_dot_product_attention(
+                q[i : i + 1], keys[row : row + 1, :end].transpose(1, 2), values[row : row + 1, :end].transpose(1, 2))
+                for i, (row, end) in enumerate(self.each)])
+            return out.reshape(n, H * C)
+        keys, values = keys[:, : self.longest], values[:, : self.longest]
+        if self.run is not None:
+            keys, values = keys.index_select(0, self.run), values.index_select(0, self.run)
+        out = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=self.mask)
+        return out.reshape(n, H * C)
 
 
 class Attention(nn.Module):
@@ -143,11 +288,11 @@ class Attention(nn.Module):
         super().__init__()
         D, H, K, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.head_dim = C
-        self.q_proj = nn.Linear(D, H * C, bias=config.attention_bias)
-        self.k_proj = nn.Linear(D, K * C, bias=config.attention_bias)
-        self.v_proj = nn.Linear(D, K * C, bias=config.attention_bias)
+        self.q_proj = Linear(D, H * C, bias=config.attention_bias)
+        self.k_proj = Linear(D, K * C, bias=config.attention_bias)
+        self.v_proj = Linear(D, K * C, bias=config.attention_bias)
         # Qwen2 biases q, k and v only; Qwen3's attention_bias, where set, covers the output too.
-        self.o_proj = nn.Linear(H * C, D, bias=config.attention_bias and config.model_type == "qwen3")
+        self.o_proj = Linear(H * C, D, bias=config.attention_bias and config.model_type == "qwen3")
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(C, config.rms_norm_eps)
             self.k_norm = RMSNorm(C, config.rms_norm_eps)
@@ -155,37 +300,22 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))  # (B, T, heads, C)
+        return x.unflatten(-1, (-1, self.head_dim))  # (n, heads, C)
 
-    def keys_values(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normed stream (B, T, D) -> keys and values (B, K, T, C)."""
-        k = self.k_norm(self.split(self.k_proj(x))).transpose(1, 2)
-        return rotate(k, cos, sin), self.split(self.v_proj(x)).transpose(1, 2)
-
-    def attend(self, x, cos, sin, k, v, mask=None) -> torch.Tensor:
-        """Queries from x (B, T, D) over k, v (B, K, S, C): causal where mask is None, else one query a row with
-        mask (B, S), True where it may look."""
-        q = rotate(self.q_norm(self.split(self.q_proj(x))).transpose(1, 2), cos, sin)  # (B, H, T, C)
-        B, H, T, C = q.shape
-        groups = H // k.shape[1]
-        if mask is not None:  # one query: the query heads of a group stand in for the query axis, so K/V stay uncopied
-            q = q.view(B, H // groups, groups, C)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None]).reshape(B, H, T, C)
-        elif k.is_cuda and k.dtype != torch.float32:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        else:  # enable_gqa falls back to the slow kernel here: copying K and V is cheaper
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def forward(self, x, n: int, layout, layer: int) -> torch.Tensor:
+        """Normed streams (n + m, D), of which the first n ask and all answer -> (n, D)."""
+        q = rotate(self.q_norm(self.split(self.q_proj(x[:n]))), layout.cos[:n], layout.sin[:n])
+        k = rotate(self.k_norm(self.split(self.k_proj(x))), layout.cos, layout.sin)
+        return self.o_proj(layout.attend(layer, q, k, self.split(self.v_proj(x))))
 
 
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, ffn = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, ffn, bias=False)
-        self.up_proj = nn.Linear(D, ffn, bias=False)
-        self.down_proj = nn.Linear(ffn, D, bias=False)
+        self.gate_proj = Linear(D, ffn, bias=False)
+        self.up_proj = Linear(D, ffn, bias=False)
+        self.down_proj = Linear(ffn, D, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -199,35 +329,12 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, h, cos, sin, running=None, cache=None, layer=0) -> torch.Tensor:
-        """h (B, T, D) -> h (B, T, D). Positions where `running` (B, T) is False keep their stream: it is frozen.
-
-        Keys and values come from every position, frozen or not, by the layer's ordinary projections of its own input.
-        With a filled cache T is 1 and the rows that are not running skip query, attention and MLP altogether; over a
-        whole sequence all positions are computed and the frozen ones then keep what they had.
-        """
-        x = self.input_layernorm(h)
-        k, v = self.self_attn.keys_values(x, cos, sin)
-        if cache is None or h.shape[1] > 1:
-            if cache is not None:  # the prompt: right-padded rows, all starting at slot 0
-                cache.k[layer, :, :, : h.shape[1]], cache.v[layer, :, :, : h.shape[1]] = k, v
-            new = h + self.self_attn.attend(x, cos, sin, k, v)
-            new = new + self.mlp(self.post_attention_layernorm(new))
-            return new if running is None else torch.where(running[..., None], new, h)
-
-        every = torch.arange(h.shape[0], device=h.device)
-        cache.k[layer, every, :, cache.length], cache.v[layer, every, :, cache.length] = k[:, :, 0], v[:, :, 0]
-        slots = cache.longest + 1
-        k, v = cache.k[layer, :, :, :slots], cache.v[layer, :, :, :slots]
-        mask = torch.arange(slots, device=h.device) <= cache.length[:, None]
-        rows = every if running is None else running[:, 0].nonzero()[:, 0]
-        if len(rows) == 0:
-            return h
-        if len(rows) < len(every):
-            x, cos, sin, k, v, mask = x[rows], cos[rows], sin[rows], k[rows], v[rows], mask[rows]
-        new = h[rows] + self.self_attn.attend(x, cos, sin, k, v, mask)
-        new = new + self.mlp(self.post_attention_layernorm(new))
-        return new if len(rows) == len(every) else h.index_copy(0, rows, new)
+    def forward(self, h, others, layout, layer: int) -> torch.Tensor:
+        """Streams (n, D) that run this layer -> (n, D). `others` (m, D) or None are frozen streams, which only give
+        their keys and values, by the layer's ordinary projections; `layout` knows where each stands."""
+        x = self.input_layernorm(h if others is None else torch.cat([h, others]))
+        h = h + self.self_attn(x, len(h), layout, layer)
+        return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class Decoder(nn.Module):
@@ -245,32 +352,46 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.recompute = False  # activation checkpointing of the blocks: L x B x T x D kept instead of all inside them
         self.source, self.revision = None, None
 
-    def stream(self, ids: torch.Tensor, gate=None, cache: Cache | None = None) -> torch.Tensor:
-        """Residual stream after the last block that each position runs, before the final norm: ids (B, T) -> (B, T, D).
+    def stream(self, ids, stops=(), gate=None, cache: Cache | None = None, rows=None) -> torch.Tensor:
+        """Residual stream after the last layer that each position runs, before the final norm: ids (B, T) -> (B, T, D).
 
-        gate(l, h) is called with the stream after l layers, l = 0..L, and returns which positions (B, T) run layer l,
-        or None for all (its answer at L is not used). Right-padded rows need no padding mask: attention is causal.
+        At depth 0 and at each of `stops` gate(depth, h) sees the stream (B, T, D) and returns which positions (B, T)
+        run the layers up to the next stop, or None for all. Those it refuses at depth 0 are not there at all (padding,
+        empty rows); the others' keys and values reach every layer. With a cache, ids (R, 1) continue its rows; with
+        `rows` (B, G) too, they are right-padded prompts whose keys and values go to those rows.
         """
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        if cache is not None:
-            positions = positions + cache.length[:, None]
-        h = self.model.embed_tokens(ids)
-        cos, sin = rope(positions, self.config, h.dtype)
-        for layer, block in enumerate(self.model.layers):
-            running = gate(layer, h) if gate else None
-            if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, cos, sin, running, use_reentrant=False)
+        (B, T), decoding = ids.shape, cache is not None and rows is None
+        h = self.model.embed_tokens(ids).flatten(0, 1)  # (B T, D)
+        tables = None if decoding else rope(T, self.config, h)
+        present = None
+        for segment, (start, stop) in enumerate(pairwise((0, *stops, self.config.num_hidden_layers))):
+            running = gate(start, h.unflatten(0, (B, T))) if gate else None
+            present = running if segment == 0 else present
+            if decoding:
+                running = torch.ones(B, dtype=torch.bool) if running is None else running[:, 0].cpu()
+                if not running.any():  # and no later layer either: streams stay frozen
+                    continue
+                layout = NextTokens(cache, segment, running)
             else:
-                h = block(h, cos, sin, running, cache, layer)
-        if gate:
-            gate(len(self.model.layers), h)
-        return h
+                layout = Sequences((B, T), tables, running, present, cache, rows)
+            others = layout.others(h)
+            part = h if layout.run is None else h.index_select(0, layout.run)
+            for layer in range(start, stop):
+                block = self.model.layers[layer]
+                if self.recompute and torch.is_grad_enabled():
+                    part = checkpoint(block, part, others, layout, layer, use_reentrant=False)
+                else:
+                    part = block(part, others, layout, layer)
+            h = part if layout.run is None else h.index_copy(0, layout.run, part)
+        if decoding:
+            cache.advance(h, torch.arange(B) if present is None else present[:, 0].cpu().nonzero()[:, 0])
+        return h.unflatten(0, (B, T))
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor:
         """The read-out W_U norm(h) that every exit and every lens shares: (..., D) -> (..., V)."""

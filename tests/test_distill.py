@@ -62,7 +62,7 @@ def test_lens_kl_against_loops():
     for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor([prompt + response])
         streams = {}
-        policy.model.stream(ids, lambda layer, h, kept=streams: kept.update({layer: h}))
+        streams[6] = policy.model.stream(ids, (2, 4), lambda depth, h, kept=streams: kept.update({depth: h}))
         for t in range(len(prompt) - 1, len(prompt) + len(response) - 1):
             p = torch.softmax(policy.model.lm_head(policy.model.model.norm(streams[6][0, t])).double(), -1)
             for e, depth in enumerate((2, 4)):

@@ -33,6 +33,7 @@ from exits import (
     uniforms,
     unmerge,
 )
+from model import Sequences
 from tests.toys import KINDS, toy_model, toy_policy
 
 L, EXITS = 6, (2, 4)
@@ -275,7 +276,8 @@ def test_parallel_pass_equals_the_slow_network_at_mixed_depths(kind, tied):
 def test_later_layers_own_keys_and_values_of_the_frozen_stream(kind, monkeypatch):
     """Later tokens attend to a frozen one at every depth: copied, stale or adapter-free keys would mislead them.
 
-    Once in the parallel pass, once in the cache after sampling; both against the slow network's projections.
+    Once in the parallel pass, once in the cache after sampling; both against the slow network's projections. The cache
+    has them as far as some token of the row has run the layer, and the frozen stream for the rest.
     """
     policy, caches, seen = toy_policy(model_type=kind), [], []
 
@@ -285,24 +287,30 @@ def test_later_layers_own_keys_and_values_of_the_frozen_stream(kind, monkeypatch
             caches.append(self)
 
     monkeypatch.setattr(exits, "Cache", Recorded)
-    samples = generate(policy, PROMPTS, max_new_tokens=8, eos_ids=NO_EOS, seed=(3,))
+    samples = generate(policy, PROMPTS, max_new_tokens=8, eos_ids=NO_EOS, seed=(5,))
     assert set(samples.depths.flatten().tolist()) == {2, 4, 6}
-    for block in policy.model.model.layers:
-        plain = block.self_attn.keys_values
-        monkeypatch.setattr(block.self_attn, "keys_values",
-                            lambda *args, plain=plain: seen.append(plain(*args)) or seen[-1])
+    cache, lagging = caches[0], 0
+    spread = Sequences.spread
+    monkeypatch.setattr(Sequences, "spread", lambda *args: seen.append(spread(*args)) or seen[-1])
     for r, (prompt, tokens, depths, *_) in enumerate(rows_of(samples, PROMPTS, 1)):
         ids, all_depths = [*prompt, *tokens[:-1]], [L] * (len(prompt) - 1) + depths
-        _, keys, values, _ = SlowNetwork(policy).run(ids, all_depths)
+        streams, keys, values, _ = SlowNetwork(policy).run(ids, all_depths)
         seen.clear()
         with torch.no_grad():
             policy(torch.tensor([ids]), torch.tensor([all_depths]))
         for layer in range(L):
+            filled = max([t + 1 for t, depth in enumerate(all_depths) if depth > layer], default=0)
+            assert cache.filled[layer // 2, r] == filled
+            lagging += filled < len(ids)
             for t in range(len(ids)):
-                for i, (cached, slow) in enumerate(((caches[0].k, keys), (caches[0].v, values))):
+                for cached, parallel, slow in ((cache.k, seen[3 * layer + 1], keys), (cache.v, seen[3 * layer + 2], values)):
                     wanted = torch.stack(slow[layer][t])
-                    torch.testing.assert_close(cached[layer, r, :, t].double(), wanted, atol=1e-4, rtol=1e-4)
-                    torch.testing.assert_close(seen[layer][i][0, :, t].double(), wanted, atol=1e-4, rtol=1e-4)
+                    torch.testing.assert_close(parallel[0, t].double(), wanted, atol=1e-4, rtol=1e-4)
+                    if t < filled:
+                        torch.testing.assert_close(cached[layer, r, t].double(), wanted, atol=1e-4, rtol=1e-4)
+                if t >= filled:
+                    torch.testing.assert_close(cache.frozen[r, t].double(), streams[t][L], atol=1e-4, rtol=1e-4)
+    assert lagging
 
 
 def test_rows_that_enter_each_mlp_while_sampling_are_the_rows_still_running():
@@ -330,14 +338,16 @@ def test_rows_that_enter_each_mlp_while_sampling_are_the_rows_still_running():
         policy(batch.ids, batch.depths)
     for name in ("mlp", "q_proj", "o_proj"):
         for layer in range(L):
-            parallel = seen[name, layer, 0][0]
+            # The parallel pass packs what runs, too: prompts, then every token that goes beyond this layer.
+            (parallel,), packed = seen[name, layer, 0], (batch.depths > layer).nonzero().tolist()
+            assert len(parallel) == len(packed)
             for t in range(int(samples.lengths.max())):
-                running = [(r, len(prompt) - 1 + t) for r, (prompt, _, depths, *_) in enumerate(rows)
+                running = [[r, len(prompt) - 1 + t] for r, (prompt, _, depths, *_) in enumerate(rows)
                            if t < len(depths) and depths[t] > layer]
-                inputs = torch.cat([x[:, 0] for x in sampled.get((name, layer, t), [torch.zeros(0, 1, 1)])])
+                inputs = torch.cat(sampled.get((name, layer, t), [torch.zeros(0, 1)]))
                 assert len(inputs) == len(running)
-                for x, (r, position) in zip(inputs, running, strict=True):
-                    torch.testing.assert_close(x, parallel[r, position], atol=1e-4, rtol=1e-4)
+                for x, where in zip(inputs, running, strict=True):
+                    torch.testing.assert_close(x, parallel[packed.index(where)], atol=1e-4, rtol=1e-4)
     for handle in handles:
         handle.remove()
 
@@ -495,7 +505,7 @@ def test_teacher_pass_gives_the_base_models_streams_at_every_exit():
     for prompt in PROMPTS:
         ids, wanted = torch.tensor([[*prompt, 1, 2]]), {}
         with torch.no_grad():
-            base.stream(ids, lambda depth, h, wanted=wanted: wanted.update({depth: h}))
+            wanted[L] = base.stream(ids, EXITS, lambda depth, h, wanted=wanted: wanted.update({depth: h}))
         for t in range(len(prompt) - 1, len(prompt) + 2):
             for ours, depth in zip((*lenses, teacher_h), (2, 4, 6), strict=True):
                 torch.testing.assert_close(ours[n], wanted[depth][0, t], atol=1e-5, rtol=1e-5)
@@ -511,7 +521,7 @@ def test_collate_lays_out_predicting_positions_by_length_alone():
     for b, (prompt, response, depth) in enumerate(zip(prompts, responses, depths, strict=True)):
         row = [*prompt, *response][:-1]
         ids.append(row + [0] * (4 - len(row)))
-        all_depths.append(([L] * (len(prompt) - 1) + depth + [L] * 4)[:4])
+        all_depths.append(([L] * (len(prompt) - 1) + depth + [0] * 4)[:4])
         for i, token in enumerate(response):
             positions.append((b, len(prompt) - 1 + i))
             tokens.append(token)
@@ -519,7 +529,7 @@ def test_collate_lays_out_predicting_positions_by_length_alone():
     assert batch.ids.tolist() == ids and batch.depths.tolist() == all_depths and batch.tokens.tolist() == tokens
     assert list(zip(*(w.tolist() for w in batch.where), strict=True)) == positions
     assert batch.depths[batch.where].tolist() == picked
-    assert (collate(prompts, responses, n_layers=L).depths == L).all()
+    assert torch.equal(collate(prompts, responses, n_layers=L).depths, L * (batch.depths > 0))
 
 
 # ----------------------------------------------------------------------------------------------- random draws
@@ -660,7 +670,8 @@ def test_exits_drawn_in_the_parallel_pass_equal_those_drawn_step_by_step():
         for row, position in zip(*(w.tolist() for w in batch.where), strict=True):
             u[row, position] = torch.tensor([splitmix(5, 6, row, position, e) for e in (0, 1)])
         with torch.no_grad():
-            assert torch.equal(policy(batch.ids, u=u, delta=delta).depths, batch.depths)
+            drawn = policy(batch.ids, L * (batch.depths > 0), u, delta)
+            assert torch.equal(drawn.depths, batch.depths)
         assert len(batch.depths[batch.where].unique()) == 3
 
 
@@ -802,7 +813,7 @@ def test_lora_adds_alpha_over_r_times_B_A():
         adapter.lora_B.normal_()
         x = torch.randn(28)
         wanted = adapter.weight @ x + 2.5 * (adapter.lora_B @ (adapter.lora_A @ x))
-        torch.testing.assert_close(adapter(x), wanted)
+        torch.testing.assert_close(adapter(x[None])[0], wanted)
     assert Policy(toy_model(), EXITS, 4).alpha == 8.0
 
 

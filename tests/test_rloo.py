@@ -8,7 +8,7 @@ import torch
 
 import rloo
 from exits import collate, score, teacher_pass
-from model import rope
+from model import Sequences, rope
 from tests.toys import toy_policy
 
 EOS, VOCAB, STEPS = 0, 3, 2
@@ -45,13 +45,13 @@ def slow_walk(policy, tokens, depths, prompt=PROMPT):
 
     def walk(depth, heads):
         h = model.model.embed_tokens(torch.tensor([ids]))
-        cos, sin = rope(torch.arange(len(ids))[None], model.config, h.dtype)
+        layout = Sequences((1, len(ids)), rope(len(ids), model.config, h))
         p = []
         for layer, block in enumerate(model.model.layers):
             if heads and layer in (1, 2):
                 unit = h / (h.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
                 p.append(torch.sigmoid(unit @ policy.heads.weight[layer - 1] + policy.heads.bias[layer - 1])[0])
-            new = block(h, cos, sin)
+            new = block(h[0], None, layout, layer)[None]
             h = torch.stack([new[0, t] if depth[t] > layer else h[0, t] for t in range(len(ids))])[None]
         return torch.softmax(model.lm_head(model.model.norm(h))[0], dim=-1), p
 
