@@ -143,7 +143,7 @@ def teacher_responses(run, policy: Policy, tokenizer, args) -> dict[str, list[di
 
 def train_step(policy: Policy, rows: list[dict], step: int, args) -> dict:
     """Accumulates the gradient of eq. (5) over a step's sequences and returns what is logged."""
-    count = sum(len(row["token_ids"]) for row in rows)
+    count = args.draws * sum(len(row["token_ids"]) for row in rows)
     E, total = len(policy.exits), dict.fromkeys(("token_kl", "exit_cross_entropy"), 0.0)
     q_sum, student, wanted, reached = (torch.zeros(n, device=policy.device) for n in (E + 1, E, E, E))
     for i, _, batch in micro_batches(policy, rows, args.micro_batch):
@@ -151,18 +151,20 @@ def train_step(policy: Policy, rows: list[dict], step: int, args) -> dict:
         kl_e = lens_kl(policy.model, teacher_h, lens_h)
         log_q = log_target(kl_e, args.kl_factor)
         row, position = (index.cpu().numpy() for index in batch.where)
-        u = uniforms((args.seed, DEPTHS, step), row + i, position, 1, policy.device)[:, 0]
-        depths = policy.outcomes[draw(log_q, u)]
-        batch.depths[batch.where] = depths
-        logp_exit, _, token_kl, exit_logits = score(policy, batch, teacher_h)
-        distill_loss(token_kl, logp_exit, count).backward()
+        u = uniforms((args.seed, DEPTHS, step), row + i, position, args.draws, policy.device)
+        for n in range(args.draws):  # the teacher's part is the same for all
+            depths = policy.outcomes[draw(log_q, u[:, n])]
+            batch.depths[batch.where] = depths
+            # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
+            logp_exit, _, token_kl, exit_logits = score(policy, batch._replace(tokens=None), teacher_h)
+            distill_loss(token_kl, logp_exit, count).backward()
 
-        total["token_kl"] += token_kl.sum().item() / count
-        total["exit_cross_entropy"] -= logp_exit.sum().item() / count
-        q_sum += log_q.exp().sum(0)
-        p_sum, reach = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
-        student, reached = student + p_sum, reached + reach
-        wanted += hazards(log_safe(kl_e, args.kl_factor)[0].exp(), depths, policy.exits)[0]
+            total["token_kl"] += token_kl.sum().item() / count
+            total["exit_cross_entropy"] -= logp_exit.sum().item() / count
+            q_sum += log_q.exp().sum(0)
+            p_sum, reach = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
+            student, reached = student + p_sum, reached + reach
+            wanted += hazards(log_safe(kl_e, args.kl_factor)[0].exp(), depths, policy.exits)[0]
     reached = reached.clamp(min=1)
     return {"loss": sum(total.values()), **total, "tokens": count, "target": summary(q_sum / count, policy.outcomes),
             "learned": summary(from_hazards(student / reached), policy.outcomes),
@@ -212,8 +214,7 @@ def main() -> None:
 
     lr = args.lr or 0.25 / model.config.hidden_size
     for step in (bar := tqdm(range(start, args.steps), initial=start, total=args.steps, desc="distill")):
-        rows = [data["train"][i] for i in runs.pick(len(data["train"]), args.batch_size, step, args.seed)
-                for _ in range(args.draws)]
+        rows = [data["train"][i] for i in runs.pick(len(data["train"]), args.batch_size, step, args.seed)]
         metrics = train_step(policy, rows, step, args)
         warm_down = min(1.0, (step + 1) / 10) * (1 - step / args.steps)
         metrics["grad_norm"] = run.apply_gradients(optimizer, lr * warm_down)

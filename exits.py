@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from data.hub import UserError, read_json
 from model import Cache, Transformer, linear
@@ -187,18 +186,42 @@ def kl(logp_all: torch.Tensor, logq_all: torch.Tensor) -> torch.Tensor:
     return (logp_all.exp() * (logp_all - logq_all)).sum(-1).clamp(min=0)
 
 
-def in_chunks(function, vocab: int, *tensors):
-    """Applies `function` to pieces of (N, ...) tensors, so that memory does not grow with N x V.
+class PerPosition(torch.autograd.Function):
+    """Values (N,) of a function of streams h (N, D) and other tensors, piece by piece, with their gradients by h.
 
-    Under autograd a piece keeps only its inputs and is computed again in the backward pass; a single one is small
-    enough to keep.
+    A value belongs to one position, so its gradient is one row (D,): formed at once while the piece's (n, V) tables
+    are there, it is all that waits for the backward pass. Parameters get no gradient: the read-out is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, function, size, h, *others):
+        values, gradients = [], []
+        for here, *rest in zip(*(t.split(size) for t in (h, *others)), strict=True):
+            with torch.enable_grad():
+                here = here.detach().requires_grad_()
+                piece = function(here, *rest)
+                gradients.append([torch.autograd.grad(v.sum(), here, retain_graph=True)[0] for v in piece])
+            values.append([v.detach() for v in piece])
+        ctx.save_for_backward(*(torch.cat(parts) for parts in zip(*gradients, strict=True)))
+        ctx.others = len(others)
+        return tuple(torch.cat(parts) for parts in zip(*values, strict=True))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        h = sum(g[:, None].to(row.dtype) * row for g, row in zip(grads, ctx.saved_tensors, strict=True))
+        return None, None, h, *[None] * ctx.others
+
+
+def in_chunks(function, vocab: int, h: torch.Tensor, *others):
+    """function(h, *others) on pieces of (N, ...) tensors, so that memory does not grow with N x V -> values (N, ...).
+
+    Only h (N, D) may want a gradient, and then every value must be (N,).
     """
     size = max(1, CHUNK // vocab)
-    if len(tensors[0]) <= size:
-        return function(*tensors)
-    pieces = zip(*(t.split(size) for t in tensors), strict=True)
-    return [torch.cat(parts) for parts in zip(*(checkpoint(function, *p, use_reentrant=False, preserve_rng_state=False)
-                                                 for p in pieces), strict=True)]
+    if torch.is_grad_enabled() and h.requires_grad:
+        return PerPosition.apply(function, size, h, *others)
+    pieces = zip(*(t.split(size) for t in (h, *others)), strict=True)
+    return [torch.cat(parts) for parts in zip(*(function(*p) for p in pieces), strict=True)]
 
 
 def joint_logp(policy: Policy, h, exit_logits, depths, tokens, teacher_h=None, *, temperature=1.0, delta=0.0, u=None):
@@ -206,7 +229,8 @@ def joint_logp(policy: Policy, h, exit_logits, depths, tokens, teacher_h=None, *
 
     h (N, D) is each position's stream at its own depth, exit_logits (N, E), depths (N,), tokens (N,) the ids
     predicted there; teacher_h (N, D) is the base model's stream at full depth. Returns, each (N,):
-    logp_exit, logp_token and token_kl = KL(policy's token distribution || teacher's), None without teacher_h.
+    logp_exit, logp_token and token_kl = KL(policy's token distribution || teacher's). Without tokens, or without
+    teacher_h, there is None in place of what they would give.
 
     With uniforms u (N,) it samples before it scores: `tokens` is filled with the draws (argmax at temperature 0).
     """
@@ -214,20 +238,23 @@ def joint_logp(policy: Policy, h, exit_logits, depths, tokens, teacher_h=None, *
     outcomes = stick_breaking(F.logsigmoid(z), F.logsigmoid(-z))
     logp_exit = outcomes.gather(-1, policy.exit_idx(depths)[:, None])[:, 0]
 
-    def score(h, tokens, teacher_h, u):
-        logp_all = token_logp_all(policy.model, h, temperature)
-        if u.numel():
-            tokens.copy_(draw(logp_all, u) if temperature else logp_all.argmax(-1))
-        logp_token = logp_all.gather(-1, tokens[:, None])[:, 0]
-        if teacher_h.shape[-1] == 0:
-            return (logp_token,)
-        return logp_token, kl(logp_all, token_logp_all(policy.model, teacher_h, temperature))
+    def score(h, *others):
+        given = dict(zip(names, others, strict=True))
+        logp_all, values = token_logp_all(policy.model, h, temperature), []
+        if "u" in given:
+            given["tokens"].copy_(draw(logp_all, given["u"]) if temperature else logp_all.argmax(-1))
+        if "tokens" in given:
+            values.append(logp_all.gather(-1, given["tokens"][:, None])[:, 0])
+        if "teacher_h" in given:
+            with torch.no_grad():
+                teacher = token_logp_all(policy.model, given["teacher_h"], temperature)
+            values.append(kl(logp_all, teacher))
+        return values
 
-    absent = h.new_empty(len(h), 0)
-    logp_token, *token_kl = in_chunks(
-        score, policy.model.config.vocab_size, h, tokens,
-        absent if teacher_h is None else teacher_h, absent if u is None else u)
-    return logp_exit, logp_token, token_kl[0] if token_kl else None
+    others = {"tokens": tokens, "teacher_h": teacher_h, "u": u}
+    names = [name for name, value in others.items() if value is not None]
+    values = iter(in_chunks(score, policy.model.config.vocab_size, h, *(others[name] for name in names)))
+    return (logp_exit, *(None if value is None else next(values) for value in (tokens, teacher_h)))
 
 
 # ------------------------------------------------------------------------------------------------- random draws

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from data.hub import UserError, read_json, resolve
 
-
 # PyTorch multiplies float32 matrices on a CPU by MKL; oneDNN, which it also ships, took half the time (bench/LOG.md).
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 SMALL = 2**18  # multiplications up to which its larger cost of a call is not worth it

@@ -104,7 +104,7 @@ def test_micro_batches_leave_gradient_and_metrics_unchanged():
     seen = []
     for micro in (1, 2, 3):
         policy = toy_policy(1)
-        args = argparse.Namespace(micro_batch=micro, kl_factor=0.5, seed=0)
+        args = argparse.Namespace(micro_batch=micro, kl_factor=0.5, seed=0, draws=2)
         metrics = distill.train_step(policy, rows(), 0, args)
         seen.append((metrics, torch.cat([p.grad.flatten() for p in policy.trained().values()])))
     for metrics, gradient in seen[1:]:
@@ -113,12 +113,30 @@ def test_micro_batches_leave_gradient_and_metrics_unchanged():
         assert torch.allclose(gradient, seen[0][1], rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
 
 
+def test_several_draws_are_the_mean_over_their_depth_samples(monkeypatch):
+    """They share the teacher's pass; what they add up to must still be a mean of equation (5)."""
+    def run(draws):
+        policy = toy_policy(1)
+        args = argparse.Namespace(micro_batch=2, kl_factor=0.5, seed=0, draws=draws)
+        metrics = distill.train_step(policy, rows(), 0, args)
+        return metrics["loss"], torch.cat([p.grad.flatten() for p in policy.trained().values()])
+
+    loss, gradient = run(3)
+    plain, single = distill.uniforms, []
+    for n in range(3):
+        monkeypatch.setattr(distill, "uniforms", lambda *args, n=n: plain(*args[:3], 3, *args[4:])[:, n : n + 1])
+        single.append(run(1))
+    assert loss == pytest.approx(sum(one for one, _ in single) / 3, rel=1e-5)
+    torch.testing.assert_close(gradient, sum(one for _, one in single) / 3, rtol=1e-4, atol=1e-7)
+    assert single[0][0] != single[1][0]
+
+
 def test_training_brings_the_learned_exits_to_the_target():
     """The whole of stage 1 on one toy batch: exit cross-entropy falls to the target's entropy, roughly."""
     policy = toy_policy(1)
     policy.heads.weight.data.zero_()
     policy.heads.bias.data.fill_(-4.0)
-    args = argparse.Namespace(micro_batch=3, kl_factor=0.5, seed=0)
+    args = argparse.Namespace(micro_batch=3, kl_factor=0.5, seed=0, draws=1)
     optimizer = torch.optim.AdamW(policy.trained().values(), lr=3e-2, weight_decay=0.0)
     before = distill.learned_exits(policy, rows(), 0.5, 0, 3)
     for step in range(60):
