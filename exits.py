@@ -7,6 +7,7 @@ layers run (an exit, or L), `exit_idx` indexes 0..E.
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -363,17 +364,32 @@ class Samples:
         return Samples(*(value[:, :longest] if value.ndim == 2 else value for value in vars(self).values()))
 
 
+def cache_bytes(policy: Policy, slots: int) -> int:
+    """Memory of one cache row: slots x (2 L K C + D) numbers in the base's dtype."""
+    return slots * Cache.numbers(policy.model.config) * policy.model.lm_head.weight.element_size()
+
+
+def fitting_rows(policy: Policy, slots: int) -> int:
+    """Cache rows in half of the memory that is free now, at most 256. The rest is for prefill, read-out, and a copy of
+    half of the rows when the last of them end."""
+    if policy.device.type == "cuda":
+        free = torch.cuda.mem_get_info(policy.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(256, free // 2 // cache_bytes(policy, slots)))
+
+
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int,
              eos_ids: Sequence[int], temperature: float = 1.0, delta: float = 0.0, depths=None,
-             seed: Sequence[int] = (0,), first_row: int = 0, batch_size: int = 64, progress=None) -> Samples:
+             seed: Sequence[int] = (0,), first_row: int = 0, batch_size: int | None = None, progress=None) -> Samples:
     """Samples `samples` responses to each prompt; rows of the result are prompt-major.
 
     Exits are drawn with offset `delta`, unless `depths` prescribes them: an int for every token, or (R,
     max_new_tokens). Row r's randomness is that of (seed, first_row + r, position), so neither batch_size nor the other
-    prompts change its sample. At most batch_size responses are in the cache at a time (or one prompt's samples): as
-    they end, the next prompts take their rows. `progress`, a tqdm bar, counts ended responses. Raises UserError for a
-    prompt that is empty or leaves no room in the model's context.
+    prompts change its sample. At most batch_size responses are in the cache at a time (but one prompt's samples at
+    least; default: what `fitting_rows` says): as they end, the next prompts take their rows. `progress`, a tqdm bar,
+    counts ended responses. Raises UserError for a prompt that is empty or leaves no room in the model's context.
     """
     context = policy.model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
@@ -392,9 +408,9 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     out = Samples(*(torch.zeros(total, max_new_tokens, dtype=kind) for kind in kinds),
                   torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.bool))
 
-    R = samples * min(len(prompts), max(1, batch_size // samples))
-    width = max(len(prompt) for prompt in prompts) - 1
-    cache = Cache(policy.model.config, R, width + max_new_tokens, E + 1, policy.model.lm_head.weight)
+    slots = max(len(prompt) for prompt in prompts) - 1 + max_new_tokens
+    R = samples * min(len(prompts), max(1, (batch_size or fitting_rows(policy, slots)) // samples))
+    cache = Cache(policy.model.config, R, slots, E + 1, policy.model.lm_head.weight)
     holds = torch.full((R,), -1)  # the response that each row of the cache holds, -1 if none
     token = torch.zeros(R, dtype=torch.long)  # its last token
     admitted = 0  # prompts

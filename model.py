@@ -154,7 +154,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Cache:
-    """Keys and values of R rows, preallocated, and the streams of frozen tokens: 2 L K C + D numbers a slot.
+    """Keys and values of R rows, preallocated, and the streams of frozen tokens: `numbers` of a slot each.
 
     Row r holds length[r] tokens. The layers between two stops are a segment; in segment g the first filled[g, r]
     positions of a row have their keys and values. The others froze below it: their streams wait in `frozen` until a
@@ -168,6 +168,11 @@ class Cache:
         self.length = torch.zeros(rows, dtype=torch.long)  # these two stay on the host, which plans every step
         self.filled = torch.zeros(segments, rows, dtype=torch.long)
         self.cos, self.sin = rope(slots, config, like)
+
+    @staticmethod
+    def numbers(config: Config) -> int:
+        """Of a slot: 2 L K C + D."""
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim + config.hidden_size
 
     def admit(self, rows: torch.Tensor, length: torch.Tensor) -> None:
         """Declares the given rows to hold prompts of the given lengths, run at full depth."""

@@ -47,7 +47,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--thinking", action=argparse.BooleanOptionalAction,
                    help="the chat template's thinking mode (default: on)")
     p.add_argument("--max-new-tokens", type=int, help="160 / 2048; longer responses are cut and count as unfinished")
-    p.add_argument("--rows", type=int, help="responses sampled at a time, 256 / 16; each holds a K/V cache")
+    p.add_argument("--rows", type=int, help="responses sampled at a time, 256 / what fits in half of the free "
+                   "memory; each holds a K/V cache")
     p.add_argument("--micro-batch", type=int, help="sequences in one training pass, 64 / 1: memory, not results")
     p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
                    help="activation checkpointing, off / on: far less memory, a third more work in the update")
@@ -74,12 +75,12 @@ def settle(args: argparse.Namespace, **defaults) -> argparse.Namespace:
     """Fills the flags left open with the value for the embedded model (first of each pair) or any other (second)."""
     args.model = args.model or EMBEDDED
     defaults |= {"task": ("arithmetic", "gsm8k"), "thinking": (True, True), "max_new_tokens": (160, 2048),
-                 "rows": (256, 16), "micro_batch": (64, 1), "recompute": (False, True)}
+                 "rows": (256, None), "micro_batch": (64, 1), "recompute": (False, True)}
     for name, pair in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, pair[args.model != EMBEDDED])
     for name in ("steps", "batch_size", "rows", "micro_batch", "max_new_tokens", "rank", "n"):
-        if getattr(args, name, 1) < 1:
+        if (value := getattr(args, name, None)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args

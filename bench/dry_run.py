@@ -7,48 +7,16 @@ Random weights say nothing about quality: only about shapes, memory and the orde
 """
 
 import argparse
-import resource
-import sys
 import time
 from pathlib import Path
 
 import torch
+from common import SHAPES, peak_gib, random_model  # which puts the project on the path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import distill  # noqa: E402
-import rloo  # noqa: E402
-import runs  # noqa: E402
-from exits import Policy, exit_depths, generate  # noqa: E402
-from model import Config, Transformer  # noqa: E402
-
-SHAPES = {
-    "qwen3-4b": dict(
-        model_type="qwen3", vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6,
-        tie_word_embeddings=True, attention_bias=False, max_position_embeddings=40960),
-    "r1-distill-1.5b": dict(
-        model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-        num_attention_heads=12, num_key_value_heads=2, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e4,
-        tie_word_embeddings=False, attention_bias=True, max_position_embeddings=131072),
-}
-
-
-def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str) -> Transformer:
-    sizes = SHAPES[shape]
-    with torch.device("meta"):
-        model = Transformer(Config(**sizes | {"num_hidden_layers": layers or sizes["num_hidden_layers"]})).to(dtype)
-    model.to_empty(device=device)
-    if sizes["tie_word_embeddings"]:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.02) if p.ndim == 2 else torch.nn.init.ones_(p)
-    return model.eval()
-
-
-def peak_gib(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+import distill
+import rloo
+import runs
+from exits import Policy, exit_depths, generate
 
 
 def main() -> None:
@@ -78,7 +46,7 @@ def main() -> None:
         return value
 
     prompts = torch.randint(0, model.config.vocab_size, (2, args.prompt)).tolist()
-    settings = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=0, lam=0.1, beta=0.02, k=2,
+    settings = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=0, draws=1, lam=0.1, beta=0.02, k=2,
                                   max_new_tokens=args.new)
     got = timed(f"rollout, 4 x {args.new} tokens", lambda: generate(
         policy, prompts, samples=2, max_new_tokens=args.new, eos_ids=[-1], delta=2.0))

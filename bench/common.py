@@ -1,0 +1,174 @@
+"""What the benchmarks share: a model to measure, interleaved timing, bare matrix products, memory."""
+
+import argparse
+import itertools
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from model import Config, Transformer, linear  # noqa: E402
+
+SHAPES = {
+    "qwen3-4b": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6,
+        tie_word_embeddings=True, attention_bias=False, max_position_embeddings=40960),
+    "r1-distill-1.5b": dict(
+        model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e4,
+        tie_word_embeddings=False, attention_bias=True, max_position_embeddings=131072),
+    "smollm2-135m": dict(
+        model_type="qwen2", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=1e5,
+        tie_word_embeddings=True, attention_bias=True, max_position_embeddings=8192),
+}
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", help="checkpoint folder; it is also measured in transformers, where installed")
+    p.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="random weights (default: smollm2-135m)")
+    p.add_argument("--layers", type=int, help="of --shape: only so many (default: all)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
+    p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    p.add_argument("--repeats", type=int, default=5, help="rounds, interleaved; the median counts (default: 5)")
+    p.add_argument("--out", help="JSON file for the figures")
+    return p
+
+
+def settle(args) -> None:
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+
+def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str) -> Transformer:
+    sizes = SHAPES[shape]
+    with torch.device("meta"):
+        model = Transformer(Config(**sizes | {"num_hidden_layers": layers or sizes["num_hidden_layers"]})).to(dtype)
+    model.to_empty(device=device)
+    if sizes["tie_word_embeddings"]:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02) if p.ndim == 2 else torch.nn.init.ones_(p)
+    return model.eval()
+
+
+def load(args) -> Transformer:
+    dtype = getattr(torch, args.dtype)
+    if args.model:
+        return Transformer.from_pretrained(args.model, dtype=dtype, device=args.device)
+    return random_model(args.shape, args.layers, dtype, args.device)
+
+
+def peer(args):
+    """The same checkpoint in transformers, or None with the reason."""
+    if not args.model:
+        return None, "no --model folder"
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return None, "transformers is not installed"
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype), local_files_only=True)
+    return model.to(args.device).eval(), f"transformers {version('transformers')}"
+
+
+def interleaved(arms: dict, repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each arm, a function, in `repeats` rounds of all of them, after one that isn't counted."""
+    seconds = {name: [] for name in arms}
+    for number, (name, run) in itertools.product(range(repeats + 1), arms.items()):
+        synchronise(device)
+        start = time.perf_counter()
+        run()
+        synchronise(device)
+        if number:
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def median(values) -> float:
+    return statistics.median(values)
+
+
+def layer_weights(block) -> list[torch.Tensor]:
+    attention, mlp = block.self_attn, block.mlp
+    return [part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+                                     mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+
+
+@torch.no_grad()
+def bare_layers(model: Transformer, rows: int, ours: bool):
+    """All the matrix products of every layer on `rows` streams, and nothing else; by F.linear or our `linear`."""
+    product = linear if ours else F.linear
+    weights = [w for block in model.model.layers for w in layer_weights(block)]
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
+
+    @torch.no_grad()
+    def run():
+        for w in weights:
+            product(inputs[w.shape[1]], w)
+
+    return run
+
+
+@torch.no_grad()
+def bare_head(model: Transformer, rows: int, ours: bool):
+    product, w = linear if ours else F.linear, model.lm_head.weight
+    x = torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device)
+    return torch.no_grad()(lambda: product(x, w))
+
+
+def bandwidth(device: str) -> float:
+    """Bytes per second of one pass that reads 1 GiB, the best of five."""
+    big, seconds = torch.ones(2**28, device=device), []
+    for _ in range(6):
+        synchronise(device)
+        start = time.perf_counter()
+        big.sum()
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2**30 / min(seconds[1:])
+
+
+def peak_gib(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def machine(args) -> str:
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "CPU"
+    if not args.device.startswith("cuda") and Path("/proc/cpuinfo").exists():
+        name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                     if line.startswith("model name")), name)
+        name += f", {torch.get_num_threads()} threads"
+    return f"{name}; torch {torch.__version__}, {args.dtype}"
+
+
+def installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
+def report(args, record: dict) -> None:
+    if args.out:
+        Path(args.out).write_text(json.dumps({"args": vars(args), "machine": machine(args)} | record, indent=1) + "\n")
+        print(f"wrote {args.out}")
