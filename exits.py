@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.hub import UserError, read_json
-from model import Cache, Transformer, linear
+from model import Cache, Graphs, Transformer, linear
 
 CHUNK = 2**25  # vocabulary-sized tables are built for at most this many (position, token) pairs at a time
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -411,6 +411,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     slots = max(len(prompt) for prompt in prompts) - 1 + max_new_tokens
     R = samples * min(len(prompts), max(1, (batch_size or fitting_rows(policy, slots)) // samples))
     cache = Cache(policy.model.config, R, slots, E + 1, policy.model.lm_head.weight)
+    cache.graphs = Graphs(cache) if policy.model.graphs else None
     holds = torch.full((R,), -1)  # the response that each row of the cache holds, -1 if none
     token = torch.zeros(R, dtype=torch.long)  # its last token
     admitted = 0  # prompts

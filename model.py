@@ -168,6 +168,7 @@ class Cache:
         self.length = torch.zeros(rows, dtype=torch.long)  # these two stay on the host, which plans every step
         self.filled = torch.zeros(segments, rows, dtype=torch.long)
         self.cos, self.sin = rope(slots, config, like)
+        self.graphs: Graphs | None = None  # set to decode by CUDA graphs
 
     @staticmethod
     def numbers(config: Config) -> int:
@@ -183,6 +184,7 @@ class Cache:
         self.length, self.filled = self.length[rows], self.filled[:, rows]
         rows = rows.to(self.k.device)
         self.k, self.v, self.frozen = self.k[:, rows], self.v[:, rows], self.frozen[rows]
+        self.graphs = self.graphs and Graphs(self)  # the captured ones read the old tensors
 
     def advance(self, h: torch.Tensor, rows: torch.Tensor) -> None:
         """Ends a step: the given rows are one token longer, and its final stream h[r] (R, D) is remembered."""
@@ -253,26 +255,40 @@ class NextTokens:
         row, slot = cache.pending(segment, rows)
         self.waiting = (row * S + slot).to(device) if len(row) else None
         self.run = None if len(rows) == R else rows.to(device)
-        self.at = (torch.cat([rows, row]) * S + torch.cat([cache.length[rows], slot])).to(device)
-        position = torch.cat([cache.length[rows], slot]).to(device)
-        self.cos, self.sin = cache.cos[position], cache.sin[position]
         end = cache.length[rows] + 1
-        self.longest = int(end.max())
         self.each = list(zip(rows.tolist(), end.tolist(), strict=True))
-        self.alone = device.type == "cpu" and self.longest * K * C >= LONG
-        hidden = torch.arange(self.longest) >= end[:, None]
-        self.mask = None
-        if not self.alone and hidden.any():
-            self.mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None, None].to(cache.k)
+        self.place(torch.cat([rows, row]).to(device), torch.cat([end - 1, slot]).to(device), int(end.max()))
+        self.alone = device.type == "cpu" and self.slots * K * C >= LONG
+        hidden = torch.arange(self.slots) >= end[:, None]
+        self.mask = self.as_mask(hidden.to(device)) if not self.alone and hidden.any() else None
+
+    @classmethod
+    def of_all(cls, cache: Cache, length: torch.Tensor, slots: int) -> "NextTokens":
+        """Every row runs, and attends to its first length[r] + 1 of `slots` slots: shapes that depend on no value."""
+        self = cls.__new__(cls)
+        self.cache, self.waiting, self.run, self.alone = cache, None, None, False
+        self.place(torch.arange(len(length), device=length.device), length, slots)
+        self.mask = self.as_mask(torch.arange(slots, device=length.device) > length[:, None])
+        return self
+
+    def place(self, row: torch.Tensor, slot: torch.Tensor, slots: int) -> None:
+        self.at, self.slots = row * self.cache.k.shape[2] + slot, slots
+        self.cos, self.sin = self.cache.cos[slot], self.cache.sin[slot]
+
+    def as_mask(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.cache.k.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None, None]
 
     def others(self, h: torch.Tensor) -> torch.Tensor | None:
         return None if self.waiting is None else self.cache.frozen.flatten(0, 1).index_select(0, self.waiting)
 
+    def write(self, layer, k, v) -> None:
+        self.cache.k[layer].flatten(0, 1).index_copy_(0, self.at, k)
+        self.cache.v[layer].flatten(0, 1).index_copy_(0, self.at, v)
+
     def attend(self, layer, q, k, v) -> torch.Tensor:
         """Queries (n, H, C) over the rows' slots, after k and v (n + m, K, C) took theirs -> (n, H C)."""
+        self.write(layer, k, v)
         keys, values = self.cache.k[layer], self.cache.v[layer]
-        keys.flatten(0, 1).index_copy_(0, self.at, k)
-        values.flatten(0, 1).index_copy_(0, self.at, v)
         n, H, C = q.shape
         q = q.view(n, k.shape[1], -1, C)  # the heads of a group stand in for the query axis, so K/V stay uncopied
         if self.alone:  # reads no other row's padding, and copies nothing
@@ -280,11 +296,64 @@ class NextTokens:
                 q[i : i + 1], keys[row : row + 1, :end].transpose(1, 2), values[row : row + 1, :end].transpose(1, 2))
                 for i, (row, end) in enumerate(self.each)])
             return out.reshape(n, H * C)
-        keys, values = keys[:, : self.longest], values[:, : self.longest]
+        keys, values = keys[:, : self.slots], values[:, : self.slots]
         if self.run is not None:
             keys, values = keys.index_select(0, self.run), values.index_select(0, self.run)
         out = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=self.mask)
         return out.reshape(n, H * C)
+
+
+class Graphs:
+    """CUDA graphs of decoding, one for each segment and number of slots, captured when first met (in blocks of SLOTS).
+
+    A graph has fixed shapes, so every row of the cache runs it. What frozen and empty rows compute is thrown away: the
+    stream here, the keys and values when `pending` next names the row's token. On a GPU a step of few rows waits for
+    weights and launches, not for arithmetic, so these rows cost little. On a CPU the same runs without a capture.
+    """
+
+    SLOTS = 256
+
+    def __init__(self, cache: Cache):
+        self.cache, self.captured = cache, {}
+
+    def run(self, segment: int, blocks, layers: range, h: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
+        """Streams (R, D) before a segment -> after it; rows that are not `running` (R,) keep theirs."""
+        cache, S = self.cache, self.cache.k.shape[2]
+        layout = NextTokens(cache, segment, running)
+        if layout.waiting is not None:
+            waiting = layout.others(h)
+            layout.place(layout.waiting // S, layout.waiting % S, S)
+            for layer in layers:
+                layout.write(layer, *blocks[layer].self_attn.keys_values(
+                    blocks[layer].input_layernorm(waiting), layout.cos, layout.sin))
+
+        def forward(h, length):
+            every = NextTokens.of_all(cache, length, slots)
+            for layer in layers:
+                h = blocks[layer](h, None, every, layer)
+            return h
+
+        length = cache.length.clamp(max=S - 1).to(h.device)
+        slots = min(S, -(-(int(cache.length[running].max()) + 1) // self.SLOTS) * self.SLOTS)
+        if not h.is_cuda:
+            out = forward(h, length)
+        else:
+            if (segment, slots) not in self.captured:
+                given = h.clone(), length.clone()
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    forward(*given)  # kernels are chosen and workspaces made outside the capture
+                torch.cuda.current_stream().wait_stream(side)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    out = forward(*given)
+                self.captured[segment, slots] = graph, given, out
+            graph, given, out = self.captured[segment, slots]
+            for mine, value in zip(given, (h, length), strict=True):
+                mine.copy_(value)
+            graph.replay()
+        return torch.where(running.to(h.device)[:, None], out, h)
 
 
 class Attention(nn.Module):
@@ -306,11 +375,14 @@ class Attention(nn.Module):
     def split(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # (n, heads, C)
 
+    def keys_values(self, x, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normed streams (m, D) -> keys and values (m, K, C)."""
+        return rotate(self.k_norm(self.split(self.k_proj(x))), cos, sin), self.split(self.v_proj(x))
+
     def forward(self, x, n: int, layout, layer: int) -> torch.Tensor:
         """Normed streams (n + m, D), of which the first n ask and all answer -> (n, D)."""
         q = rotate(self.q_norm(self.split(self.q_proj(x[:n]))), layout.cos[:n], layout.sin[:n])
-        k = rotate(self.k_norm(self.split(self.k_proj(x))), layout.cos, layout.sin)
-        return self.o_proj(layout.attend(layer, q, k, self.split(self.v_proj(x))))
+        return self.o_proj(layout.attend(layer, q, *self.keys_values(x, layout.cos, layout.sin)))
 
 
 class MLP(nn.Module):
@@ -360,6 +432,7 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.recompute = False  # activation checkpointing of the blocks: L x B x T x D kept instead of all inside them
+        self.graphs = False  # CUDA graphs in decoding
         self.source, self.revision = None, None
 
     def stream(self, ids, stops=(), gate=None, cache: Cache | None = None, rows=None) -> torch.Tensor:
@@ -380,6 +453,9 @@ class Transformer(nn.Module):
             if decoding:
                 running = torch.ones(B, dtype=torch.bool) if running is None else running[:, 0].cpu()
                 if not running.any():  # and no later layer either: streams stay frozen
+                    continue
+                if cache.graphs:
+                    h = cache.graphs.run(segment, self.model.layers, range(start, stop), h, running)
                     continue
                 layout = NextTokens(cache, segment, running)
             else:

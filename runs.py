@@ -52,6 +52,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--micro-batch", type=int, help="sequences in one training pass, 64 / 1: memory, not results")
     p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
                    help="activation checkpointing, off / on: far less memory, a third more work in the update")
+    p.add_argument("--cuda-graphs", action="store_true", help="decode by CUDA graphs: fewer launches, not yet measured")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; bfloat16 on CUDA, else float32")
@@ -104,7 +105,7 @@ def run_main(main) -> None:
 def load_model(args) -> tuple[Transformer, Tokenizer]:
     torch.manual_seed(args.seed)  # LoRA's start
     model = Transformer.from_pretrained(args.model, args.revision, getattr(torch, args.dtype), args.device)
-    model.recompute = args.recompute
+    model.recompute, model.graphs = args.recompute, args.cuda_graphs
     return model, Tokenizer.from_pretrained(args.model, args.revision)
 
 

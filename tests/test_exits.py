@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import exits
+import model
 from data.hub import UserError
 from exits import (
     ExitHeads,
@@ -666,6 +667,114 @@ def test_a_rows_sample_depends_neither_on_the_batch_size_nor_on_other_prompts():
     assert len({(r // 4, *row[1]) for r, row in enumerate(rows_of(whole, PROMPTS, 4))}) > 12  # samples differ
     other_seed = generate(policy, PROMPTS, **{**options, "seed": (1, 8)})
     assert other_seed.tokens[:, :1].tolist() != whole.tokens[:, :1].tolist()
+
+
+def boundary_distance(policy, prompt, tokens, depths, at, seed, row) -> float:
+    """How far the draws of response position `at` lie from where another outcome would begin, given what precedes."""
+    E = len(policy.exits)
+    ids = torch.tensor([[*prompt, *tokens[:at]]])
+    there = torch.tensor([[L] * (len(prompt) - 1) + depths[:at] + [L]])
+    position = len(prompt) - 1 + at
+    u = [splitmix(*seed, row, position, i) for i in range(E + 1)]
+    near = []
+    for depth in (*policy.exits, L):  # the exits that could have been taken, and the token's draw at each of them
+        there[0, -1] = depth
+        with torch.no_grad():
+            out = policy(ids, there)
+            p_exit = out.exit_logits[0, -1].double().sigmoid()
+            cdf = policy.model.unembed(out.h[:, -1]).double().softmax(-1).cumsum(-1)[0]
+        near += [abs(u[e] - float(p_exit[e])) for e in range(E)]
+        near.append(float((cdf - u[E]).abs().min()))
+    return min(near)
+
+
+WAYS = {"one at a time": dict(batch_size=1), "few rows, refilled": dict(batch_size=5), "all rows": {},
+        "row by row": dict(LONG=0), "static shapes": dict(graphs=True),
+        "static shapes, refilled": dict(graphs=True, batch_size=4)}
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_every_way_to_decode_draws_the_same_sample_up_to_draws_at_a_boundary(dtype, rounding, monkeypatch):
+    """Batching, compaction, late keys and values and fixed shapes are for speed: none may change what is sampled.
+
+    Rounding differs between them, so a draw that lies on a boundary may fall on either side. Every row whose sample
+    differs must do so first at such a draw; in float32 there is none here.
+    """
+    policy, seed, flips = toy_policy(), (2, 7), 0
+    policy.model.to(dtype)
+    options = dict(samples=3, max_new_tokens=24, eos_ids=range(0, 61, 12), seed=seed)
+    prompts = PROMPTS * 2
+    whole = rows_of(generate(policy, prompts, **options), prompts, 3)
+    for changes in WAYS.values():
+        monkeypatch.setattr(model, "LONG", changes.get("LONG", 2**15))
+        policy.model.graphs = changes.get("graphs", False)
+        again = generate(policy, prompts, **options, batch_size=changes.get("batch_size"))
+        for r, (ours, wanted) in enumerate(zip(rows_of(again, prompts, 3), whole, strict=True)):
+            pairs = (list(zip(*row[1:3], strict=True)) for row in (ours, wanted))
+            differ = [t for t, (mine, theirs) in enumerate(zip(*pairs, strict=False)) if mine != theirs]
+            same = differ[0] if differ else len(wanted[1])
+            if differ:
+                flips += 1
+                policy.model.graphs = False
+                assert boundary_distance(policy, *wanted[:3], differ[0], seed, r) < rounding
+                policy.model.graphs = changes.get("graphs", False)
+            else:
+                assert ours[1:3] == wanted[1:3]
+            for mine, theirs in zip(ours[3:], wanted[3:], strict=True):
+                assert np.allclose(mine[:same], theirs[:same], atol=rounding if dtype == torch.float32 else 1)
+    assert (flips > 0) == (dtype == torch.bfloat16)
+
+
+def test_layers_that_no_row_runs_do_no_work_at_all_and_late_keys_come_in_one_product():
+    """Wall clock follows depth only if frozen tokens ask nothing of later layers until a later token needs them."""
+    policy, seen = toy_policy(), []
+    for layer, block in enumerate(policy.model.model.layers):
+        for part in (block.self_attn.q_proj, block.self_attn.k_proj):
+            part.register_forward_pre_hook(
+                lambda part, args, layer=layer, name=part.weight.shape[0]: seen.append((layer, name, len(args[0]))))
+    queries, keys = (policy.model.model.layers[0].self_attn.q_proj.weight.shape[0],
+                     policy.model.model.layers[0].self_attn.k_proj.weight.shape[0])
+    assert queries != keys
+    # Row 0 stays at depth 2 for five tokens, goes to 6, then to 4; row 1 never leaves depth 2.
+    depths = torch.tensor([[2, 2, 2, 2, 2, 6, 4, 4], [2] * 8])
+    generate(policy, [[7], [8]], max_new_tokens=8, eos_ids=NO_EOS, depths=depths)
+    got = [[(name, n) for at, name, n in seen if at == layer] for layer in range(L)]
+    once = [(queries, 2), (keys, 2)]
+    assert got[0] == got[1] == once * 8
+    assert got[2] == got[3] == [(queries, 1), (keys, 6), (queries, 1), (keys, 1), (queries, 1), (keys, 1)]
+    assert got[4] == got[5] == [(queries, 1), (keys, 6)]
+
+
+def test_rows_that_end_are_replaced_and_a_prompts_samples_share_its_pass():
+    """Else the longest response of every batch holds up all others, and a prompt is read once for each sample."""
+    policy, busy, prefills = toy_policy(), [], []
+    policy.register_forward_pre_hook(lambda _, args: busy.append(int((args[1] > 0).sum())))
+    first = policy.model.model.layers[0].self_attn.o_proj
+    first.register_forward_pre_hook(lambda _, args: prefills.append(len(args[0])))
+    prompts = [[5, 17, 42]] * 12
+    depths = torch.full((24, 9), L)
+    options = dict(samples=2, max_new_tokens=9, eos_ids=range(0, 61, 5), depths=depths)
+    samples = generate(policy, prompts, batch_size=6, **options)
+    lengths = samples.lengths.tolist()
+    assert len(set(lengths)) > 4
+    assert max(busy) == 6 and sum(busy) == sum(lengths)
+    batch_after_batch = sum(max(lengths[i : i + 6]) for i in range(0, 24, 6))
+    assert len(busy) < batch_after_batch
+    # Of every prompt the two leading tokens, once for both samples; every other call is a step's running rows.
+    assert sum(prefills) - sum(busy) == 12 * 2
+
+
+@pytest.mark.parametrize("free, wanted", [(0, 1), (10**6, None), (10**15, 256)])
+def test_rows_follow_free_memory(free, wanted, monkeypatch):
+    """A fixed number either runs out of memory or leaves most of it idle."""
+    policy = toy_policy()
+    slot = 2 * L * policy.model.config.num_key_value_heads * policy.model.config.head_dim + 20
+    assert exits.cache_bytes(policy, 30) == 30 * slot * 4
+    cache = exits.Cache(policy.model.config, 5, 30, 3, policy.model.lm_head.weight)
+    held = sum(t.numel() * t.element_size() for t in (cache.k, cache.v, cache.frozen))
+    assert held == 5 * exits.cache_bytes(policy, 30)
+    monkeypatch.setattr(exits.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_AVPHYS_PAGES": free}[name])
+    assert exits.fitting_rows(policy, 30) == (wanted or free // 2 // exits.cache_bytes(policy, 30))
 
 
 def test_exits_drawn_in_the_parallel_pass_equal_those_drawn_step_by_step():

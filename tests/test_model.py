@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import model
 from data.hub import UserError
 from model import Config, RMSNorm, Transformer
 from tests.toys import toy_config, toy_model
@@ -311,3 +312,27 @@ def test_a_loaded_model_knows_its_source_and_commit(tmp_path):
     model = Transformer.from_pretrained(folder)
     assert (model.source, model.revision) == (str(folder), "0123abcd")
     assert Transformer.from_pretrained(FIXTURES / "qwen3-tied", revision="v1").revision == "v1"
+
+
+@pytest.mark.skipif(model.ONEDNN is None, reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("bias", [False, True])
+def test_onednn_product_equals_the_frameworks_in_values_and_gradients(bias, monkeypatch):
+    """Every CPU result goes through it; a gradient that is missing or transposed would train something else."""
+    monkeypatch.setattr(model, "SMALL", 0)
+    generator, results = torch.Generator().manual_seed(0), []
+    x, weight = torch.randn(3, 5, 7, generator=generator), torch.randn(11, 7, generator=generator)
+    b = torch.randn(11, generator=generator) if bias else None
+    factor = torch.randn(3, 5, 11, generator=generator)
+    for product in (model.linear, torch.nn.functional.linear):
+        for needs in ((True, True), (True, False), (False, True)):
+            given = [x.clone().requires_grad_(needs[0]), weight.clone().requires_grad_(needs[1])]
+            given += [b.clone().requires_grad_()] if bias else []
+            y = product(*given)
+            (factor * y).sum().backward()
+            with torch.no_grad():
+                results.append([y, product(*given), *(t.grad for t in given)])
+    for ours, wanted in zip(results[:3], results[3:], strict=True):
+        for a, c in zip(ours, wanted, strict=True):
+            assert (a is None) == (c is None)
+            if a is not None:
+                torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5)
