@@ -195,15 +195,8 @@ def main() -> None:
         raise UserError(f"--kl-factor {args.kl_factor}: must be above 0")
 
     model, tokenizer = runs.load_model(args)
-    start, optimizer = 0, None
-    if run and any(run.folder.glob("step-*")):
-        policy, start = run.load(model)
-        optimizer = runs.adamw(policy, runs.checkpoint(run.folder))
-    else:
-        policy = Policy(model, exit_depths(model.config.num_hidden_layers, args.exit_every), args.rank)
-        optimizer = runs.adamw(policy)
-    run = run or runs.Run.start("distill", args, model)
-    run.rewind(start)
+    exits = exit_depths(model.config.num_hidden_layers, args.exit_every)
+    run, policy, optimizer, start = runs.begin(run, "distill", args, model, lambda: Policy(model, exits, args.rank))
     print(f"{args.model}: {policy.n_layers} layers, exits {policy.exits}, {args.task}, thinking "
           f"{'on' if args.thinking else 'off'}, at most {args.max_new_tokens} new tokens -> {run.folder}")
 

@@ -137,8 +137,8 @@ def main() -> None:
     p.add_argument("--beta", type=float, default=0.02, help="weight of the mean token KL to the base (default: 0.02)")
     p.add_argument("--k", type=int, default=8, help="samples per prompt (default: 8)")
     p.add_argument("--batch-size", type=int, help="prompts in a step, 12 / 4")
-    p.add_argument("--steps", type=int, help="150 / 400")
-    p.add_argument("--lr", type=float, help="learning rate (default: 0.1 / hidden size)")
+    p.add_argument("--steps", type=int, help="200 / 400")
+    p.add_argument("--lr", type=float, help="learning rate, falling to 0 over the run: 0.003 / (0.1 / hidden size)")
     p.add_argument("--problems", type=int, help="training problems, 4096 / all")
     p.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (default: 20)")
     p.add_argument("--init", help="stage-1 run to start from (default: the newest complete one)")
@@ -152,19 +152,12 @@ def main() -> None:
     else:
         args.init = str(stage_one(args))
         runs.inherit(args, runs.Path(args.init))
-        args = runs.settle(args, steps=(150, 400), batch_size=(12, 4), problems=(4096, None))
+        args = runs.settle(args, steps=(200, 400), lr=(3e-3, None), batch_size=(12, 4), problems=(4096, None))
 
     model, tokenizer = runs.load_model(args)
-    start, optimizer = 0, None
-    if run and any(run.folder.glob("step-*")):
-        policy, start = run.load(model)
-        optimizer = runs.adamw(policy, runs.checkpoint(run.folder))
-    else:
-        policy = load_policy(model, runs.checkpoint(args.init))
-        optimizer = runs.adamw(policy)
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)
-    run = run or runs.Run.start("rloo", args, model)
-    run.rewind(start)
+    run, policy, optimizer, start = runs.begin(
+        run, "rloo", args, model, lambda: load_policy(model, runs.checkpoint(args.init)))
     print(f"stage 1: {args.init}")
     print(f"{args.model}: exits {policy.exits} of {policy.n_layers}, {args.task}, lambda "
           f"{args.lam}, beta {args.beta}, {args.batch_size} prompts x {args.k} samples, thinking "
@@ -179,7 +172,7 @@ def main() -> None:
         teachers, drift = score_rows(policy, rows, args)
         times.append(time.perf_counter())
         accumulate_gradient(policy, rows, teachers, args)
-        grad_norm = run.apply_gradients(optimizer, lr)
+        grad_norm = run.apply_gradients(optimizer, lr * (1 - step / args.steps))
         times.append(time.perf_counter())
 
         metrics = {"step": step, **summarise(policy, rows, drift, args), "grad_norm": grad_norm}

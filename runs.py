@@ -212,6 +212,19 @@ class Run:
         write_text(self.folder / "complete.json", json.dumps(summary, indent=2) + "\n")
 
 
+def begin(run: Run | None, stage: str, args, model: Transformer, fresh):
+    """The run with its policy, optimizer and next step: a resumed one where it stopped, else a new one of fresh()."""
+    if run and any(run.folder.glob("step-*")):
+        policy, start = run.load(model)
+        optimizer = adamw(policy, checkpoint(run.folder))
+    else:
+        policy, start = fresh(), 0
+        optimizer = adamw(policy)
+    run = run or Run.start(stage, args, model)
+    run.rewind(start)
+    return run, policy, optimizer, start
+
+
 def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".partial-{path.name}")
     partial.write_text(text, "utf-8")

@@ -60,7 +60,11 @@ def arms_of(policy: Policy, theirs, prompts: torch.Tensor, new: int, depths: dic
                          batch_size=len(rows))
         return run
 
-    arms = {"no exits, plain loop": lambda n: plain_decode(policy.model, prompts, n)}
+    def plain(n):
+        with adapters_off(policy):
+            plain_decode(policy.model, prompts, n)
+
+    arms = {"no exits, plain loop": plain}
     arms |= {name: ours(wanted) for name, wanted in depths.items()}
     if theirs is not None:
         arms["transformers"] = lambda n: theirs.generate(

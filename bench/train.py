@@ -178,7 +178,7 @@ def memory(policy: Policy, args) -> None:
         token_kl = (p.exp() * (p - q)).sum(-1)
         token_kl.mean().backward()
     for name, a, b in zip(("lens KL", "token KL", "gradient"), ours, (kl_e, token_kl, plain.grad), strict=True):
-        record[name] = float((a - b).abs().max() / b.abs().max())
+        record[name] = float(((a - b).abs().max() / b.abs().max()).detach())
         print(f"  {name}: relative difference to the naive tables {record[name]:.1e}")
     report(args, record)
 

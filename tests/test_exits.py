@@ -470,7 +470,7 @@ def test_chunked_equals_unchunked_in_values_draws_and_gradients(monkeypatch):
     plain = policy.model.unembed
     monkeypatch.setattr(policy.model, "unembed", lambda h: sizes.append(len(h)) or plain(h))
     for chunk in (2**25, 3 * 61 + 1, 1):
-        monkeypatch.setattr(exits, "CHUNK", chunk)
+        monkeypatch.setattr(exits, "CHUNK_CPU", chunk)
         policy.zero_grad()
         sizes.clear()
         parts = score(policy, batch, teacher_h)[:3]
@@ -490,7 +490,7 @@ def test_chunks_keep_nothing_of_vocabulary_size_for_the_backward_pass(monkeypatc
     policy, saved = toy_policy(vocab_size=997), []
     batch = collate(PROMPTS, [[1, 2, 3, 4, 5]] * 4, [[2, 4, 6, 4, 2]] * 4, n_layers=L)
     teacher_h, _ = teacher_pass(policy, batch)
-    monkeypatch.setattr(exits, "CHUNK", 4 * 997)
+    monkeypatch.setattr(exits, "CHUNK_CPU", 4 * 997)
 
     def pack(t):
         t = t.detach()  # an output that is saved would keep itself alive
@@ -690,7 +690,7 @@ def boundary_distance(policy, prompt, tokens, depths, at, seed, row) -> float:
 
 WAYS = {"one at a time": dict(batch_size=1), "few rows, refilled": dict(batch_size=5), "all rows": {},
         "row by row": dict(LONG=0), "static shapes": dict(graphs=True),
-        "static shapes, refilled": dict(graphs=True, batch_size=4)}
+        "static shapes, refilled": dict(graphs=True, batch_size=7)}
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
@@ -702,7 +702,7 @@ def test_every_way_to_decode_draws_the_same_sample_up_to_draws_at_a_boundary(dty
     """
     policy, seed, flips = toy_policy(), (2, 7), 0
     policy.model.to(dtype)
-    options = dict(samples=3, max_new_tokens=24, eos_ids=range(0, 61, 12), seed=seed)
+    options = dict(samples=3, max_new_tokens=24, eos_ids=[7, 30], seed=seed)
     prompts = PROMPTS * 2
     whole = rows_of(generate(policy, prompts, **options), prompts, 3)
     for changes in WAYS.values():
@@ -743,6 +743,12 @@ def test_layers_that_no_row_runs_do_no_work_at_all_and_late_keys_come_in_one_pro
     assert got[0] == got[1] == once * 8
     assert got[2] == got[3] == [(queries, 1), (keys, 6), (queries, 1), (keys, 1), (queries, 1), (keys, 1)]
     assert got[4] == got[5] == [(queries, 1), (keys, 6)]
+    # The parallel pass: padding gives no keys either.
+    seen.clear()
+    batch = collate([[7], [8, 9]], [[1, 2, 3, 4, 5], [6]], [[2, 4, 6, 2, 2], [4]], n_layers=L)
+    policy(batch.ids, batch.depths)
+    assert seen == [(layer, name, n) for layer, running in enumerate((7, 7, 4, 4, 2, 2))
+                    for name, n in ((queries, running), (keys, 7))]
 
 
 def test_rows_that_end_are_replaced_and_a_prompts_samples_share_its_pass():
