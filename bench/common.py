@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -40,6 +40,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--layers", type=int, help="of --shape: only so many (default: all)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
+    p.add_argument("--cuda-graphs", action="store_true", help="decode by CUDA graphs")
     p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     p.add_argument("--repeats", type=int, default=5, help="rounds, interleaved; the median counts (default: 5)")
     p.add_argument("--out", help="JSON file for the figures")
@@ -68,8 +69,11 @@ def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str
 def load(args) -> Transformer:
     dtype = getattr(torch, args.dtype)
     if args.model:
-        return Transformer.from_pretrained(args.model, dtype=dtype, device=args.device)
-    return random_model(args.shape, args.layers, dtype, args.device)
+        model = Transformer.from_pretrained(args.model, dtype=dtype, device=args.device)
+    else:
+        model = random_model(args.shape, args.layers, dtype, args.device)
+    model.graphs = args.cuda_graphs
+    return model
 
 
 def peer(args):
@@ -159,13 +163,6 @@ def machine(args) -> str:
                      if line.startswith("model name")), name)
         name += f", {torch.get_num_threads()} threads"
     return f"{name}; torch {torch.__version__}, {args.dtype}"
-
-
-def installed(package: str) -> bool:
-    try:
-        return bool(version(package))
-    except PackageNotFoundError:
-        return False
 
 
 def report(args, record: dict) -> None:

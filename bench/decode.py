@@ -29,7 +29,7 @@ from common import (
 )
 
 from exits import Policy, adapters_off, exit_depths, generate
-from model import Cache, Transformer
+from model import Cache, Graphs, Transformer
 
 
 @torch.no_grad()
@@ -37,6 +37,7 @@ def plain_decode(model: Transformer, prompts: torch.Tensor, new: int) -> torch.T
     """Greedy decoding without any of the exits' machinery: the same blocks and cache, and nothing around them."""
     B, T = prompts.shape
     cache = Cache(model.config, B, T + new, 1, model.lm_head.weight)
+    cache.graphs = Graphs(cache) if model.graphs else None
     rows = torch.arange(B)
     if T > 1:
         model.stream(prompts[:, :-1], cache=cache, rows=rows[:, None])

@@ -1,0 +1,19 @@
+#!/bin/sh
+# Everything that is to be measured on one GPU of 80 GB, in one go; figures go to bench/results-gpu/*.json.
+# Targets are for an H100: decoding at batch 1 by graphs at 60% of the bandwidth or more, half depth at an efficiency of
+# 0.85, 5,000 tokens/s at batch 64, 40 tokens/s without graphs; stage 1 at 8,000 tokens/s.
+set -e
+cd "$(dirname "$0")/.."
+out=bench/results-gpu
+mkdir -p $out
+python -m pytest -q -k "not offline"
+python bench/dry_run.py --shape qwen3-4b
+python bench/dry_run.py --shape r1-distill-1.5b
+for way in "" "--cuda-graphs"; do
+    python bench/decode.py --shape qwen3-4b --batch 1 64 --new 64 $way --out $out/decode$way.json
+    python bench/decode.py --shape qwen3-4b --grow $way --out $out/decode-grow$way.json
+    python bench/rollout.py --shape qwen3-4b --prompts 32 --samples 8 --rows 64 --new 256 $way --out $out/rollout$way.json
+done
+python bench/train.py --shape qwen3-4b --batch 4 --length 2048 --out $out/train.json
+python bench/train.py --shape qwen3-4b --batch 1 --length 4096 --recompute --out $out/train-recompute.json
+python bench/train.py --shape qwen3-4b --memory 512 4096 16384 --out $out/memory.json
