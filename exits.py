@@ -67,8 +67,8 @@ class ExitHeads(nn.Module):
     def forward(self, h: torch.Tensor, exit_idx: int) -> torch.Tensor:
         """Stream (..., D) at exit `exit_idx` -> exit logits z (...), in float32."""
         h = h.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return h @ self.weight[exit_idx] + self.bias[exit_idx]
+        scale = torch.rsqrt(h.pow(2).mean(-1) + self.eps)
+        return h @ self.weight[exit_idx] * scale + self.bias[exit_idx]
 
 
 def exit_depths(n_layers: int, every: int | None = None) -> tuple[int, ...]:
@@ -198,16 +198,22 @@ class PerPosition(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, function, size, h, *others):
-        values, gradients = [], []
-        for here, *rest in zip(*(t.split(size) for t in (h, *others)), strict=True):
+        values = gradients = None
+        for i, (here, *rest) in enumerate(zip(*(t.split(size) for t in (h, *others)), strict=True)):
             with torch.enable_grad():
                 here = here.detach().requires_grad_()
                 piece = function(here, *rest)
-                gradients.append([torch.autograd.grad(v.sum(), here, retain_graph=True)[0] for v in piece])
-            values.append([v.detach() for v in piece])
-        ctx.save_for_backward(*(torch.cat(parts) for parts in zip(*gradients, strict=True)))
+                if values is None:  # whole at once: small pieces among the tables would scatter the heap
+                    values = [v.new_empty(len(h)) for v in piece]
+                    gradients = [torch.empty_like(h) for _ in piece]
+                at = slice(i * size, i * size + len(here))
+                for value, gradient, v in zip(values, gradients, piece, strict=True):
+                    value[at] = v.detach()
+                    gradient[at] = torch.autograd.grad(v.sum(), here, retain_graph=True)[0]
+            del piece, v, here  # and their tables, before the next piece makes its own
+        ctx.save_for_backward(*gradients)
         ctx.others = len(others)
-        return tuple(torch.cat(parts) for parts in zip(*values, strict=True))
+        return tuple(values)
 
     @staticmethod
     def backward(ctx, *grads):

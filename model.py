@@ -169,6 +169,7 @@ class Cache:
         self.filled = torch.zeros(segments, rows, dtype=torch.long)
         self.cos, self.sin = rope(slots, config, like)
         self.graphs: Graphs | None = None  # set to decode by CUDA graphs
+        self.last: NextTokens | None = None
 
     @staticmethod
     def numbers(config: Config) -> int:
@@ -195,10 +196,20 @@ class Cache:
         """Row and slot (m,) of the tokens of the given rows whose keys and values the segment lacks, which from now
         on it has, as it has those of the rows' current tokens."""
         first, end = self.filled[segment, rows], self.length[rows]
+        self.filled[segment, rows] = end + 1
         count = end - first
         slot = torch.arange(int(count.sum())) - (count.cumsum(0) - count - first).repeat_interleave(count)
-        self.filled[segment, rows] = end + 1
         return rows.repeat_interleave(count), slot
+
+    def layout(self, segment: int, running: torch.Tensor) -> "NextTokens":
+        """Where the tokens of the `running` rows (R,) stand in a segment: as in the one below, if nothing changed."""
+        last, rows = self.last, running.nonzero()[:, 0]
+        if segment and last.waiting is None and torch.equal(last.rows, rows):
+            if torch.equal(self.filled[segment, rows], self.length[rows]):
+                self.filled[segment, rows] += 1
+                return last
+        self.last = NextTokens(self, segment, rows)
+        return self.last
 
 
 class Sequences:
@@ -247,11 +258,11 @@ class Sequences:
 
 
 class NextTokens:
-    """One new token in each of the cache's rows, in one segment: those of the `running` rows (R,) attend."""
+    """One new token in each of the cache's rows, in one segment: those of the given rows (n,) attend."""
 
-    def __init__(self, cache: Cache, segment: int, running: torch.Tensor):
+    def __init__(self, cache: Cache, segment: int, rows: torch.Tensor):
         device, (_, R, S, K, C) = cache.k.device, cache.k.shape
-        self.cache, rows = cache, running.nonzero()[:, 0]
+        self.cache, self.rows = cache, rows
         row, slot = cache.pending(segment, rows)
         self.waiting = (row * S + slot).to(device) if len(row) else None
         self.run = None if len(rows) == R else rows.to(device)
@@ -319,7 +330,7 @@ class Graphs:
     def run(self, segment: int, blocks, layers: range, h: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
         """Streams (R, D) before a segment -> after it; rows that are not `running` (R,) keep theirs."""
         cache, S = self.cache, self.cache.k.shape[2]
-        layout = NextTokens(cache, segment, running)
+        layout = NextTokens(cache, segment, running.nonzero()[:, 0])
         if layout.waiting is not None:
             waiting = layout.others(h)
             layout.place(layout.waiting // S, layout.waiting % S, S)
@@ -457,7 +468,7 @@ class Transformer(nn.Module):
                 if cache.graphs:
                     h = cache.graphs.run(segment, self.model.layers, range(start, stop), h, running)
                     continue
-                layout = NextTokens(cache, segment, running)
+                layout = cache.layout(segment, running)
             else:
                 layout = Sequences((B, T), tables, running, present, cache, rows)
             others = layout.others(h)
