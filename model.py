@@ -119,6 +119,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """x W^T + b: (..., D_in) -> (..., D_out), by the faster of two kernels for the same numbers."""
     if ONEDNN is None or x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() * len(weight) < SMALL:
         return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):  # both know F.linear only
+        return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return OneDNN.apply(x, weight, bias)
     return ONEDNN(x, weight, bias, "none", [], "")

@@ -83,6 +83,8 @@ def settle(args: argparse.Namespace, **defaults) -> argparse.Namespace:
     for name in ("steps", "batch_size", "rows", "micro_batch", "max_new_tokens", "rank", "n"):
         if (value := getattr(args, name, None)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.cuda_graphs and not args.device.startswith("cuda"):
+        raise UserError(f"--cuda-graphs with --device {args.device}: only CUDA has them; leave the flag out")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 

@@ -48,6 +48,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 
 def settle(args) -> None:
+    if args.cuda_graphs and not args.device.startswith("cuda"):
+        sys.exit(f"--cuda-graphs with --device {args.device}: only CUDA has them; leave the flag out")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.threads:
         torch.set_num_threads(args.threads)

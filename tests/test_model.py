@@ -336,3 +336,14 @@ def test_onednn_product_equals_the_frameworks_in_values_and_gradients(bias, monk
             assert (a is None) == (c is None)
             if a is not None:
                 torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5)
+
+
+def test_onednn_leaves_autocast_and_compilation_to_the_framework(monkeypatch):
+    """The training script of the embedded model uses both; neither knows the operator."""
+    monkeypatch.setattr(model, "SMALL", 0)
+    monkeypatch.setattr(model, "ONEDNN", lambda *_: pytest.fail("called"))
+    x, weight = torch.randn(3, 7), torch.randn(11, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.linear(x, weight).dtype == torch.bfloat16
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert model.linear(x, weight).dtype == torch.float32

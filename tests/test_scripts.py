@@ -193,6 +193,7 @@ BAD = {
     "stride out of range": (("distill.py", "--model", "toy", "--task", "stories", "--exit-every", 9), "--exit-every 9"),
     "prompt beyond the context": (("distill.py", "--model", "toy", "--task", "arithmetic", "--max-new-tokens", 4090),
                                   "--max-new-tokens"),
+    "graphs without CUDA": (("distill.py", "--model", "toy", "--device", "cpu", "--cuda-graphs"), "--cuda-graphs"),
     "no steps": (("distill.py", "--model", "toy", "--steps", 0), "--steps 0"),
     "malformed data": (("distill.py", "--model", "toy", "--data", "bad.jsonl"), "bad.jsonl:2"),
     "missing column": (("distill.py", "--model", "toy", "--data", "column.jsonl"), "answer"),
