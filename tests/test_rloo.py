@@ -166,3 +166,20 @@ def test_reward_is_equation_1():
     """Sign or normalisation slips in the reward train the wrong thing silently."""
     got = rloo.reward(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.25]), torch.tensor([0.1, 0.2]), 0.4, 2.0)
     assert got.tolist() == pytest.approx([1 - 0.2 - 0.2, -0.1 - 0.4])
+
+
+def test_every_seed_and_step_has_its_own_random_numbers(monkeypatch):
+    """Else five seeds are one run, or every step draws the same numbers again."""
+    seeds = []
+
+    def stop(*_, seed, **options):
+        seeds.append(seed)
+        raise KeyError
+
+    monkeypatch.setattr(rloo, "generate", stop)
+    monkeypatch.setattr(rloo.runs, "prompt_ids", lambda *_: [])
+    for seed, step in ((0, 0), (1, 0), (0, 1)):
+        args = argparse.Namespace(seed=seed, k=2, max_new_tokens=1, rows=1, thinking=True)
+        with pytest.raises(KeyError):
+            rloo.roll_out(None, [], argparse.Namespace(eos_ids=[1]), step, args)
+    assert len(set(seeds)) == 3

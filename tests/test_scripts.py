@@ -93,12 +93,16 @@ def test_literal_command_on_a_hub_model_offline(tmp_path):
 
 
 def test_rloo_continues_from_the_newest_complete_run(trained):
-    """A newer but interrupted stage-1 run must not be picked up, and the choice is printed."""
+    """Neither a newer but interrupted stage-1 run nor an older complete one is picked up; the choice is printed."""
+    older = trained / "runs" / "distill-99999999-000001"
+    shutil.copytree(next(iter(trained.glob("runs/distill-2*"))), older)
+    os.utime(older / "complete.json", (1, 1))
     broken = trained / "runs" / "distill-99999999-000000"
     shutil.copytree(next(iter(trained.glob("runs/distill-2*"))), broken)
     (broken / "complete.json").unlink()
     done = run("rloo.py", *RL[:1], 1, *RL[2:], "--out", "again", cwd=trained)
     shutil.rmtree(broken)
+    shutil.rmtree(older)
     assert "stage 1: runs/distill-2" in done.stdout
 
 
@@ -165,6 +169,8 @@ def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path, script):
     process.wait()
     assert not (tmp_path / "broken" / "complete.json").exists()
     (tmp_path / "broken" / ".partial-000004").mkdir()  # as a kill in the middle of a save leaves it
+    with open(tmp_path / "broken" / "metrics.jsonl", "a") as file:  # and lines of steps after the last checkpoint
+        file.write('{"step": 5, "stale": 1}\n{"step": 5, "st')
     run(script, "--resume", "broken", cwd=tmp_path)
     for name in ("adapter_model", "exit_heads", "optimizer"):
         whole, broken = (load_file(tmp_path / side / "step-000006" / f"{name}.safetensors")
