@@ -115,12 +115,12 @@ class Policy(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def forward(self, ids, depths=None, u=None, delta: float = 0.0, cache: Cache | None = None, rows=None) -> Pass:
+    def forward(self, ids, depths=None, u=None, delta: float = 0.0, cache: Cache | None = None) -> Pass:
         """The one place where a stream freezes: ids (B, T) -> Pass.
 
         depths (B, T) prescribes how many layers each position runs (default: all); 0 means that nothing stands there
         (padding, an empty row of the cache). With uniforms u (B, T, E), the positions whose depth is L draw it
-        instead, exit by exit: p_e = sigmoid(z_e + delta) against u_e. `cache` and `rows` as in Transformer.stream.
+        instead, exit by exit: p_e = sigmoid(z_e + delta) against u_e. With a cache, ids (R, 1) continue its rows.
         """
         L = self.n_layers
         closed = depths is None and u is None
@@ -138,7 +138,7 @@ class Policy(nn.Module):
                     depth = depth.masked_fill((depth == L) & (u[..., e] < p), start)
             return None if closed else depth > start
 
-        h = self.model.stream(ids, self.exits, gate, cache, rows)
+        h = self.model.stream(ids, self.exits, gate, cache)
         return Pass(h, torch.stack(exit_logits, dim=-1), depth, streams)
 
 
