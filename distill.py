@@ -27,6 +27,7 @@ from exits import (
     NEVER,
     Policy,
     adapters_off,
+    collate,
     draw,
     exit_depths,
     generate,
@@ -99,7 +100,7 @@ def learned_exits(policy: Policy, rows: list[dict], kappa: float, seed: int, mic
         row, position = (index.cpu().numpy() for index in batch.where)
         u = torch.full((*batch.ids.shape, E), NEVER, dtype=torch.double, device=policy.device)
         u[batch.where] = uniforms((seed, HELD_OUT), row + i, position, E, policy.device)
-        idx = policy.exit_idx(policy(batch.ids, batch.depths, u).depths[batch.where])
+        idx = policy.exit_idx(policy(batch.ids, batch.depths, u, source=batch.source).depths[batch.where])
         drawn += torch.bincount(idx, minlength=E + 1).cpu()
         target += log_target(lens_kl(policy.model, *teacher_pass(policy, batch)), kappa).exp().sum(0).cpu()
         count += len(idx)
@@ -146,30 +147,33 @@ def train_step(policy: Policy, rows: list[dict], step: int, args) -> dict:
     """Accumulates the gradient of eq. (5) over a step's sequences and returns what is logged."""
     count = args.draws * sum(len(row["token_ids"]) for row in rows)
     E, total = len(policy.exits), dict.fromkeys(("token_kl", "exit_cross_entropy"), 0.0)
-    q_sum, student, wanted, reached = (torch.zeros(n, device=policy.device) for n in (E + 1, E, E, E))
-    for i, _, batch in micro_batches(policy, rows, args.micro_batch):
+    q_sum, learned, wanted, reached = (torch.zeros(n, device=policy.device) for n in (E + 1, E, E, E))
+    for i, part, batch in micro_batches(policy, rows, args.micro_batch):
         teacher_h, lens_h = teacher_pass(policy, batch)
         kl_e = lens_kl(policy.model, teacher_h, lens_h)
         log_q = log_target(kl_e, args.kl_factor)
         row, position = (index.cpu().numpy() for index in batch.where)
         u = uniforms((args.seed, DEPTHS, step), row + i, position, args.draws, policy.device)
-        for n in range(args.draws):  # the teacher's part is the same for all
-            depths = policy.outcomes[draw(log_q, u[:, n])]
-            batch.depths[batch.where] = depths
-            # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
-            logp_exit, _, token_kl, exit_logits = score(policy, batch._replace(tokens=None), teacher_h)
-            distill_loss(token_kl, logp_exit, count).backward()
+        depths = torch.cat([policy.outcomes[draw(log_q, u[:, n])] for n in range(args.draws)])
+        student = collate([row["prompt_ids"] for row in part] * args.draws,
+                          [row["token_ids"] for row in part] * args.draws, n_layers=policy.n_layers,
+                          device=policy.device)
+        student.depths[student.where] = depths
+        # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
+        logp_exit, _, token_kl, exit_logits = score(
+            policy, student._replace(tokens=None), teacher_h.repeat(args.draws, 1))
+        distill_loss(token_kl, logp_exit, count).backward()
 
-            total["token_kl"] += token_kl.sum().item() / count
-            total["exit_cross_entropy"] -= logp_exit.sum().item() / count
-            q_sum += log_q.exp().sum(0)
-            p_sum, reach = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
-            student, reached = student + p_sum, reached + reach
-            wanted += hazards(log_safe(kl_e, args.kl_factor)[0].exp(), depths, policy.exits)[0]
+        total["token_kl"] += token_kl.sum().item() / count
+        total["exit_cross_entropy"] -= logp_exit.sum().item() / count
+        q_sum += args.draws * log_q.exp().sum(0)
+        p_sum, reach = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
+        learned, reached = learned + p_sum, reached + reach
+        wanted += hazards(log_safe(kl_e, args.kl_factor)[0].exp().repeat(args.draws, 1), depths, policy.exits)[0]
     reached = reached.clamp(min=1)
     return {"loss": sum(total.values()), **total, "tokens": count, "target": summary(q_sum / count, policy.outcomes),
-            "learned": summary(from_hazards(student / reached), policy.outcomes),
-            "hazard_learned": (student / reached).tolist(), "hazard_target": (wanted / reached).tolist()}
+            "learned": summary(from_hazards(learned / reached), policy.outcomes),
+            "hazard_learned": (learned / reached).tolist(), "hazard_target": (wanted / reached).tolist()}
 
 
 def main() -> None:
@@ -188,7 +192,7 @@ def main() -> None:
     p.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
     p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags")
     args = p.parse_args()
-    run = runs.Run.resume(args.resume, "distill") if args.resume else None
+    run = runs.Run.resume(args, "distill") if args.resume else None
     args = run.args if run else runs.settle(
         args, steps=(120, 200), batch_size=(32, 8), rank=(8, 16), responses=(512, 256))
     if args.kl_factor <= 0:

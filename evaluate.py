@@ -75,7 +75,7 @@ def transcript(policy: Policy, row: dict, tokenizer, base: bool, args) -> dict:
     batch = collate([row["prompt_ids"]], [row["token_ids"]], [row["depths"]],
                     n_layers=policy.n_layers, device=policy.device)
     with adapters_off(policy) if base else nullcontext():
-        out = policy(batch.ids, depths=batch.depths)
+        out = policy(batch.ids, depths=batch.depths, source=batch.source)
     top = []
     for h in (*out.streams, out.h):
         best = token_logp_all(policy.model, h[batch.where]).exp().topk(3)

@@ -51,7 +51,7 @@ class LoRALinear(nn.Module):
         y = linear(x, self.weight, self.bias)
         if self.on:
             low = linear(x, self.lora_A.to(x.dtype))
-            y = torch.addmm(y, low, self.lora_B.to(x.dtype).t(), alpha=self.scale)
+            y.addmm_(low, self.lora_B.to(x.dtype).t(), alpha=self.scale)  # in place: y is written once less
         return y
 
 
@@ -115,12 +115,13 @@ class Policy(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def forward(self, ids, depths=None, u=None, delta: float = 0.0, cache: Cache | None = None) -> Pass:
+    def forward(self, ids, depths=None, u=None, delta: float = 0.0, cache: Cache | None = None, source=None) -> Pass:
         """The one place where a stream freezes: ids (B, T) -> Pass.
 
         depths (B, T) prescribes how many layers each position runs (default: all); 0 means that nothing stands there
-        (padding, an empty row of the cache). With uniforms u (B, T, E), the positions whose depth is L draw it
-        instead, exit by exit: p_e = sigmoid(z_e + delta) against u_e. With a cache, ids (R, 1) continue its rows.
+        (padding, an empty row of the cache, a prompt that stands in another row: `source`, as in Batch). With
+        uniforms u (B, T, E), the positions whose depth is L draw it instead, exit by exit: p_e = sigmoid(z_e + delta)
+        against u_e. With a cache, ids (R, 1) continue its rows.
         """
         L = self.n_layers
         closed = depths is None and u is None
@@ -138,7 +139,7 @@ class Policy(nn.Module):
                     depth = depth.masked_fill((depth == L) & (u[..., e] < p), start)
             return None if closed else depth > start
 
-        h = self.model.stream(ids, self.exits, gate, cache)
+        h = self.model.stream(ids, self.exits, gate, cache, source=source)
         return Pass(h, torch.stack(exit_logits, dim=-1), depth, streams)
 
 
@@ -181,7 +182,8 @@ def stick_breaking(log_p: torch.Tensor, log_not_p: torch.Tensor) -> torch.Tensor
 
 def token_logp_all(model: Transformer, h: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """log softmax(W_U norm(h) / temperature) in float32: (N, D) -> (N, V). Temperature 0 scores at temperature 1."""
-    return torch.log_softmax(model.unembed(h).float() / (temperature or 1.0), dim=-1)
+    logits = model.unembed(h).float()
+    return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, dim=-1)
 
 
 def kl(logp_all: torch.Tensor, logq_all: torch.Tensor) -> torch.Tensor:
@@ -190,25 +192,27 @@ def kl(logp_all: torch.Tensor, logq_all: torch.Tensor) -> torch.Tensor:
 
 
 class PerPosition(torch.autograd.Function):
-    """Values (N,) of a function of streams h (N, D) and other tensors, piece by piece, with their gradients by h.
+    """Values (N, ...) of a function of streams h (N, D) and other tensors, piece by piece; with `wanted`, also their
+    gradients by h.
 
-    A value belongs to one position, so its gradient is one row (D,): formed at once while the piece's (n, V) tables
-    are there, it is all that waits for the backward pass. Parameters get no gradient: the read-out is frozen.
+    A value (N,) belongs to one position, so its gradient is one row (D,): formed at once while the piece's (n, V)
+    tables are there, it is all that waits for the backward pass. Parameters get no gradient: the read-out is frozen.
     """
 
     @staticmethod
-    def forward(ctx, function, size, h, *others):
+    def forward(ctx, function, size, wanted, h, *others):
         values = gradients = None
         for i, (here, *rest) in enumerate(zip(*(t.split(size) for t in (h, *others)), strict=True)):
-            with torch.enable_grad():
-                here = here.detach().requires_grad_()
+            with torch.set_grad_enabled(wanted):
+                here = here.detach().requires_grad_(wanted)
                 piece = function(here, *rest)
                 if values is None:  # whole at once: small pieces among the tables would scatter the heap
-                    values = [v.new_empty(len(h)) for v in piece]
-                    gradients = [torch.empty_like(h) for _ in piece]
+                    values = [v.new_empty(len(h), *v.shape[1:]) for v in piece]
+                    gradients = [torch.empty_like(h) for _ in piece if wanted]
                 at = slice(i * size, i * size + len(here))
-                for value, gradient, v in zip(values, gradients, piece, strict=True):
+                for value, v in zip(values, piece, strict=True):
                     value[at] = v.detach()
+                for gradient, v in zip(gradients, piece, strict=wanted):
                     gradient[at] = torch.autograd.grad(v.sum(), here, retain_graph=True)[0]
             del piece, v, here  # and their tables, before the next piece makes its own
         ctx.save_for_backward(*gradients)
@@ -218,7 +222,7 @@ class PerPosition(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         h = sum(g[:, None].to(row.dtype) * row for g, row in zip(grads, ctx.saved_tensors, strict=True))
-        return None, None, h, *[None] * ctx.others
+        return None, None, None, h, *[None] * ctx.others
 
 
 def in_chunks(function, vocab: int, h: torch.Tensor, *others):
@@ -227,10 +231,7 @@ def in_chunks(function, vocab: int, h: torch.Tensor, *others):
     Only h (N, D) may want a gradient, and then every value must be (N,).
     """
     size = max(1, (CHUNK_CPU if h.device.type == "cpu" else CHUNK) // vocab)
-    if torch.is_grad_enabled() and h.requires_grad:
-        return PerPosition.apply(function, size, h, *others)
-    pieces = zip(*(t.split(size) for t in (h, *others)), strict=True)
-    return [torch.cat(parts) for parts in zip(*(function(*p) for p in pieces), strict=True)]
+    return PerPosition.apply(function, size, torch.is_grad_enabled() and h.requires_grad, h, *others)
 
 
 def joint_logp(policy: Policy, h, exit_logits, depths, tokens, teacher_h=None, *, temperature=1.0, delta=0.0, u=None):
@@ -301,20 +302,23 @@ class Batch(NamedTuple):
     """Prompts and responses laid out for one parallel pass. N predicting positions: P-1 .. P+T_i-2 of each row."""
 
     ids: torch.Tensor  # (B, T) right-padded
-    depths: torch.Tensor  # (B, T) L outside the predicting positions, 0 at padding
+    depths: torch.Tensor  # (B, T) L outside the predicting positions, 0 at padding and where `source` is elsewhere
     where: tuple[torch.Tensor, torch.Tensor]  # row and position of the N predicting positions: index (B, T, ...) by it
     tokens: torch.Tensor  # (N,) the token predicted at each
+    source: torch.Tensor | None  # (B, T) the flat position that stands for each: a prompt's first row for the others
 
 
 def collate(prompts, responses, depths=None, *, n_layers: int, device="cpu") -> Batch:
     """Lists of prompt ids, response ids and (optionally) depths, one a generated token -> Batch.
 
-    The mask comes from lengths alone: a padding id may well be an eos that the policy chose.
+    A prompt that several rows have is run once, up to its last token: that one predicts. The mask comes from lengths
+    alone: a padding id may well be an eos that the policy chose.
     """
     B, T = len(prompts), max(len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True))
     ids = torch.zeros(B, T, dtype=torch.long)
     depth = torch.zeros(B, T, dtype=torch.long)
     where = torch.zeros(B, T, dtype=torch.bool)
+    source, first = torch.arange(B * T).view(B, T), {}
     for b, (p, r) in enumerate(zip(prompts, responses, strict=True)):
         ids[b, : len(p) + len(r) - 1] = torch.tensor([*p, *r[:-1]])
         depth[b, : len(p) + len(r) - 1] = n_layers
@@ -322,8 +326,12 @@ def collate(prompts, responses, depths=None, *, n_layers: int, device="cpu") -> 
         where[b, span] = True
         if depths is not None:
             depth[b, span] = torch.as_tensor(depths[b])
+        if (same := first.setdefault(tuple(p), b)) != b:
+            depth[b, : len(p) - 1] = 0
+            source[b, : len(p) - 1] = source[same, : len(p) - 1]
     tokens = torch.tensor([token for r in responses for token in r])
-    return Batch(ids.to(device), depth.to(device), where.to(device).nonzero(as_tuple=True), tokens.to(device))
+    return Batch(ids.to(device), depth.to(device), where.to(device).nonzero(as_tuple=True), tokens.to(device),
+                 source.to(device) if len(first) < B else None)
 
 
 def micro_batches(policy: Policy, rows: list[dict], size: int):
@@ -342,14 +350,14 @@ def micro_batches(policy: Policy, rows: list[dict], size: int):
 def teacher_pass(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The base model at full depth: final stream (N, D) and the E streams (N, D) at the exits, without gradient."""
     with torch.no_grad(), adapters_off(policy):
-        out = policy(batch.ids, depths=policy.n_layers * (batch.depths > 0))
+        out = policy(batch.ids, depths=policy.n_layers * (batch.depths > 0), source=batch.source)
     return out.h[batch.where], [h[batch.where] for h in out.streams]
 
 
 def score(policy: Policy, batch: Batch, teacher_h: torch.Tensor | None = None):
     """Teacher-forced joint_logp of a batch at its recorded depths: logp_exit, logp_token, token_kl, each (N,), and
     the exit logits (N, E)."""
-    out = policy(batch.ids, depths=batch.depths)
+    out = policy(batch.ids, depths=batch.depths, source=batch.source)
     exit_logits = out.exit_logits[batch.where]
     h, depths = out.h[batch.where], batch.depths[batch.where]
     return *joint_logp(policy, h, exit_logits, depths, batch.tokens, teacher_h), exit_logits

@@ -138,8 +138,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x.dtype)  # cast before the weight, as Hugging Face does: it differs in bf16
+        # The weight stays outside: Hugging Face casts before it multiplies, which differs in bfloat16.
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 def rope(slots: int, config: Config, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,24 +205,24 @@ class Cache:
 
     def layout(self, segment: int, running: torch.Tensor) -> "NextTokens":
         """Where the tokens of the `running` rows (R,) stand in a segment: as in the one below, if nothing changed."""
-        last, rows = self.last, running.nonzero()[:, 0]
-        if segment and last.waiting is None and torch.equal(last.rows, rows):
-            if torch.equal(self.filled[segment, rows], self.length[rows]):
-                self.filled[segment, rows] += 1
-                return last
-        self.last = NextTokens(self, segment, rows)
+        if segment and self.last.waiting is None and torch.equal(self.last.running, running):
+            if torch.equal(self.filled[segment] * running, self.length * running):
+                self.filled[segment] += running
+                return self.last
+        self.last = NextTokens.of_rows(self, segment, running)
         return self.last
 
 
 class Sequences:
     """The packed positions of a segment in whole sequences (B, T) that start at slot 0: causal attention.
 
-    `rows` (B, G), if given, are the rows of `cache` that get the keys and values of each sequence.
+    `rows` (B, G), if given, are the rows of `cache` that get the keys and values of each sequence. `source` (B, T), if
+    given, is the flat position whose keys and values stand at each: for a prompt that runs in one sequence only.
     """
 
-    def __init__(self, shape, tables, running=None, present=None, cache: Cache | None = None, rows=None):
+    def __init__(self, shape, tables, running=None, present=None, cache: Cache | None = None, rows=None, source=None):
         self.B, self.T = shape
-        self.cache, self.rows = cache, rows
+        self.cache, self.rows, self.source = cache, rows, source
         self.run = self.still = None  # flat positions that run, and that only give keys and values; None: all, none
         if running is not None and not running.all():
             self.run = running.flatten().nonzero()[:, 0]
@@ -244,6 +244,8 @@ class Sequences:
         """Queries (n, H, C) over keys and values (n + m, K, C) -> (n, H C)."""
         at = None if self.run is None else self.at
         q, k, v = self.spread(q, self.run), self.spread(k, at), self.spread(v, at)
+        if self.source is not None:
+            k, v = (x.flatten(0, 1).index_select(0, self.source.flatten()).view_as(x) for x in (k, v))
         if self.rows is not None:
             of = torch.arange(self.B).repeat_interleave(self.rows.shape[1])
             self.cache.k[layer, self.rows.flatten(), : self.T] = k[of]
@@ -262,31 +264,36 @@ class Sequences:
 class NextTokens:
     """One new token in each of the cache's rows, in one segment: those of the given rows (n,) attend."""
 
-    def __init__(self, cache: Cache, segment: int, rows: torch.Tensor):
-        device, (_, R, S, K, C) = cache.k.device, cache.k.shape
-        self.cache, self.rows = cache, rows
+    def __init__(self, cache: Cache, row: torch.Tensor, slot: torch.Tensor, slots: int):
+        """At the given rows and slots (n + m,), of which the first `slots` slots matter."""
+        self.cache, self.slots = cache, slots
+        self.at = row * cache.k.shape[2] + slot
+        self.cos, self.sin = cache.cos[slot], cache.sin[slot]
+        self.waiting = self.run = self.mask = None
+        self.alone = False
+
+    @classmethod
+    def of_rows(cls, cache: Cache, segment: int, running: torch.Tensor) -> "NextTokens":
+        """The new tokens of the running rows (R,), and the waiting ones whose keys and values they need."""
+        device, (_, R, _, K, C), rows = cache.k.device, cache.k.shape, running.nonzero()[:, 0]
         row, slot = cache.pending(segment, rows)
-        self.waiting = (row * S + slot).to(device) if len(row) else None
-        self.run = None if len(rows) == R else rows.to(device)
         end = cache.length[rows] + 1
+        self = cls(cache, torch.cat([rows, row]).to(device), torch.cat([end - 1, slot]).to(device), int(end.max()))
+        self.running = running
+        self.waiting = self.at[len(rows) :] if len(row) else None
+        self.run = None if len(rows) == R else rows.to(device)
         self.each = list(zip(rows.tolist(), end.tolist(), strict=True))
-        self.place(torch.cat([rows, row]).to(device), torch.cat([end - 1, slot]).to(device), int(end.max()))
         self.alone = device.type == "cpu" and self.slots * K * C >= LONG
         hidden = torch.arange(self.slots) >= end[:, None]
         self.mask = self.as_mask(hidden.to(device)) if not self.alone and hidden.any() else None
+        return self
 
     @classmethod
     def of_all(cls, cache: Cache, length: torch.Tensor, slots: int) -> "NextTokens":
         """Every row runs, and attends to its first length[r] + 1 of `slots` slots: shapes that depend on no value."""
-        self = cls.__new__(cls)
-        self.cache, self.waiting, self.run, self.alone = cache, None, None, False
-        self.place(torch.arange(len(length), device=length.device), length, slots)
+        self = cls(cache, torch.arange(len(length), device=length.device), length, slots)
         self.mask = self.as_mask(torch.arange(slots, device=length.device) > length[:, None])
         return self
-
-    def place(self, row: torch.Tensor, slot: torch.Tensor, slots: int) -> None:
-        self.at, self.slots = row * self.cache.k.shape[2] + slot, slots
-        self.cos, self.sin = self.cache.cos[slot], self.cache.sin[slot]
 
     def as_mask(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.cache.k.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)[:, None, None]
@@ -332,13 +339,12 @@ class Graphs:
     def run(self, segment: int, blocks, layers: range, h: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
         """Streams (R, D) before a segment -> after it; rows that are not `running` (R,) keep theirs."""
         cache, S = self.cache, self.cache.k.shape[2]
-        layout = NextTokens(cache, segment, running.nonzero()[:, 0])
-        if layout.waiting is not None:
-            waiting = layout.others(h)
-            layout.place(layout.waiting // S, layout.waiting % S, S)
+        row, slot = (place.to(h.device) for place in cache.pending(segment, running.nonzero()[:, 0]))
+        if len(row):
+            waiting, streams = NextTokens(cache, row, slot, S), cache.frozen[row, slot]
             for layer in layers:
-                layout.write(layer, *blocks[layer].self_attn.keys_values(
-                    blocks[layer].input_layernorm(waiting), layout.cos, layout.sin))
+                waiting.write(layer, *blocks[layer].self_attn.keys_values(
+                    blocks[layer].input_layernorm(streams), waiting.cos, waiting.sin))
 
         def forward(h, length):
             every = NextTokens.of_all(cache, length, slots)
@@ -448,13 +454,14 @@ class Transformer(nn.Module):
         self.graphs = False  # CUDA graphs in decoding
         self.source, self.revision = None, None
 
-    def stream(self, ids, stops=(), gate=None, cache: Cache | None = None, rows=None) -> torch.Tensor:
+    def stream(self, ids, stops=(), gate=None, cache: Cache | None = None, rows=None, source=None) -> torch.Tensor:
         """Residual stream after the last layer that each position runs, before the final norm: ids (B, T) -> (B, T, D).
 
         At depth 0 and at each of `stops` gate(depth, h) sees the stream (B, T, D) and returns which positions (B, T)
         run the layers up to the next stop, or None for all. Those it refuses at depth 0 are not there at all (padding,
         empty rows); the others' keys and values reach every layer. With a cache, ids (R, 1) continue its rows; with
-        `rows` (B, G) too, they are right-padded prompts whose keys and values go to those rows.
+        `rows` (B, G) too, they are right-padded prompts whose keys and values go to those rows. `source` (B, T): see
+        Sequences.
         """
         (B, T), decoding = ids.shape, cache is not None and rows is None
         h = self.model.embed_tokens(ids).flatten(0, 1)  # (B T, D)
@@ -472,7 +479,7 @@ class Transformer(nn.Module):
                     continue
                 layout = cache.layout(segment, running)
             else:
-                layout = Sequences((B, T), tables, running, present, cache, rows)
+                layout = Sequences((B, T), tables, running, present, cache, rows, source)
             others = layout.others(h)
             part = h if layout.run is None else h.index_select(0, layout.run)
             for layer in range(start, stop):

@@ -146,7 +146,7 @@ def main() -> None:
     args = p.parse_args()
     if args.k < 2:
         raise UserError(f"--k {args.k}: the leave-one-out baseline needs at least 2 samples per prompt")
-    run = runs.Run.resume(args.resume, "rloo") if args.resume else None
+    run = runs.Run.resume(args, "rloo") if args.resume else None
     if run:
         args = run.args
     else:

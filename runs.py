@@ -52,6 +52,8 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--micro-batch", type=int, help="sequences in one training pass, 64 / 1: memory, not results")
     p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
                    help="activation checkpointing, off / on: far less memory, a third more work in the update")
+    p.add_argument("--compile", action="store_true", help="torch.compile the MLPs: slower in float32 on a CPU, not yet "
+                   "measured on CUDA")
     p.add_argument("--cuda-graphs", action="store_true", help="decode by CUDA graphs: fewer launches, not yet measured")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -108,6 +110,9 @@ def load_model(args) -> tuple[Transformer, Tokenizer]:
     torch.manual_seed(args.seed)  # LoRA's start
     model = Transformer.from_pretrained(args.model, args.revision, getattr(torch, args.dtype), args.device)
     model.recompute, model.graphs = args.recompute, args.cuda_graphs
+    if args.compile:
+        for block in model.model.layers:
+            block.mlp.compile(dynamic=True)  # compiled when first called, adapters and all
     return model, Tokenizer.from_pretrained(args.model, args.revision)
 
 
@@ -156,14 +161,17 @@ class Run:
         return cls(folder, args)
 
     @classmethod
-    def resume(cls, folder: str, stage: str) -> "Run":
-        """An interrupted run, under the flags it was started with."""
-        folder = Path(folder)
+    def resume(cls, args: argparse.Namespace, stage: str) -> "Run":
+        """The interrupted run in args.resume, under the flags it was started with."""
+        folder = Path(args.resume)
         config = read_config(folder)
         if config["stage"] != stage:
             raise UserError(f"{folder} is a run of {config['stage']}.py, not of {stage}.py")
         if (folder / "complete.json").exists():
             raise UserError(f"{folder} is complete: there is nothing to resume")
+        if absent := sorted(vars(args).keys() - config["args"].keys()):
+            raise UserError(f"{folder} was started by an earlier version, without --{absent[0].replace('_', '-')}: "
+                            f"start a new run")
         return cls(folder, argparse.Namespace(**config["args"]))
 
     def log(self, name: str, records: list[dict]) -> None:

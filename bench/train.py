@@ -89,7 +89,7 @@ def steps(policy: Policy, args) -> None:
 
     @torch.no_grad()
     def forward(batch=full):
-        policy(batch.ids, batch.depths)
+        policy(batch.ids, batch.depths, source=batch.source)
 
     def forward_base():
         with adapters_off(policy):

@@ -114,7 +114,7 @@ def test_micro_batches_leave_gradient_and_metrics_unchanged():
 
 
 def test_several_draws_are_the_mean_over_their_depth_samples(monkeypatch):
-    """They share the teacher's pass; what they add up to must still be a mean of equation (5)."""
+    """They share the prompt and the teacher's pass; what they add up to must still be a mean of equation (5)."""
     def run(draws):
         policy = toy_policy(1)
         args = argparse.Namespace(micro_batch=2, kl_factor=0.5, seed=0, draws=draws)

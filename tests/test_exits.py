@@ -337,10 +337,10 @@ def test_rows_that_enter_each_mlp_while_sampling_are_the_rows_still_running():
     step[0] = -1
     batch = collate(*zip(*(row[:3] for row in rows), strict=True), n_layers=L)
     with torch.no_grad():
-        policy(batch.ids, batch.depths)
+        policy(batch.ids, batch.depths, source=batch.source)
     for name in ("mlp", "q_proj", "o_proj"):
         for layer in range(L):
-            # The parallel pass packs what runs, too: prompts, then every token that goes beyond this layer.
+            # The parallel pass packs what runs, too: each prompt once, then every token that goes beyond this layer.
             (parallel,), packed = seen[name, layer, 0], (batch.depths > layer).nonzero().tolist()
             assert len(parallel) == len(packed)
             for t in range(int(samples.lengths.max())):
@@ -542,6 +542,31 @@ def test_collate_lays_out_predicting_positions_by_length_alone():
     assert torch.equal(collate(prompts, responses, n_layers=L).depths, L * (batch.depths > 0))
 
 
+def test_rows_of_one_prompt_share_its_positions_and_score_as_they_would_alone():
+    """The copies' prompts run no layer, and neither values nor gradients may show it. The prompts differ in length,
+    one is a single token, which leaves nothing to share, and one stands in a single row."""
+    prompts = [[3, 9, 14, 2, 5], [8], [3, 9, 14, 2, 5], [7, 1, 4], [8], [3, 9, 14, 2, 5]]
+    responses = [[1, 2, 3], [4], [5], [6, 7], [8, 9, 10], [11, 12]]
+    depths = [[2, 6, 4], [2], [6], [4, 2], [4, 6, 6], [6, 6]]
+
+    def gradient(parts):
+        policy, values = toy_policy(1), []
+        for part in parts:
+            batch = collate(*zip(*part, strict=True), n_layers=L)
+            *got, exit_logits = score(policy, batch, teacher_pass(policy, batch)[0])
+            (got[0] - 0.3 * got[1] + 0.7 * got[2]).sum().backward()
+            values.append(torch.cat([torch.stack(got, -1), exit_logits], -1).detach())
+        return torch.cat(values), torch.cat([p.grad.flatten() for p in policy.trained().values()]), batch
+
+    rows = list(zip(prompts, responses, depths, strict=True))
+    alone, slow, _ = gradient([[row] for row in rows])
+    shared, fast, batch = gradient([rows])
+    # Past a position's own depth exit logits mean nothing, but they too are read from one frozen stream.
+    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+    assert (batch.depths > 0).sum(1).tolist() == [7, 1, 1, 4, 3, 2]
+
+
 # ----------------------------------------------------------------------------------------------- random draws
 
 
@@ -629,7 +654,7 @@ def test_cached_sampling_equals_teacher_forced_scoring(kind, tied, mode, bias, t
     def scored(rows):
         batch = collate(*zip(*(row[:3] for row in rows), strict=True), n_layers=L)
         with torch.no_grad():
-            out = policy(batch.ids, batch.depths)
+            out = policy(batch.ids, batch.depths, source=batch.source)
             parts = joint_logp(policy, out.h[batch.where], out.exit_logits[batch.where], batch.depths[batch.where],
                                batch.tokens, temperature=temperature, delta=delta)
             if temperature == 1.0 and delta == 0.0:
@@ -746,7 +771,7 @@ def test_layers_that_no_row_runs_do_no_work_at_all_and_late_keys_come_in_one_pro
     # The parallel pass: padding gives no keys either.
     seen.clear()
     batch = collate([[7], [8, 9]], [[1, 2, 3, 4, 5], [6]], [[2, 4, 6, 2, 2], [4]], n_layers=L)
-    policy(batch.ids, batch.depths)
+    policy(batch.ids, batch.depths, source=batch.source)
     assert seen == [(layer, name, n) for layer, running in enumerate((7, 7, 4, 4, 2, 2))
                     for name, n in ((queries, running), (keys, 7))]
 
@@ -794,7 +819,7 @@ def test_exits_drawn_in_the_parallel_pass_equal_those_drawn_step_by_step():
         for row, position in zip(*(w.tolist() for w in batch.where), strict=True):
             u[row, position] = torch.tensor([splitmix(5, 6, row, position, e) for e in (0, 1)])
         with torch.no_grad():
-            drawn = policy(batch.ids, L * (batch.depths > 0), u, delta)
+            drawn = policy(batch.ids, L * (batch.depths > 0), u, delta, source=batch.source)
             assert torch.equal(drawn.depths, batch.depths)
         assert len(batch.depths[batch.where].unique()) == 3
 

@@ -1,5 +1,7 @@
 """The commands as a user types them, in a process of their own: offline, on toy checkpoints."""
 
+import argparse
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +20,8 @@ import distill
 import evaluate
 import rloo
 import runs
+from exits import Policy
+from model import Transformer
 from tests.toys import toy_model
 
 ROOT = Path(__file__).parent.parent
@@ -192,6 +196,45 @@ def test_seed_changes_the_samples(trained):
     assert texts[0] != texts[1]
 
 
+def test_teacher_responses_differ_by_seed_and_by_split(tmp_path, monkeypatch):
+    """On the same problems, so that only the random numbers can tell the runs apart."""
+    toy_checkpoint(tmp_path / "toy")
+    problems = runs.tasks.load("arithmetic", "train", n=4, seed=0)
+    monkeypatch.setattr(runs.tasks, "load", lambda *args, **options: problems)
+    policy = Policy(Transformer.from_pretrained(tmp_path / "toy"), (1, 2, 3))
+    tokenizer, texts = runs.Tokenizer.from_pretrained(tmp_path / "toy"), []
+    for seed in (0, 1):
+        args = argparse.Namespace(teacher=None, task="arithmetic", data=None, thinking=True, seed=seed, rows=None,
+                                  responses=4, held_out=4, max_new_tokens=12)
+        run = runs.Run(tmp_path / f"seed{seed}", args)
+        run.folder.mkdir()
+        got = distill.teacher_responses(run, policy, tokenizer, args)
+        texts += [[row["token_ids"] for row in got[split]] for split in ("train", "test")]
+    assert all(a != b for a, b in itertools.combinations(texts, 2))
+
+
+def test_compiled_mlps_change_no_result(trained, tmp_path, monkeypatch):
+    """--compile must reach the MLPs, with their adapters, in sampling and in training."""
+    compile_by, compiled = torch.compile, []
+
+    def without_a_cpp_compiler(function, **options):  # which the default backend wants
+        compiled.append(function)
+        return compile_by(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", without_a_cpp_compiler)
+    monkeypatch.chdir(trained)
+    for flags in ((), ("--compile",)):
+        argv = ("rloo.py", *RL, *flags, "--out", tmp_path / f"run{len(flags)}")
+        monkeypatch.setattr(sys, "argv", [str(part) for part in argv])
+        rloo.main()
+    metrics = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+               for name in ("run0", "run1")]
+    assert len(compiled) == 4
+    for one, other in zip(*metrics, strict=True):
+        assert one["reward"] == pytest.approx(other["reward"], abs=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
 BAD = {
     "no stage-1 run": (("rloo.py",), "python distill.py"),
     "k of one": (("rloo.py", "--k", 1), "--k 1"),
@@ -205,6 +248,7 @@ BAD = {
     "missing column": (("distill.py", "--model", "toy", "--data", "column.jsonl"), "answer"),
     "empty data": (("distill.py", "--model", "toy", "--data", "empty.jsonl"), "empty.jsonl"),
     "absent teacher": (("distill.py", "--model", "toy", "--task", "arithmetic", "--teacher", "x.jsonl"), "x.jsonl"),
+    "run of another version": (("rloo.py", "--resume", "old"), "earlier version"),
     "not a run": (("evaluate.py", "toy"), "toy"),
     "nothing to evaluate": (("evaluate.py",), "python distill.py"),
     "merge without out": (("evaluate.py", "--merge", "toy"), "--out"),
@@ -218,6 +262,8 @@ def test_bad_input_ends_in_one_line(case, tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n{"question": \n')
     (tmp_path / "column.jsonl").write_text('{"question": "q"}\n')
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text('{"stage": "rloo", "args": {"model": "toy"}}')
     command, expected = BAD[case]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
