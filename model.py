@@ -205,7 +205,7 @@ class Cache:
 
     def layout(self, segment: int, running: torch.Tensor) -> "NextTokens":
         """Where the tokens of the `running` rows (R,) stand in a segment: as in the one below, if nothing changed."""
-        if segment and self.last.waiting is None and torch.equal(self.last.running, running):
+        if segment and torch.equal(self.last.running, running):
             if torch.equal(self.filled[segment] * running, self.length * running):
                 self.filled[segment] += running
                 return self.last
@@ -283,7 +283,7 @@ class NextTokens:
         self.waiting = self.at[len(rows) :] if len(row) else None
         self.run = None if len(rows) == R else rows.to(device)
         self.each = list(zip(rows.tolist(), end.tolist(), strict=True))
-        self.alone = device.type == "cpu" and self.slots * K * C >= LONG
+        self.alone = device.type == "cpu" and R > 1 and self.slots * K * C >= LONG
         hidden = torch.arange(self.slots) >= end[:, None]
         self.mask = self.as_mask(hidden.to(device)) if not self.alone and hidden.any() else None
         return self

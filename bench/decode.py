@@ -2,7 +2,8 @@
 
     python bench/decode.py --model FOLDER --batch 1 16        a checkpoint, also in transformers where installed
     python bench/decode.py --shape qwen3-4b --batch 1 64      random weights
-    python bench/decode.py --grow                             how a token's cost grows with batch and context
+    python bench/decode.py --grow                             how a token's cost grows with batch and context, from a
+                                                              cache that is declared full: no prompt is read
 
 One run, interleaved, medians; every arm decodes greedily and never ends early. A figure is (time of N + 1 tokens minus
 time of 1) / N, so the prompt's pass doesn't count. Ideal = head(B) + the sum over layers of layer(rows that run it),
@@ -28,20 +29,19 @@ from common import (
     settle,
 )
 
+import exits
 from exits import Policy, adapters_off, exit_depths, generate
 from model import Cache, Graphs, Transformer
 
 
 @torch.no_grad()
-def plain_decode(model: Transformer, prompts: torch.Tensor, new: int) -> torch.Tensor:
+def plain_decode(policy: Policy, prompts: torch.Tensor, new: int) -> torch.Tensor:
     """Greedy decoding without any of the exits' machinery: the same blocks and cache, and nothing around them."""
+    model = policy.model
     B, T = prompts.shape
     cache = Cache(model.config, B, T + new, 1, model.lm_head.weight)
     cache.graphs = Graphs(cache) if model.graphs else None
-    rows = torch.arange(B)
-    if T > 1:
-        model.stream(prompts[:, :-1], cache=cache, rows=rows[:, None])
-    cache.admit(rows, torch.full((B,), T - 1))
+    exits.prefill(policy, prompts.tolist(), cache, torch.arange(B)[:, None])
     token, out = prompts[:, -1], []
     for _ in range(new):
         token = model.unembed(model.stream(token[:, None], cache=cache)[:, 0]).argmax(-1)
@@ -63,7 +63,7 @@ def arms_of(policy: Policy, theirs, prompts: torch.Tensor, new: int, depths: dic
 
     def plain(n):
         with adapters_off(policy):
-            plain_decode(policy.model, prompts, n)
+            plain_decode(policy, prompts, n)
 
     arms = {"no exits, plain loop": plain}
     arms |= {name: ours(wanted) for name, wanted in depths.items()}
@@ -144,12 +144,14 @@ def main() -> None:
     policy = Policy(model, exit_depths(model.config.num_hidden_layers, args.exit_every), rank=16)
     with torch.no_grad():
         policy.heads.bias.fill_(-1e9)  # "never firing" evaluates the heads and draws
-    theirs, note = peer(args)
+    theirs, note = (None, "no prompts are read") if args.grow else peer(args)
     args.bandwidth = bandwidth(args.device)
     print(f"{args.model or args.shape}, {policy.n_layers} layers, exits {policy.exits}; {note}; {machine(args)}; "
           f"one read of 1 GiB: {args.bandwidth / 1e9:.1f} GB/s")
     cases = [(batch, context) for batch in args.batch for context in args.context]
     if args.grow:
+        exits.prefill = lambda policy, prompts, cache, rows: cache.admit(
+            rows.flatten(), torch.tensor([len(p) - 1 for p in prompts]).repeat_interleave(rows.shape[1]))
         cases = [(batch, 256) for batch in (1, 4, 16, 64)] + [(4, context) for context in (1024, 4096)]
     record = {}
     for batch, context in cases:

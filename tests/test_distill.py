@@ -131,6 +131,25 @@ def test_several_draws_are_the_mean_over_their_depth_samples(monkeypatch):
     assert single[0][0] != single[1][0]
 
 
+def test_three_equal_draws_report_what_one_does(monkeypatch):
+    """Loss, target and hazards are means over positions and draws: counting a draw twice must not show."""
+    plain = distill.uniforms
+    monkeypatch.setattr(distill, "uniforms", lambda *args: plain(*args[:3], 1, *args[4:]).repeat(1, args[3]))
+    reports = [distill.train_step(toy_policy(1), rows(), 0, argparse.Namespace(
+        micro_batch=2, kl_factor=0.5, seed=0, draws=draws)) for draws in (1, 3)]
+    for name in ("loss", "hazard_learned", "hazard_target"):
+        assert reports[1][name] == pytest.approx(reports[0][name], rel=1e-4)
+    assert reports[1]["target"]["distribution"] == pytest.approx(reports[0]["target"]["distribution"], abs=2e-5)
+
+
+def test_learned_exits_are_the_same_whether_rows_of_one_prompt_share_a_pass():
+    """The comparison's student must see the prompt that it shares."""
+    policy = toy_policy(1)
+    same = [{"prompt_ids": [5, 6, 7, 8], "token_ids": ids} for ids in ([1, 2, 3], [4, 5], [6, 7, 8, 9])] * 5
+    alone, shared = (distill.learned_exits(policy, same, 0.5, 0, size)["learned"] for size in (1, 15))
+    assert alone == shared and 0.1 < alone["exit_rate"] < 0.9
+
+
 def test_training_brings_the_learned_exits_to_the_target():
     """The whole of stage 1 on one toy batch: exit cross-entropy falls to the target's entropy, roughly."""
     policy = toy_policy(1)

@@ -543,11 +543,11 @@ def test_collate_lays_out_predicting_positions_by_length_alone():
 
 
 def test_rows_of_one_prompt_share_its_positions_and_score_as_they_would_alone():
-    """The copies' prompts run no layer, and neither values nor gradients may show it. The prompts differ in length,
-    one is a single token, which leaves nothing to share, and one stands in a single row."""
-    prompts = [[3, 9, 14, 2, 5], [8], [3, 9, 14, 2, 5], [7, 1, 4], [8], [3, 9, 14, 2, 5]]
-    responses = [[1, 2, 3], [4], [5], [6, 7], [8, 9, 10], [11, 12]]
-    depths = [[2, 6, 4], [2], [6], [4, 2], [4, 6, 6], [6, 6]]
+    """The copies' prompts run no layer, and neither values nor gradients may show it. Of the prompts one is a single
+    token, which leaves nothing to share, and one stands in a single row; two differ in their first token only."""
+    prompts = [[3, 9, 14, 2, 5], [8], [3, 9, 14, 2, 5], [7, 1, 4], [8], [3, 9, 14, 2, 5], [4, 9, 14, 2, 5]]
+    responses = [[1, 2, 3], [4], [5], [6, 7], [8, 9, 10], [11, 12], [13]]
+    depths = [[2, 6, 4], [2], [6], [4, 2], [4, 6, 6], [6, 6], [6]]
 
     def gradient(parts):
         policy, values = toy_policy(1), []
@@ -564,7 +564,7 @@ def test_rows_of_one_prompt_share_its_positions_and_score_as_they_would_alone():
     # Past a position's own depth exit logits mean nothing, but they too are read from one frozen stream.
     torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
-    assert (batch.depths > 0).sum(1).tolist() == [7, 1, 1, 4, 3, 2]
+    assert (batch.depths > 0).sum(1).tolist() == [7, 1, 1, 4, 3, 2, 5]
 
 
 # ----------------------------------------------------------------------------------------------- random draws
