@@ -130,7 +130,7 @@ def teacher_responses(run, policy: Policy, tokenizer, args) -> dict[str, list[di
         problems = tasks.load(args.task, split, data=args.data, n=wanted, seed=args.seed)
         prompts = runs.prompt_ids(problems, tokenizer, args.thinking)
         with tqdm(total=len(prompts), initial=len(rows), desc=f"teacher, {split}") as bar, adapters_off(policy):
-            stride = 4 * (args.rows or 16)  # a kill loses at most so many, but the last rows of each wait for no others
+            stride = 4 * (args.rows or 32)  # a kill loses at most so many, but the last rows of each wait for no others
             for i in range(len(rows), len(prompts), stride):
                 got = generate(policy, prompts[i : i + stride], max_new_tokens=args.max_new_tokens,
                                eos_ids=tokenizer.eos_ids, depths=policy.n_layers, batch_size=args.rows, progress=bar,

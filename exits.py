@@ -192,27 +192,27 @@ def kl(logp_all: torch.Tensor, logq_all: torch.Tensor) -> torch.Tensor:
 
 
 class PerPosition(torch.autograd.Function):
-    """Values (N, ...) of a function of streams h (N, D) and other tensors, piece by piece; with `wanted`, also their
+    """Values (N, ...) of a function of streams h (N, D) and other tensors, piece by piece; if `training`, also their
     gradients by h.
 
     A value (N,) belongs to one position, so its gradient is one row (D,): formed at once while the piece's (n, V)
-    tables are there, it is all that waits for the backward pass. Parameters get no gradient: the read-out is frozen.
+    tables are there, it is all that the backward pass needs. Parameters get no gradient: the read-out is frozen.
     """
 
     @staticmethod
-    def forward(ctx, function, size, wanted, h, *others):
+    def forward(ctx, function, size, training, h, *others):
         values = gradients = None
         for i, (here, *rest) in enumerate(zip(*(t.split(size) for t in (h, *others)), strict=True)):
-            with torch.set_grad_enabled(wanted):
-                here = here.detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(training):
+                here = here.detach().requires_grad_(training)
                 piece = function(here, *rest)
                 if values is None:  # whole at once: small pieces among the tables would scatter the heap
                     values = [v.new_empty(len(h), *v.shape[1:]) for v in piece]
-                    gradients = [torch.empty_like(h) for _ in piece if wanted]
+                    gradients = [torch.empty_like(h) for _ in piece if training]
                 at = slice(i * size, i * size + len(here))
                 for value, v in zip(values, piece, strict=True):
                     value[at] = v.detach()
-                for gradient, v in zip(gradients, piece, strict=wanted):
+                for gradient, v in zip(gradients, piece, strict=False):  # no gradients but in training
                     gradient[at] = torch.autograd.grad(v.sum(), here, retain_graph=True)[0]
             del piece, v, here  # and their tables, before the next piece makes its own
         ctx.save_for_backward(*gradients)
@@ -389,7 +389,8 @@ def fitting_rows(policy: Policy, slots: int) -> int:
     """Cache rows in half of the memory that is free now, at most 256. The rest is for prefill, read-out, and a copy of
     half of the rows when the last of them end."""
     if policy.device.type == "cuda":
-        free = torch.cuda.mem_get_info(policy.device)[0]
+        held = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
+        free = torch.cuda.mem_get_info(policy.device)[0] + held
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(256, free // 2 // cache_bytes(policy, slots)))
@@ -427,7 +428,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     slots = max(len(prompt) for prompt in prompts) - 1 + max_new_tokens
     R = samples * min(len(prompts), max(1, (batch_size or fitting_rows(policy, slots)) // samples))
     cache = Cache(policy.model.config, R, slots, E + 1, policy.model.lm_head.weight)
-    cache.graphs = Graphs(cache) if policy.model.graphs else None
+    cache.graphs = Graphs() if policy.model.graphs else None
     holds = torch.full((R,), -1)  # the response that each row of the cache holds, -1 if none
     token = torch.zeros(R, dtype=torch.long)  # its last token
     admitted = 0  # prompts

@@ -25,6 +25,8 @@ from data.hub import UserError, read_json, resolve
 
 # PyTorch multiplies float32 matrices on a CPU by MKL; oneDNN, which it also ships, took half the time (bench/LOG.md).
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# Its plans are per shape, and a cache's length is a new shape at every token.
+torch.backends.cuda.enable_cudnn_sdp(False)
 SMALL = 2**18  # multiplications up to which its larger cost of a call is not worth it
 LONG = 2**15  # numbers of K in a row from which a CPU attends row by row: one call for all costs more (bench/LOG.md)
 
@@ -155,6 +157,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
+def send(x: torch.Tensor, device) -> torch.Tensor:
+    """A small tensor of the host's, on the device; an ordinary copy would wait for all that the device has to do."""
+    return x.to(device, non_blocking=True)
+
+
 class Cache:
     """Keys and values of R rows, preallocated, and the streams of frozen tokens: `numbers` of a slot each.
 
@@ -187,16 +194,18 @@ class Cache:
         self.length, self.filled = self.length[rows], self.filled[:, rows]
         rows = rows.to(self.k.device)
         self.k, self.v, self.frozen = self.k[:, rows], self.v[:, rows], self.frozen[rows]
-        self.graphs = self.graphs and Graphs(self)  # the captured ones read the old tensors
+        self.graphs = self.graphs and Graphs()  # the captured ones read the old tensors
 
     def advance(self, h: torch.Tensor, rows: torch.Tensor) -> None:
         """Ends a step: the given rows are one token longer, and its final stream h[r] (R, D) is remembered."""
-        self.frozen[rows.to(h.device), self.length[rows].to(h.device)] = h[rows.to(h.device)]
+        at, end = send(rows, h.device), send(self.length[rows], h.device)
+        self.frozen[at, end] = h[at]
         self.length[rows] += 1
+        self.last = None  # it refers to the cache, which without this would outlive its use
 
     def pending(self, segment: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and slot (m,) of the tokens of the given rows whose keys and values the segment lacks, which from now
-        on it has, as it has those of the rows' current tokens."""
+        """Row and slot (m,) of the tokens that froze below this segment and that the given rows must now attend to.
+        Counts these, and the rows' current tokens, as filled."""
         first, end = self.filled[segment, rows], self.length[rows]
         self.filled[segment, rows] = end + 1
         count = end - first
@@ -204,12 +213,13 @@ class Cache:
         return rows.repeat_interleave(count), slot
 
     def layout(self, segment: int, running: torch.Tensor) -> "NextTokens":
-        """Where the tokens of the `running` rows (R,) stand in a segment: as in the one below, if nothing changed."""
-        if segment and torch.equal(self.last.running, running):
-            if torch.equal(self.filled[segment] * running, self.length * running):
-                self.filled[segment] += running
-                return self.last
-        self.last = NextTokens.of_rows(self, segment, running)
+        """Where the tokens of the `running` rows (R,) stand in a segment. If the same rows ran the one below, and no
+        token waits for this one, its layout serves again."""
+        again = self.last is not None and torch.equal(self.last.running, running)
+        if again and torch.equal(self.filled[segment] * running, self.length * running):
+            self.filled[segment] += running
+        else:
+            self.last = NextTokens.of_rows(self, segment, running)
         return self.last
 
 
@@ -217,7 +227,8 @@ class Sequences:
     """The packed positions of a segment in whole sequences (B, T) that start at slot 0: causal attention.
 
     `rows` (B, G), if given, are the rows of `cache` that get the keys and values of each sequence. `source` (B, T), if
-    given, is the flat position whose keys and values stand at each: for a prompt that runs in one sequence only.
+    given, names the flat position whose keys and values stand at each: of a prompt that several sequences have, the
+    first one's positions run, and the others' are absent.
     """
 
     def __init__(self, shape, tables, running=None, present=None, cache: Cache | None = None, rows=None, source=None):
@@ -247,9 +258,9 @@ class Sequences:
         if self.source is not None:
             k, v = (x.flatten(0, 1).index_select(0, self.source.flatten()).view_as(x) for x in (k, v))
         if self.rows is not None:
-            of = torch.arange(self.B).repeat_interleave(self.rows.shape[1])
-            self.cache.k[layer, self.rows.flatten(), : self.T] = k[of]
-            self.cache.v[layer, self.rows.flatten(), : self.T] = v[of]
+            rows, samples = self.rows.flatten(), self.rows.shape[1]
+            self.cache.k[layer, rows, : self.T] = k.repeat_interleave(samples, dim=0)
+            self.cache.v[layer, rows, : self.T] = v.repeat_interleave(samples, dim=0)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if k.is_cuda and k.dtype != torch.float32:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -262,15 +273,17 @@ class Sequences:
 
 
 class NextTokens:
-    """One new token in each of the cache's rows, in one segment: those of the given rows (n,) attend."""
+    """One new token in each of the cache's rows, in one segment: those of n rows attend, to slots 0..reach-1."""
 
-    def __init__(self, cache: Cache, row: torch.Tensor, slot: torch.Tensor, slots: int):
-        """At the given rows and slots (n + m,), of which the first `slots` slots matter."""
-        self.cache, self.slots = cache, slots
-        self.at = row * cache.k.shape[2] + slot
+    def __init__(self, cache: Cache, row: torch.Tensor, slot: torch.Tensor, reach: int):
+        """Tokens at the given rows and slots (n + m,): the n new ones, then m that waited."""
+        self.cache, self.reach = cache, reach
+        self.at = row * cache.k.shape[2] + slot  # where keys and values are written
         self.cos, self.sin = cache.cos[slot], cache.sin[slot]
-        self.waiting = self.run = self.mask = None
-        self.alone = False
+        self.waiting = None  # the last m of `at`
+        self.run = None  # the n rows that attend; None: all
+        self.mask = None  # (n, 1, 1, reach) -inf beyond a row's end; None: every row ends at `reach`
+        self.alone = False  # whether each row attends in a call of its own
 
     @classmethod
     def of_rows(cls, cache: Cache, segment: int, running: torch.Tensor) -> "NextTokens":
@@ -278,21 +291,22 @@ class NextTokens:
         device, (_, R, _, K, C), rows = cache.k.device, cache.k.shape, running.nonzero()[:, 0]
         row, slot = cache.pending(segment, rows)
         end = cache.length[rows] + 1
-        self = cls(cache, torch.cat([rows, row]).to(device), torch.cat([end - 1, slot]).to(device), int(end.max()))
+        self = cls(cache, send(torch.cat([rows, row]), device), send(torch.cat([end - 1, slot]), device),
+                   int(end.max()))
         self.running = running
         self.waiting = self.at[len(rows) :] if len(row) else None
-        self.run = None if len(rows) == R else rows.to(device)
+        self.run = None if len(rows) == R else send(rows, device)
         self.each = list(zip(rows.tolist(), end.tolist(), strict=True))
-        self.alone = device.type == "cpu" and R > 1 and self.slots * K * C >= LONG
-        hidden = torch.arange(self.slots) >= end[:, None]
-        self.mask = self.as_mask(hidden.to(device)) if not self.alone and hidden.any() else None
+        self.alone = device.type == "cpu" and R > 1 and self.reach * K * C >= LONG
+        hidden = torch.arange(self.reach) >= end[:, None]
+        self.mask = self.as_mask(send(hidden, device)) if not self.alone and hidden.any() else None
         return self
 
     @classmethod
-    def of_all(cls, cache: Cache, length: torch.Tensor, slots: int) -> "NextTokens":
-        """Every row runs, and attends to its first length[r] + 1 of `slots` slots: shapes that depend on no value."""
-        self = cls(cache, torch.arange(len(length), device=length.device), length, slots)
-        self.mask = self.as_mask(torch.arange(slots, device=length.device) > length[:, None])
+    def of_all(cls, cache: Cache, length: torch.Tensor, reach: int) -> "NextTokens":
+        """Every row runs, and attends to its first length[r] + 1 slots: shapes that depend on no value but `reach`."""
+        self = cls(cache, torch.arange(len(length), device=length.device), length, reach)
+        self.mask = self.as_mask(torch.arange(reach, device=length.device) > length[:, None])
         return self
 
     def as_mask(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -316,7 +330,7 @@ class NextTokens:
                 q[i : i + 1], keys[row : row + 1, :end].transpose(1, 2), values[row : row + 1, :end].transpose(1, 2))
                 for i, (row, end) in enumerate(self.each)])
             return out.reshape(n, H * C)
-        keys, values = keys[:, : self.slots], values[:, : self.slots]
+        keys, values = keys[:, : self.reach], values[:, : self.reach]
         if self.run is not None:
             keys, values = keys.index_select(0, self.run), values.index_select(0, self.run)
         out = F.scaled_dot_product_attention(q, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=self.mask)
@@ -333,13 +347,14 @@ class Graphs:
 
     SLOTS = 256
 
-    def __init__(self, cache: Cache):
-        self.cache, self.captured = cache, {}
+    def __init__(self):
+        self.captured = {}  # they read the tensors of the one cache that has these graphs
+        self.pool = self.side = None
 
-    def run(self, segment: int, blocks, layers: range, h: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
+    def run(self, cache: Cache, segment: int, blocks, layers: range, h, running: torch.Tensor) -> torch.Tensor:
         """Streams (R, D) before a segment -> after it; rows that are not `running` (R,) keep theirs."""
-        cache, S = self.cache, self.cache.k.shape[2]
-        row, slot = (place.to(h.device) for place in cache.pending(segment, running.nonzero()[:, 0]))
+        S, length, runs = cache.k.shape[2], send(cache.length, h.device), send(running, h.device)[:, None]
+        row, slot = (send(x, h.device) for x in cache.pending(segment, running.nonzero()[:, 0]))
         if len(row):
             waiting, streams = NextTokens(cache, row, slot, S), cache.frozen[row, slot]
             for layer in layers:
@@ -347,32 +362,32 @@ class Graphs:
                     blocks[layer].input_layernorm(streams), waiting.cos, waiting.sin))
 
         def forward(h, length):
-            every = NextTokens.of_all(cache, length, slots)
+            every = NextTokens.of_all(cache, length, reach)
             for layer in layers:
                 h = blocks[layer](h, None, every, layer)
             return h
 
-        length = cache.length.clamp(max=S - 1).to(h.device)
-        slots = min(S, -(-(int(cache.length[running].max()) + 1) // self.SLOTS) * self.SLOTS)
+        length = length.clamp(max=S - 1)
+        reach = min(S, -(-(int(cache.length[running].max()) + 1) // self.SLOTS) * self.SLOTS)
         if not h.is_cuda:
             out = forward(h, length)
         else:
-            if (segment, slots) not in self.captured:
-                given = h.clone(), length.clone()
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
+            if (segment, reach) not in self.captured:
+                given, graph = (h.clone(), length.clone()), torch.cuda.CUDAGraph()
+                self.pool = self.pool or torch.cuda.graph_pool_handle()  # no graph's insides outlive its replay
+                self.side = self.side or torch.cuda.Stream()
+                self.side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.side):
                     forward(*given)  # kernels are chosen and workspaces made outside the capture
-                torch.cuda.current_stream().wait_stream(side)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                torch.cuda.current_stream().wait_stream(self.side)
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
                     out = forward(*given)
-                self.captured[segment, slots] = graph, given, out
-            graph, given, out = self.captured[segment, slots]
+                self.captured[segment, reach] = graph, given, out
+            graph, given, out = self.captured[segment, reach]
             for mine, value in zip(given, (h, length), strict=True):
                 mine.copy_(value)
             graph.replay()
-        return torch.where(running.to(h.device)[:, None], out, h)
+        return torch.where(runs, out, h)
 
 
 class Attention(nn.Module):
@@ -458,10 +473,10 @@ class Transformer(nn.Module):
         """Residual stream after the last layer that each position runs, before the final norm: ids (B, T) -> (B, T, D).
 
         At depth 0 and at each of `stops` gate(depth, h) sees the stream (B, T, D) and returns which positions (B, T)
-        run the layers up to the next stop, or None for all. Those it refuses at depth 0 are not there at all (padding,
-        empty rows); the others' keys and values reach every layer. With a cache, ids (R, 1) continue its rows; with
-        `rows` (B, G) too, they are right-padded prompts whose keys and values go to those rows. `source` (B, T): see
-        Sequences.
+        run the layers up to the next stop, or None for all. Those refused at depth 0 are absent (padding, empty rows);
+        those refused later are frozen, and their keys and values still reach every layer. With a cache, ids (R, 1)
+        continue its rows; with `rows` (B, G) too, they are right-padded prompts whose keys and values go to those
+        rows. `source` (B, T): see Sequences.
         """
         (B, T), decoding = ids.shape, cache is not None and rows is None
         h = self.model.embed_tokens(ids).flatten(0, 1)  # (B T, D)
@@ -475,7 +490,7 @@ class Transformer(nn.Module):
                 if not running.any():  # and no later layer either: streams stay frozen
                     continue
                 if cache.graphs:
-                    h = cache.graphs.run(segment, self.model.layers, range(start, stop), h, running)
+                    h = cache.graphs.run(cache, segment, self.model.layers, range(start, stop), h, running)
                     continue
                 layout = cache.layout(segment, running)
             else:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import SHAPES, peak_gib, random_model  # which puts the project on the path
+from common import SHAPES, peak_gib, random_model, synchronise  # which puts the project on the path
 
 import distill
 import rloo
@@ -42,6 +42,7 @@ def main() -> None:
     def timed(name, function):
         start = time.perf_counter()
         value = function()
+        synchronise(device)
         print(f"  {name:28} {time.perf_counter() - start:7.1f} s   peak so far {peak_gib(device):5.1f} GiB", flush=True)
         return value
 

@@ -164,6 +164,7 @@ def memory(policy: Policy, args) -> None:
         before = reset_peak(args.device)
         start = time.perf_counter()
         targets_and_loss(*given)
+        synchronise(args.device)
         record[n] = {"GiB_above": current_peak(args.device) - before, "seconds": time.perf_counter() - start}
         print(f"  {n:>6} positions, V = {V}, E = {E}, D = {D}: {record[n]['GiB_above']:.2f} GiB above inputs and "
               f"weights, {record[n]['seconds']:.0f} s", flush=True)

@@ -4,6 +4,7 @@ The referee is `SlowNetwork`: one token, one head, one key at a time, straight f
 nothing with model.py and exits.py but the parameters' names.
 """
 
+import gc
 import json
 import math
 import weakref
@@ -748,6 +749,46 @@ def test_every_way_to_decode_draws_the_same_sample_up_to_draws_at_a_boundary(dty
             for mine, theirs in zip(ours[3:], wanted[3:], strict=True):
                 assert np.allclose(mine[:same], theirs[:same], atol=rounding if dtype == torch.float32 else 1)
     assert (flips > 0) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_cache_ends_with_the_call_that_made_it(graphs, monkeypatch):
+    """It is the largest thing there is: waiting for Python's cycle collector, rollout after rollout would pile up."""
+    caches = []
+
+    class Watched(model.Cache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            caches.append(weakref.ref(self))
+
+    monkeypatch.setattr(exits, "Cache", Watched)
+    policy = toy_policy()
+    policy.model.graphs = graphs
+    gc.disable()
+    try:
+        generate(policy, PROMPTS, samples=2, max_new_tokens=6, eos_ids=[7])
+        assert len(caches) == 1 and caches[0]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_samples_and_scores_on_cuda_are_the_cpus():
+    """In float32, with graphs and without."""
+    options = dict(samples=3, max_new_tokens=24, eos_ids=[7, 30], seed=(2, 7))
+    wanted = rows_of(generate(toy_policy(), PROMPTS, **options), PROMPTS, 3)
+    policy = Policy(toy_model().to("cuda"), EXITS, rank=3)
+    policy.load_state_dict(toy_policy().state_dict())
+    for policy.model.graphs in (False, True):
+        samples = generate(policy, PROMPTS, **options)
+        for ours, theirs in zip(rows_of(samples, PROMPTS, 3), wanted, strict=True):
+            assert ours[1:3] == theirs[1:3]
+            assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(ours[3:], theirs[3:], strict=True))
+    batch = collate(*zip(*(row[:3] for row in wanted), strict=True), n_layers=L, device="cuda")
+    scores = score(policy, batch, teacher_pass(policy, batch)[0])
+    scores[2].sum().backward()
+    for i in (0, 1):
+        assert np.allclose(scores[i].tolist(), [x for row in wanted for x in row[3 + i]], atol=1e-4)
 
 
 def test_layers_that_no_row_runs_do_no_work_at_all_and_late_keys_come_in_one_product():
