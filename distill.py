@@ -183,7 +183,8 @@ def main() -> None:
     p.add_argument("--rank", type=int, help="of the LoRA adapters, 8 / 16; alpha is twice the rank")
     p.add_argument("--steps", type=int, help="120 / 200")
     p.add_argument("--batch-size", type=int, help="sequences in a step, 32 / 8")
-    p.add_argument("--draws", type=int, default=1, help="depth samples of each sequence in its step (default: 1)")
+    p.add_argument("--draws", type=int, default=1, help="depth samples of each sequence, in a pass that shares "
+                   "its prompt (default: 1)")
     p.add_argument("--lr", type=float, help="peak learning rate (default: 0.25 / hidden size, for a logit sums "
                    "over the width)")
     p.add_argument("--responses", type=int, help="teacher responses to train on, 512 / 256")

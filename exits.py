@@ -290,8 +290,8 @@ def uniforms(seed: Sequence[int], rows, positions, count: int, device="cpu") -> 
 
 
 def draw(logp_all: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Inverse-CDF samples (N,) of log-probabilities (N, V) at uniforms u (N,); float64, for V can be 150,000."""
-    cdf = logp_all.double().exp().cumsum(-1)
+    """Inverse-CDF samples (N,) of log-probabilities (N, V) at uniforms u (N,); sums in float64: V can be 150,000."""
+    cdf = logp_all.exp().cumsum(-1, dtype=torch.double)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logp_all.shape[-1] - 1)
 
 
