@@ -3,8 +3,8 @@
     python bench/rollout.py --model FOLDER            a checkpoint, also transformers' generate where installed
     python bench/rollout.py --prompts 32 --samples 8 --rows 64
 
-Heads are set so that every outcome, each exit and the full depth, is equally likely. "ragged" responses end by chance
-(a random set of eos ids; the same random numbers in every arm, so the same tokens), the others run to the last token.
+Heads are set so that every outcome, each exit and the full depth, is equally likely. "ragged" responses end halfway
+in the mean (at random ids; the same random numbers in every arm, so the same tokens), the others run to the last token.
 """
 
 from contextlib import nullcontext
@@ -23,6 +23,18 @@ def uniform_heads(policy: Policy) -> None:
         policy.heads.bias.copy_(torch.logit(1 / (E + 1 - torch.arange(E))))
 
 
+def ending_halfway(tokens: torch.Tensor) -> list[int]:
+    """Random ids that end responses (R, T), sampled without an end, after T / 2 tokens in the mean."""
+    ids = tokens.unique()
+    ids = ids[torch.randperm(len(ids))]
+    for count in range(1, len(ids) + 1):
+        ends = torch.isin(tokens, ids[:count])
+        ends[:, -1] = True
+        if (ends.int().argmax(1) + 1.0).mean() <= tokens.shape[1] / 2:
+            break
+    return ids[:count].tolist()
+
+
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--prompts", type=int, default=8)
@@ -39,7 +51,8 @@ def main() -> None:
     V, G = model.config.vocab_size, args.samples
     prompts = torch.randint(5, V, (args.prompts, args.context))
     rows = prompts.tolist()
-    eos = torch.randperm(V)[: V // max(1, args.new // 2)].tolist()  # mean length about new / 2
+    eos = ending_halfway(generate(policy, rows, samples=G, max_new_tokens=args.new, eos_ids=[-1],
+                                  batch_size=args.rows).tokens)
     produced = {}
 
     def sample(name, prompts=rows, at_a_time=None, base=False, **changes):
