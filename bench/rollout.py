@@ -24,15 +24,14 @@ def uniform_heads(policy: Policy) -> None:
 
 
 def ending_halfway(tokens: torch.Tensor) -> list[int]:
-    """Random ids that end responses (R, T), sampled without an end, after T / 2 tokens in the mean."""
-    ids = tokens.unique()
-    ids = ids[torch.randperm(len(ids))]
-    for count in range(1, len(ids) + 1):
-        ends = torch.isin(tokens, ids[:count])
+    """Random ids that end responses (R, T), sampled without an end, after T / 2 tokens in the mean, or few more."""
+    ids, kept = tokens.unique().tolist(), []
+    for i in torch.randperm(len(ids)).tolist():
+        ends = torch.isin(tokens, torch.tensor([*kept, ids[i]]))
         ends[:, -1] = True
-        if (ends.int().argmax(1) + 1.0).mean() <= tokens.shape[1] / 2:
-            break
-    return ids[:count].tolist()
+        if (ends.int().argmax(1) + 1.0).mean() >= tokens.shape[1] / 2:
+            kept.append(ids[i])
+    return kept
 
 
 def main() -> None:
