@@ -25,10 +25,10 @@ from data.hub import UserError, read_json, resolve
 
 # PyTorch multiplies float32 matrices on a CPU by MKL; oneDNN, which it also ships, took half the time (bench/LOG.md).
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-# Its plans are per shape, and a cache's length is a new shape at every token.
-torch.backends.cuda.enable_cudnn_sdp(False)
 SMALL = 2**18  # multiplications up to which its larger cost of a call is not worth it
 LONG = 2**15  # numbers of K in a row from which a CPU attends row by row: one call for all costs more (bench/LOG.md)
+# cuDNN's attention plans anew for every shape, and a cache has a new length at every token.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(frozen=True)
