@@ -27,7 +27,7 @@ from exits import (
     NEVER,
     Policy,
     adapters_off,
-    collate,
+    batch_of,
     draw,
     exit_depths,
     generate,
@@ -155,9 +155,7 @@ def train_step(policy: Policy, rows: list[dict], step: int, args) -> dict:
         row, position = (index.cpu().numpy() for index in batch.where)
         u = uniforms((args.seed, DEPTHS, step), row + i, position, args.draws, policy.device)
         depths = torch.cat([policy.outcomes[draw(log_q, u[:, n])] for n in range(args.draws)])
-        student = collate([row["prompt_ids"] for row in part] * args.draws,
-                          [row["token_ids"] for row in part] * args.draws, n_layers=policy.n_layers,
-                          device=policy.device)
+        student = batch_of(policy, part * args.draws)
         student.depths[student.where] = depths
         # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
         logp_exit, _, token_kl, exit_logits = score(

@@ -23,7 +23,7 @@ import report
 import runs
 from data import tasks
 from data.hub import UserError, read_json, resolve
-from exits import Policy, adapters_off, collate, generate, load_policy, merge, token_logp_all
+from exits import Policy, adapters_off, batch_of, generate, load_policy, merge, token_logp_all
 from model import Transformer
 
 Z = 1.96  # 95% intervals
@@ -72,8 +72,7 @@ def answer(policy: Policy, problems, prompts, tokenizer, base: bool, args) -> li
 @torch.no_grad()
 def transcript(policy: Policy, row: dict, tokenizer, base: bool, args) -> dict:
     """A response as the page shows it: every token's depth, exit probabilities and the top tokens of each lens."""
-    batch = collate([row["prompt_ids"]], [row["token_ids"]], [row["depths"]],
-                    n_layers=policy.n_layers, device=policy.device)
+    batch = batch_of(policy, [row])
     with adapters_off(policy) if base else nullcontext():
         out = policy(batch.ids, depths=batch.depths, source=batch.source)
     top = []

@@ -334,17 +334,20 @@ def collate(prompts, responses, depths=None, *, n_layers: int, device="cpu") -> 
                  source.to(device) if len(first) < B else None)
 
 
-def micro_batches(policy: Policy, rows: list[dict], size: int):
-    """(number of the first row, rows, Batch) of at most `size` rows at a time, rows of like length together.
+def batch_of(policy: Policy, rows: list[dict]) -> Batch:
+    """collate of records: a row holds prompt_ids, token_ids and, once sampled from the policy, depths."""
+    depths = [row["depths"] for row in rows] if "depths" in rows[0] else None
+    return collate([row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows], depths,
+                   n_layers=policy.n_layers, device=policy.device)
 
-    A row holds prompt_ids, token_ids and, once sampled from the policy, depths. The order depends on the rows alone.
-    """
+
+def micro_batches(policy: Policy, rows: list[dict], size: int):
+    """(number of the first row, rows, Batch) of at most `size` rows at a time, rows of like length together. The order
+    depends on the rows alone."""
     rows = sorted(rows, key=lambda row: len(row["prompt_ids"]) + len(row["token_ids"]))
     for i in range(0, len(rows), size):
         part = rows[i : i + size]
-        depths = [row["depths"] for row in part] if "depths" in part[0] else None
-        yield i, part, collate([row["prompt_ids"] for row in part], [row["token_ids"] for row in part], depths,
-                               n_layers=policy.n_layers, device=policy.device)
+        yield i, part, batch_of(policy, part)
 
 
 def teacher_pass(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -485,7 +488,7 @@ def prefill(policy: Policy, prompts: list[list[int]], cache: Cache, rows: torch.
         there = torch.arange(ids.shape[1]) < length[:, None]
         policy.model.stream(ids.to(policy.device), gate=lambda *_: there.to(policy.device), cache=cache,
                             rows=rows.to(policy.device))
-    cache.admit(rows.flatten(), length.repeat_interleave(rows.shape[1]))
+    cache.admit(rows, length)
 
 
 # ------------------------------------------------------------------------------------------------- save and load

@@ -186,8 +186,8 @@ class Cache:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim + config.hidden_size
 
     def admit(self, rows: torch.Tensor, length: torch.Tensor) -> None:
-        """Declares the given rows to hold prompts of the given lengths, run at full depth."""
-        self.length[rows], self.filled[:, rows] = length, length
+        """Declares the rows (P, G) to hold P prompts of the given lengths (P,), run at full depth."""
+        self.length[rows] = self.filled[:, rows] = length[:, None]
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps the given rows only."""
@@ -353,7 +353,8 @@ class Graphs:
 
     def run(self, cache: Cache, segment: int, blocks, layers: range, h, running: torch.Tensor) -> torch.Tensor:
         """Streams (R, D) before a segment -> after it; rows that are not `running` (R,) keep theirs."""
-        S, length, runs = cache.k.shape[2], send(cache.length, h.device), send(running, h.device)[:, None]
+        S, runs = cache.k.shape[2], send(running, h.device)[:, None]
+        length = send(cache.length.clamp(max=S - 1), h.device)
         row, slot = (send(x, h.device) for x in cache.pending(segment, running.nonzero()[:, 0]))
         if len(row):
             waiting, streams = NextTokens(cache, row, slot, S), cache.frozen[row, slot]
@@ -367,7 +368,6 @@ class Graphs:
                 h = blocks[layer](h, None, every, layer)
             return h
 
-        length = length.clamp(max=S - 1)
         reach = min(S, -(-(int(cache.length[running].max()) + 1) // self.SLOTS) * self.SLOTS)
         if not h.is_cuda:
             out = forward(h, length)

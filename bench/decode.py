@@ -153,7 +153,7 @@ def main() -> None:
     cases = [(batch, context) for batch in args.batch for context in args.context]
     if args.grow:
         exits.prefill = lambda policy, prompts, cache, rows: cache.admit(
-            rows.flatten(), torch.tensor([len(p) - 1 for p in prompts]).repeat_interleave(rows.shape[1]))
+            rows, torch.tensor([len(p) - 1 for p in prompts]))
         cases = [(batch, 256) for batch in (1, 4, 16, 64)] + [(4, context) for context in (1024, 4096)]
     record = {}
     for batch, context in cases:
