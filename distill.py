@@ -4,54 +4,60 @@ The base model answers training prompts once. At every predicting position the l
 compared with the final distribution; where they agree, exiting is safe:
 
     s_e = 2 (1 - sigmoid(kappa KL_e)),   q = stick-breaking of s                                  (4), (3)
-    loss = mean_t [ KL(student at l*_t || teacher) - log pi_student(l*_t) ],   l*_t ~ q            (5)
+    loss = mean_t [ KL(student at l*_t || base) - log pi_student(l*_t) ],   l*_t ~ q              (5)
 
-Left out on purpose: dropout, weight decay, a loss on the tokens themselves (the teacher's distribution is the target).
+Left out on purpose: dropout, weight decay, a loss on the tokens themselves (the base's distribution is the target).
 
-    python distill.py                           the embedded model on arithmetic: minutes on a laptop
-    python distill.py --model Qwen/Qwen3-4B     GSM8K from the hub; one 24 GB GPU (the README has the arithmetic)
+    python distill.py --kl-factor 16            the embedded model on arithmetic: minutes on a laptop
+    python distill.py --model Qwen/Qwen3-4B     GSM8K from the hub; one 24 GB GPU (docs/memory.md has the arithmetic)
     python distill.py --resume runs/distill-…   goes on after an interruption
 """
 
-import json
 import math
+from pathlib import Path
+from shlex import quote
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import flags
 import runs
+from checkpoints import fingerprint
 from data import tasks
-from data.hub import UserError
+from data.hub import UserError, as_json, field, parse_object, read_text, write_text
 from exits import (
     NEVER,
     Policy,
+    Response,
     adapters_off,
-    batch_of,
-    draw,
+    base_pass,
+    collate,
     exit_depths,
-    generate,
-    in_chunks,
-    kl,
     micro_batches,
     score,
     stick_breaking,
-    teacher_pass,
     token_logp_all,
-    uniforms,
 )
+from fast.chunks import in_chunks, kl_in_place
+from fast.packing import Sequences, send
+from sample import draw, generate, uniforms
 
 RESPONSES, DEPTHS, HELD_OUT = 0, 1, 2  # purposes of random numbers
 
 
+# ------------------------------------------------------------------------------------------------ targets and loss
+
+
 @torch.no_grad()
-def lens_kl(model, teacher_h: torch.Tensor, lens_h: list[torch.Tensor]) -> torch.Tensor:
+def lens_kl(model, base_h: torch.Tensor, lens_h: list[torch.Tensor]) -> torch.Tensor:
     """KL_e = KL(softmax(W_U norm(h^L)) || softmax(W_U norm(h^e))): (N, D) and E of (N, D) -> (N, E) nats."""
     def chunk(final, *lenses):
-        teacher = token_logp_all(model, final)
-        return (torch.stack([kl(teacher, token_logp_all(model, h)) for h in lenses], dim=-1),)
+        base = token_logp_all(model, final)
+        p = base.exp()  # once for all lenses
+        return (torch.stack([kl_in_place(p, base, token_logp_all(model, h)) for h in lenses], dim=-1).clamp(min=0),)
 
-    return in_chunks(chunk, model.config.vocab_size, teacher_h, *lens_h)[0]
+    return in_chunks(chunk, model.config.vocab_size, base_h, *lens_h)[0]
 
 
 def log_safe(kl_e: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,26 +69,42 @@ def log_safe(kl_e: torch.Tensor, kappa: float) -> tuple[torch.Tensor, torch.Tens
 
 
 def log_target(kl_e: torch.Tensor, kappa: float) -> torch.Tensor:
-    """Eq. (3): log q over the outcomes, stick-breaking of s: (N, E) -> (N, E+1)."""
+    """Eq. (3): log q over the outcomes, stick-breaking of s: (N, E) -> (N, E + 1)."""
     return stick_breaking(*log_safe(kl_e, kappa))
 
 
-def distill_loss(token_kl: torch.Tensor, logp_exit: torch.Tensor, count: int) -> torch.Tensor:
-    """Eq. (5): mean over positions of KL(student || teacher) - log pi(l*): (N,), (N,), the step's positions."""
-    return (token_kl - logp_exit).sum() / count
+def exit_nll(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: torch.Tensor, exits) -> torch.Tensor:
+    """The exit term of (5), -log pi(l*_t), with the noise of each coin averaged out: exit logits (N, E), s of (4)
+    (N, E) and l* (N,) -> (N,).
+
+    At an exit that l*_t reached, the way in which q's coin fell is replaced by how likely it was to say stop, s_e: the
+    expected loss of that exit is the cross-entropy from s_e to p_e. So the gradient has the expectation of
+    -log pi(l*_t)'s, and less noise: a third less token KL after as many steps. Heads past l*_t read a frozen stream and
+    learn nothing from it.
+    """
+    reached = send(depths[:, None] >= torch.tensor(exits), exit_logits.device)
+    return (F.binary_cross_entropy_with_logits(exit_logits, p_safe, reduction="none") * reached).sum(-1)
 
 
-def summary(distribution: torch.Tensor, outcomes: torch.Tensor) -> dict:
-    """An exit distribution (E+1,) with its exit rate and layer savings, eq. (6)."""
-    distribution = distribution.double().cpu()
-    savings = 1 - (distribution * outcomes.cpu()).sum() / outcomes[-1].item()
+def distill_loss(token_kl: torch.Tensor, exit_loss: torch.Tensor, count: int) -> torch.Tensor:
+    """Eq. (5): mean over the step's `count` positions of KL(student || base) plus the exit term: (N,), (N,)."""
+    return (token_kl + exit_loss).sum() / count
+
+
+# ------------------------------------------------------------------------------------------------------- reporting
+
+
+def summary(distribution: torch.Tensor, depth_of_outcome: torch.Tensor) -> dict:
+    """An exit distribution (E + 1,) with its exit rate and layer savings, eq. (6)."""
+    distribution = distribution.double()
+    savings = 1 - (distribution * depth_of_outcome).sum() / depth_of_outcome[-1].item()
     return {"distribution": [round(x, 5) for x in distribution.tolist()],
             "exit_rate": 1 - float(distribution[-1]), "layer_savings": float(savings)}
 
 
 def hazards(p: torch.Tensor, depths: torch.Tensor, exits) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of p_e over the positions that reach exit e at given depths, and their number: (N, E) -> two (E,)."""
-    reach = depths[:, None] >= torch.tensor(exits, device=depths.device)
+    reach = send(depths[:, None] >= torch.tensor(exits), p.device)
     return (p * reach).sum(0), reach.sum(0)
 
 
@@ -92,144 +114,209 @@ def from_hazards(p: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def learned_exits(policy: Policy, rows: list[dict], kappa: float, seed: int, micro_batch: int) -> dict:
-    """Exits that the student draws in a parallel pass on given responses, against the mean of q on those positions."""
-    E = len(policy.exits)
-    drawn, target, count = torch.zeros(E + 1), torch.zeros(E + 1), 0
-    for i, _, batch in micro_batches(policy, rows, micro_batch):
-        row, position = (index.cpu().numpy() for index in batch.where)
-        u = torch.full((*batch.ids.shape, E), NEVER, dtype=torch.double, device=policy.device)
-        u[batch.where] = uniforms((seed, HELD_OUT), row + i, position, E, policy.device)
-        idx = policy.exit_idx(policy(batch.ids, batch.depths, u, source=batch.source).depths[batch.where])
-        drawn += torch.bincount(idx, minlength=E + 1).cpu()
-        target += log_target(lens_kl(policy.model, *teacher_pass(policy, batch)), kappa).exp().sum(0).cpu()
-        count += len(idx)
-    return {"positions": count, "learned": summary(drawn / count, policy.outcomes),
-            "target": summary(target / count, policy.outcomes)}
+def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int, micro_batch: int) -> dict:
+    """Has it converged? On held-out base responses: the two terms of (5) at depths drawn from q, and the exits that the
+    student draws in a parallel pass against the mean of q."""
+    E, outcomes = len(policy.exits), policy.depth_of_outcome
+    drawn, target = torch.zeros(E + 1), torch.zeros(E + 1, device=policy.device)
+    totals, count = torch.zeros(2, dtype=torch.double, device=policy.device), sum(map(len, responses))
+    for index, batch in micro_batches(policy, responses, micro_batch):
+        u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
+        u_exit = torch.full((*batch.ids.shape, E), NEVER, dtype=torch.double)
+        u_exit[batch.row, batch.position] = u[:, :E]
+        out = policy(batch.ids, batch.depths, u_exit, place=Sequences(batch.ids.shape, batch.shared_from))
+        drawn += (out.depths[batch.row, batch.position][:, None] == outcomes).sum(0)
+
+        base_h, lens_h = base_pass(policy, batch)
+        log_q = log_target(lens_kl(policy.model, base_h, lens_h), kappa)
+        target += log_q.exp().sum(0)
+        batch.depths[batch.row, batch.position] = outcomes[draw(log_q, send(u[:, E], policy.device)).cpu()]
+        logp_exit, _, kl_t, _ = score(policy, batch, base_h, tokens=False)
+        totals += torch.stack([kl_t.sum(), -logp_exit.sum()])
+    token_kl, cross_entropy = totals.tolist()
+    return {"positions": count, "token_kl": token_kl / count, "exit_cross_entropy": cross_entropy / count,
+            "intact": math.exp(-token_kl / len(responses)),
+            "learned": summary(drawn / count, outcomes), "target": summary(target.cpu() / count, outcomes)}
 
 
-def teacher_responses(run, policy: Policy, tokenizer, args) -> dict[str, list[dict]]:
-    """The base model's own answers to `--responses` training and `--held-out` test prompts: sampled once at
-    temperature 1, kept in teacher.jsonl, or taken from another run's file."""
-    path = runs.Path(args.teacher) if args.teacher else run.folder / "teacher.jsonl"
-    if args.teacher and not path.is_file():
-        raise UserError(f"--teacher {path}: no such file; give the teacher.jsonl of an earlier run")
-    kept: dict[str, list[dict]] = {"train": [], "test": []}
-    if path.exists():
-        for line in path.read_text("utf-8").splitlines(True):
-            if line.endswith("\n"):  # a kill may have left half a line
-                row = json.loads(line)
-                kept[row["split"]].append(row)
-    if args.teacher:
-        return kept
-    runs.write_text(path, "".join(json.dumps(row) + "\n" for rows in kept.values() for row in rows))
-    for split, wanted in (("train", args.responses), ("test", args.held_out)):
-        rows = kept[split]
-        if len(rows) >= wanted:
+def verdict(measured: dict, training_kl: float) -> str | None:
+    """What is still wrong with a calibration, in one line; None if nothing is.
+
+    Exit rates match their target long before the tokens do. T tokens at KL nats each leave a share exp(-T KL) of the
+    base's responses as they were, and it is this share that accuracy follows.
+    """
+    if measured["intact"] > 0.8:
+        return None
+    cure = "it still learns: raise --steps" if measured["token_kl"] < 1.5 * training_kl else (
+        f"training responses are at {training_kl:.4f}, learned by heart: raise --responses")
+    return (f"not converged: at {measured['token_kl']:.4f} nats a token about {measured['intact']:.0%} of the base's "
+            f"responses stay as they were; {cure}")
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def about(model, args) -> dict:
+    """What the base's responses depend on; another run may only reuse them where it agrees."""
+    return {"model": args.model, "base": fingerprint(model), "task": args.task, "data": args.data,
+            "thinking": args.thinking, "max_new_tokens": args.max_new_tokens}
+
+
+def read_responses(path, model, args) -> dict[str, list[Response]]:
+    """The base's responses that a teacher.jsonl holds, by split. Raises UserError naming file, line and field."""
+    kept: dict[str, list[Response]] = {"train": [], "test": []}
+    lines, ours, config = read_text(path).split("\n"), about(model, args), model.config
+    for i, line in enumerate(lines[:-1], start=1):  # what follows the last line break was cut short by a kill
+        where = f"{path}:{i}"
+        row = parse_object(line, where)
+        if i == 1:
+            for name in ours.keys() - {"model"}:
+                if name not in row or row[name] != ours[name]:
+                    name = "model" if name == "base" else name
+                    raise UserError(f"{path} holds responses for {name} {row.get(name)!r:.80}, but this run has "
+                                    f"{ours[name]!r:.80}: sample new ones, without --teacher")
             continue
-        problems = tasks.load(args.task, split, data=args.data, n=wanted, seed=args.seed)
-        prompts = runs.prompt_ids(problems, tokenizer, args.thinking)
-        with tqdm(total=len(prompts), initial=len(rows), desc=f"teacher, {split}") as bar, adapters_off(policy):
-            stride = 4 * (args.rows or 32)  # a kill loses at most so many, but the last rows of each wait for no others
-            for i in range(len(rows), len(prompts), stride):
-                got = generate(policy, prompts[i : i + stride], max_new_tokens=args.max_new_tokens,
-                               eos_ids=tokenizer.eos_ids, depths=policy.n_layers, batch_size=args.rows, progress=bar,
-                               seed=(args.seed, RESPONSES, split == "test"), first_row=i)
-                fresh = [{"split": split, "id": problems[i + j].id, "prompt_ids": prompts[i + j],
-                          "token_ids": got.tokens[j, : got.lengths[j]].tolist(), "finished": bool(got.finished[j])}
-                         for j in range(len(got.lengths))]
-                run.log("teacher.jsonl", fresh)
-                rows += fresh
+        prompt, tokens = (field(row, name, list, where, 0, config.vocab_size - 1)
+                          for name in ("prompt_ids", "token_ids"))
+        split, length = field(row, "split", str, where), len(prompt) + len(tokens)
+        if split not in kept or not prompt or not tokens or length > config.max_position_embeddings:
+            raise UserError(f"{where}: the split must be train or test, and the lists of ids neither empty nor longer "
+                            f"than the model's context")
+        kept[split].append(Response(prompt, tokens, [config.num_hidden_layers] * len(tokens), [], [],
+                                    field(row, "finished", bool, where)))
     return kept
 
 
-def train_step(policy: Policy, rows: list[dict], step: int, args) -> dict:
-    """Accumulates the gradient of eq. (5) over a step's sequences and returns what is logged."""
-    count = args.draws * sum(len(row["token_ids"]) for row in rows)
-    E, total = len(policy.exits), dict.fromkeys(("token_kl", "exit_cross_entropy"), 0.0)
-    q_sum, learned, wanted, reached = (torch.zeros(n, device=policy.device) for n in (E + 1, E, E, E))
-    for i, part, batch in micro_batches(policy, rows, args.micro_batch):
-        teacher_h, lens_h = teacher_pass(policy, batch)
-        kl_e = lens_kl(policy.model, teacher_h, lens_h)
-        log_q = log_target(kl_e, args.kl_factor)
-        row, position = (index.cpu().numpy() for index in batch.where)
-        u = uniforms((args.seed, DEPTHS, step), row + i, position, args.draws, policy.device)
-        depths = torch.cat([policy.outcomes[draw(log_q, u[:, n])] for n in range(args.draws)])
-        student = batch_of(policy, part * args.draws)
-        student.depths[student.where] = depths
-        # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
-        logp_exit, _, token_kl, exit_logits = score(
-            policy, student._replace(tokens=None), teacher_h.repeat(args.draws, 1))
-        distill_loss(token_kl, logp_exit, count).backward()
+def enough(kept: dict[str, list[Response]], wanted: dict[str, list], where) -> dict[str, list[Response]]:
+    """As many responses of another run as this one asks for."""
+    for split, asked in wanted.items():
+        if len(kept[split]) < len(asked):
+            raise UserError(f"--teacher {where} holds {len(kept[split])} responses of split {split}, of {len(asked)} "
+                            f"asked for: lower --responses or --held-out")
+    return {split: kept[split][: len(asked)] for split, asked in wanted.items()}
 
-        total["token_kl"] += token_kl.sum().item() / count
-        total["exit_cross_entropy"] -= logp_exit.sum().item() / count
-        q_sum += args.draws * log_q.exp().sum(0)
-        p_sum, reach = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
-        learned, reached = learned + p_sum, reached + reach
-        wanted += hazards(log_safe(kl_e, args.kl_factor)[0].exp().repeat(args.draws, 1), depths, policy.exits)[0]
-    reached = reached.clamp(min=1)
-    return {"loss": sum(total.values()), **total, "tokens": count, "target": summary(q_sum / count, policy.outcomes),
-            "learned": summary(from_hazards(learned / reached), policy.outcomes),
+
+def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict, args) -> dict[str, list[Response]]:
+    """The base model's own answers to the training and held-out problems: sampled once at temperature 1, or taken from
+    another run's, and kept in the run's teacher.jsonl."""
+    path = run.folder / "teacher.jsonl"
+    source = path if path.exists() or not args.teacher else Path(args.teacher)
+    whole = "".join(read_text(source).rpartition("\n")[:2]) if source.exists() else ""
+    write_text(path, whole or as_json(about(policy.model, args)))
+    kept = read_responses(path, policy.model, args)
+    if args.teacher:
+        return enough(kept, prompts, args.teacher)
+    for split, asked in prompts.items():
+        done = kept[split]
+        if [r.prompt_ids for r in done] != asked[: len(done)]:
+            raise UserError(f"{path} holds responses to other prompts: the task's data or the chat template has "
+                            f"changed; start a new run")
+        with tqdm(total=len(asked), initial=len(done), desc=f"base, {split}") as bar, adapters_off(policy):
+            stride = 4 * (args.rows or 32)  # a kill loses at most so many, but the last rows of each wait for no others
+            for i in range(len(done), len(asked), stride):
+                new = generate(policy, asked[i : i + stride], max_new_tokens=args.max_new_tokens,
+                               eos_ids=tokenizer.eos_ids, depths=policy.n_layers, rows=args.rows, progress=bar,
+                               seed=(args.seed, RESPONSES, split == "test"), first_row=i)
+                run.log("teacher.jsonl", [
+                    {"split": split, "id": problem.id, "prompt_ids": r.prompt_ids, "token_ids": r.token_ids,
+                     "finished": r.finished} for problem, r in zip(problems[split][i:], new, strict=False)])
+                done += new
+    return kept
+
+
+def train_step(policy: Policy, responses: list[Response], step: int, args) -> dict:
+    """Accumulates the gradient of eq. (5) over a step's responses and returns what is logged."""
+    count = args.draws * sum(map(len, responses))
+    E, outcomes = len(policy.exits), policy.depth_of_outcome
+    sizes = [2, E + 1, E, E, E]
+    sums = torch.zeros(sum(sizes), device=policy.device)
+    for index, batch in micro_batches(policy, responses, args.micro_batch):
+        base_h, lens_h = base_pass(policy, batch)
+        kl_e = lens_kl(policy.model, base_h, lens_h)
+        log_q = log_target(kl_e, args.kl_factor)
+        u = send(uniforms((args.seed, DEPTHS, step), index[batch.row], batch.position, args.draws), policy.device)
+        depths = outcomes[torch.cat([draw(log_q, u[:, n]) for n in range(args.draws)]).cpu()]  # l*_t
+        student = collate([responses[i] for i in index] * args.draws, policy.n_layers, policy.device)
+        student.depths[student.row, student.position] = depths
+        # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
+        logp_exit, _, token_kl, exit_logits = score(policy, student, base_h.repeat(args.draws, 1), tokens=False)
+        p_safe = log_safe(kl_e, args.kl_factor)[0].exp().repeat(args.draws, 1)
+        distill_loss(token_kl, exit_nll(exit_logits, p_safe, depths, policy.exits), count).backward()
+
+        learned, reached = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
+        wanted, _ = hazards(p_safe, depths, policy.exits)
+        total = torch.stack([token_kl.detach().sum(), -logp_exit.detach().sum()])
+        sums += torch.cat([total, args.draws * log_q.exp().sum(0), learned, wanted, reached])
+    total, q_sum, learned, wanted, reached = sums.cpu().split(sizes)  # together, since each copy waits for the device
+    total, reached = (total / count).tolist(), reached.clamp(min=1)
+    return {"loss": sum(total), "token_kl": total[0], "exit_cross_entropy": total[1], "tokens": count,
+            "target": summary(q_sum / count, outcomes), "learned": summary(from_hazards(learned / reached), outcomes),
             "hazard_learned": (learned / reached).tolist(), "hazard_target": (wanted / reached).tolist()}
 
 
 def main() -> None:
-    p = runs.parser(__doc__)
-    p.add_argument("--kl-factor", type=float, default=1.0, help="kappa of (4): larger exits later (default: 1.0)")
-    p.add_argument("--exit-every", type=int, help="layers between exits (default: 5, or 2 in models under 20 layers)")
-    p.add_argument("--rank", type=int, help="of the LoRA adapters, 8 / 16; alpha is twice the rank")
-    p.add_argument("--steps", type=int, help="120 / 200")
-    p.add_argument("--batch-size", type=int, help="sequences in a step, 32 / 8")
-    p.add_argument("--draws", type=int, default=1, help="depth samples of each sequence, in a pass that shares "
-                   "its prompt (default: 1)")
-    p.add_argument("--lr", type=float, help="peak learning rate (default: 0.25 / hidden size, for a logit sums "
-                   "over the width)")
-    p.add_argument("--responses", type=int, help="teacher responses to train on, 512 / 256")
-    p.add_argument("--held-out", type=int, default=64, help="test prompts for the final comparison (default: 64)")
-    p.add_argument("--teacher", help="teacher.jsonl of an earlier run, instead of sampling anew")
-    p.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: 50)")
-    p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags")
+    p = flags.parser(__doc__)
+    p.add_argument("--kl-factor", type=flags.number(0, 1e6, above=True), default=1.0,
+                   help="kappa of (4): larger exits later (default: 1.0)")
+    p.add_argument("--exit-every", type=flags.whole(1), help="layers between exits (default: 5, or 2 in models under "
+                   "20 layers)")
+    p.add_argument("--rank", type=flags.whole(1, 4096), help="of the LoRA adapters, 8 / 16; alpha is twice the rank")
+    p.add_argument("--steps", type=flags.whole(1, 999_999), help="480 / 200")
+    p.add_argument("--responses-per-step", type=flags.whole(1), default=8, help="(default: 8)")
+    p.add_argument("--draws", type=flags.whole(1), default=1, help="depth samples of each response, in a pass that "
+                   "shares its prompt (default: 1)")
+    p.add_argument("--lr", type=flags.number(0, 10), help="peak learning rate: 0.012 / (0.5 / hidden size, since a "
+                   "logit sums over the width)")
+    p.add_argument("--responses", type=flags.whole(1), help="base responses to train on, 3000 / 1600")
+    p.add_argument("--held-out", type=flags.whole(1), default=64, help="test prompts for the final check (default: 64)")
+    p.add_argument("--teacher", help="teacher.jsonl of an earlier run: its base responses, instead of sampling anew")
+    p.add_argument("--save-every", type=flags.whole(1), default=50, help="steps between checkpoints (default: 50)")
+    p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps extends")
     args = p.parse_args()
-    run = runs.Run.resume(args, "distill") if args.resume else None
-    args = run.args if run else runs.settle(
-        args, steps=(120, 200), batch_size=(32, 8), rank=(8, 16), responses=(512, 256))
-    if args.kl_factor <= 0:
-        raise UserError(f"--kl-factor {args.kl_factor}: must be above 0")
+    run = runs.Run.resume(args, p, "distill") if args.resume else None
+    args = flags.settle(run.args if run else args, steps=(480, 200), lr=(0.012, None), rank=(8, 16),
+                        responses=(3000, 1600))
 
+    problems = {split: tasks.load(args.task, split, data=args.data, n=n, seed=args.seed)
+                for split, n in (("train", args.responses), ("test", args.held_out))}
+    if args.task.endswith(".py"):
+        tasks.refuse_shared(problems)
     model, tokenizer = runs.load_model(args)
     exits = exit_depths(model.config.num_hidden_layers, args.exit_every)
+    prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
+    if args.teacher and run is None:  # before the run has a folder
+        enough(read_responses(Path(args.teacher), model, args), prompts, args.teacher)
     run, policy, optimizer, start = runs.begin(run, "distill", args, model, lambda: Policy(model, exits, args.rank))
-    print(f"{args.model}: {policy.n_layers} layers, exits {policy.exits}, {args.task}, thinking "
-          f"{'on' if args.thinking else 'off'}, at most {args.max_new_tokens} new tokens -> {run.folder}")
+    print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers} -> {run.folder}")
+    data = base_responses(run, policy, tokenizer, problems, prompts, args)
+    runs.warn_unfinished(sum(r.finished for r in data["train"]) / len(data["train"]), "this stage learns nothing about "
+                         "how they end", tokenizer, args)
 
-    data = teacher_responses(run, policy, tokenizer, args)
-    for split, rows in data.items():
-        if not rows:
-            raise UserError(f"no teacher responses for split '{split}': raise --responses and --held-out above 0")
-    runs.warn_unfinished(sum(r["finished"] for r in data["train"]) / len(data["train"]), args)
-
-    lr = args.lr or 0.25 / model.config.hidden_size
-    for step in (bar := tqdm(range(start, args.steps), initial=start, total=args.steps, desc="distill")):
-        rows = [data["train"][i] for i in runs.pick(len(data["train"]), args.batch_size, step, args.seed)]
-        metrics = train_step(policy, rows, step, args)
-        warm_down = min(1.0, (step + 1) / 10) * (1 - step / args.steps)
-        metrics["grad_norm"] = run.apply_gradients(optimizer, lr * warm_down)
-        run.log("metrics.jsonl", [{"step": step, **metrics}])
+    lr = 0.5 / model.config.hidden_size if args.lr is None else args.lr
+    for step in run.steps(start, policy, optimizer):
+        chosen = [data["train"][i] for i in runs.pick(len(data["train"]), args.responses_per_step, step, args.seed)]
+        metrics = {"step": step, **train_step(policy, chosen, step, args)}
+        metrics |= run.apply_gradients(optimizer, lr * runs.schedule(step, args.steps))
+        run.log("metrics.jsonl", [metrics])
         rates = [metrics[name]["exit_rate"] for name in ("learned", "target")]
-        bar.set_postfix_str(f"token KL {metrics['token_kl']:.3f}  exit CE {metrics['exit_cross_entropy']:.3f}  "
-                            f"exit rate {rates[0]:.1%} (target {rates[1]:.1%})")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            run.save(step + 1, policy, optimizer)
+        run.bar.set_postfix_str(f"token KL {metrics['token_kl']:.3f}  exit CE {metrics['exit_cross_entropy']:.3f}  "
+                                f"exit rate {rates[0]:.1%} (target {rates[1]:.1%})")
 
-    held_out = learned_exits(policy, data["test"], args.kl_factor, args.seed, args.micro_batch)
-    run.complete(held_out)
-    print(f"held-out responses, {held_out['positions']} positions:")
+    measured = held_out(policy, data["test"], args.kl_factor, args.seed, args.micro_batch)
+    run.complete(measured)
+    print(f"held-out responses, {measured['positions']} positions: token KL {measured['token_kl']:.4f}, exit CE "
+          f"{measured['exit_cross_entropy']:.3f}; about {measured['intact']:.0%} of the base's responses stay as "
+          f"they were")
     for name in ("target", "learned"):
-        s = held_out[name]
-        shares = "  ".join(f"{d}: {x:.1%}" for d, x in zip(policy.outcomes.tolist(), s["distribution"], strict=True))
+        s = measured[name]
+        shares = "  ".join(f"{d}: {x:.1%}"
+                           for d, x in zip(policy.depth_of_outcome.tolist(), s["distribution"], strict=True))
         print(f"  {name:8} exit rate {s['exit_rate']:.1%}  layer savings {s['layer_savings']:.1%}   {shares}")
-    print(f"next: python rloo.py --lam 0.1    (continues from {run.folder})")
+    losses = [field(row, "token_kl", float, run.folder / "metrics.jsonl", default=math.inf)
+              for row in run.last_metrics(20)]
+    if problem := verdict(measured, sum(losses) / len(losses)):
+        print(problem)
+    print(f"next: python rloo.py --lam 0.1 --init {quote(str(run.folder))}")
 
 
 if __name__ == "__main__":

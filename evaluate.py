@@ -2,31 +2,36 @@
 
     python evaluate.py                          the newest complete stage-2 run and the stage-1 run it came from
     python evaluate.py RUN RUN …                any runs of one model, beside the base model
+    python evaluate.py base --model MODEL       the base model alone
     python evaluate.py --delta -1               exits less often than trained (eagerness at inference)
     python evaluate.py --merge RUN --out DIR    writes base + LoRA as a plain Hugging Face checkpoint, without exits
 
 Writes evaluation.json, completions.jsonl and page.html, which opens offline.
 """
 
-import json
 import math
 import os
 import shutil
-import time
 from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
+import flags
 import report
 import runs
+from checkpoints import checkpoint, exits_of, load_policy, merge, write_tensors
 from data import tasks
-from data.hub import UserError, read_json, resolve
-from exits import Policy, adapters_off, batch_of, generate, load_policy, merge, token_logp_all
+from data.hub import UserError, as_json, field, resolve, write_json, write_text
+from exits import Policy, Response, adapters_off, collate, exit_depths, token_logp_all
+from fast.chunks import in_chunks
 from model import Transformer
+from sample import generate
 
 Z = 1.96  # 95% intervals
+BASE = "base"
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -52,136 +57,172 @@ def measure(rows: list[dict], outcomes: list[int]) -> dict:
             "exit_histogram": {str(d): depths.count(d) / len(depths) for d in outcomes}}
 
 
-def answer(policy: Policy, problems, prompts, tokenizer, base: bool, args) -> list[dict]:
-    """One response to each problem, graded: from the policy, or from the base model at full depth."""
+def answer(policy: Policy, problems, prompts, tokenizer, base: bool, args) -> tuple[list[Response], list[dict]]:
+    """One response to each problem and what became of it: from the policy, or from the base model at full depth."""
     with adapters_off(policy) if base else nullcontext(), tqdm(total=len(prompts), desc="answers", leave=False) as bar:
-        got = generate(policy, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
-                       temperature=args.temperature, delta=args.delta, depths=policy.n_layers if base else None,
-                       seed=(args.seed,), batch_size=args.rows, progress=bar)
+        responses = generate(policy, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
+                             temperature=args.temperature, delta=args.delta, depths=policy.n_layers if base else None,
+                             seed=(args.seed,), rows=args.rows, progress=bar)
     rows = []
-    for i, length in enumerate(got.lengths.tolist()):
-        tokens, finished = got.tokens[i, :length].tolist(), bool(got.finished[i])
-        grade = runs.grade(problems[i], prompts[i], tokens, finished, tokenizer)
-        rows.append({"id": problems[i].id, "prompt_ids": prompts[i], "token_ids": tokens,
-                     "depths": got.depths[i, :length].tolist(), "text": tokenizer.decode(tokens), "finished": finished,
-                     "gold": problems[i].gold, "value": grade.value, "rule": grade.rule, "correct": grade.strict,
-                     "flexible": grade.flexible})
-    return rows
+    for problem, response in zip(problems, responses, strict=True):
+        text, grade = runs.grade(problem, response, tokenizer)
+        rows.append({"id": problem.id, "text": text, **asdict(response), "gold": problem.gold, "value": grade.value,
+                     "rule": grade.rule, "correct": grade.strict, "flexible": grade.flexible})
+    return responses, rows
 
 
 @torch.no_grad()
-def transcript(policy: Policy, row: dict, tokenizer, base: bool, args) -> dict:
+def transcript(policy: Policy, response: Response, row: dict, tokenizer, base: bool, args) -> dict:
     """A response as the page shows it: every token's depth, exit probabilities and the top tokens of each lens."""
-    batch = batch_of(policy, [row])
+    batch = collate([response], policy.n_layers, policy.device)
     with adapters_off(policy) if base else nullcontext():
-        out = policy(batch.ids, depths=batch.depths, source=batch.source)
+        out = policy(batch.ids, batch.depths)
+
+    def best(h):
+        return tuple(token_logp_all(policy.model, h).exp().topk(3))
+
     top = []
     for h in (*out.streams, out.h):
-        best = token_logp_all(policy.model, h[batch.where]).exp().topk(3)
-        top.append([list(zip(tokenizer.pieces(ids), map(float, p), strict=True))
-                    for ids, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)])
-    exit_probs = [] if base else torch.sigmoid(out.exit_logits[batch.where] + args.delta).tolist()
-    return {"tokens": tokenizer.pieces(row["token_ids"]), "depths": row["depths"], "exit_probs": exit_probs,
+        p, ids = in_chunks(best, policy.model.config.vocab_size, h[batch.predicting])
+        top.append([list(zip(tokenizer.pieces(some), map(float, q), strict=True))
+                    for some, q in zip(ids.tolist(), p.tolist(), strict=True)])
+    exit_probs = [] if base else torch.sigmoid(out.exit_logits[batch.predicting] + args.delta).tolist()
+    return {"tokens": tokenizer.pieces(response.token_ids), "depths": response.depths, "exit_probs": exit_probs,
             "top": [list(per_exit) for per_exit in zip(*top, strict=True)], "correct": row["correct"],
-            "finished": row["finished"], "value": row["value"]}
+            "finished": response.finished, "value": row["value"]}
 
 
 def table(metrics: list[dict]) -> str:
     """The comparison as text, one model a line."""
-    lines = [f"{'':24}{'accuracy (95% CI)':>22}{'exit rate':>11}{'savings':>9}{'compute':>9}{'total':>8}"
+    width = max(len(m["name"]) for m in metrics) + 2
+    lines = [f"{'':{width}}{'accuracy (95% CI)':>20}{'exit rate':>11}{'savings':>9}{'compute':>9}{'total':>8}"
              f"{'length':>8}{'finished':>10}"]
     for m in metrics:
         accuracy = f"{m['accuracy']:.1%} ({m['accuracy_low']:.0%}-{m['accuracy_high']:.0%})"
-        lines.append(f"{m['name']:24}{accuracy:>22}{m['exit_rate']:>11.1%}{m['layer_savings']:>9.1%}"
+        lines.append(f"{m['name']:{width}}{accuracy:>20}{m['exit_rate']:>11.1%}{m['layer_savings']:>9.1%}"
                      f"{m['average_compute']:>9.3f}{m['total_compute']:>8.1f}{m['length']:>8.1f}{m['finished']:>10.1%}")
     return "\n".join(lines)
 
 
-def chosen_runs(args) -> dict[str, runs.Path]:
+def headline(base: dict, other: dict, base_rows: list[dict], rows: list[dict]) -> str:
+    """What happened, in one sentence. The difference is taken problem by problem, which halves its interval."""
+    gain = torch.tensor([b["correct"] - a["correct"] for a, b in zip(base_rows, rows, strict=True)]).double()
+    half = Z * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 1.0
+    inside = "no significant difference" if abs(float(gain.mean())) <= half else "a significant difference"
+    return (f"{other['name']}: {other['accuracy']:.1%} against the base's {base['accuracy']:.1%} "
+            f"({100 * float(gain.mean()):+.1f} ± {100 * half:.1f} points on the same {len(rows)} problems: {inside}), "
+            f"running {other['average_compute']:.0%} of its layers")
+
+
+def chosen_runs(args) -> dict[str, Path]:
     """Column name -> run: those given, else the newest complete stage-2 run behind the stage-1 run it came from."""
-    folders = [runs.Path(run) for run in args.runs]
-    if not folders:
+    folders = [Path(run) for run in args.runs if run != BASE]
+    if not args.runs:
         newest = runs.newest("rloo", model=args.model) or runs.newest("distill", model=args.model)
         if newest is None:
-            raise UserError(f"no complete run under {runs.RUNS}/: run python distill.py first, or name runs to compare")
-        init = runs.read_config(newest)["args"].get("init")
-        folders = ([runs.Path(init)] if init else []) + [newest]
-    stages = [{"distill": "stage 1", "rloo": "stage 2"}[runs.read_config(folder)["stage"]] for folder in folders]
-    if len({tuple(read_json(runs.checkpoint(folder) / "exit_config.json")["exits"]) for folder in folders}) > 1:
+            raise UserError(f"no complete run under {runs.RUNS}/: run python distill.py first, name runs to compare, "
+                            f"or evaluate.py base")
+        folders = [newest]
+        if init := field(runs.read_config(newest)["args"], "init", str, newest / "config.json", default=None):
+            first = runs.find(init, beside=newest)
+            folders = ([first] if first.is_dir() else []) + [newest]
+    configs = [runs.read_config(folder) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        for name in flags.ABOUT:
+            first, here = configs[0]["args"].get(name), config["args"].get(name)
+            if here != first and getattr(args, name) is None:
+                raise UserError(f"{folders[0]} has {name} {first!r:.80}, and {folder} has {here!r:.80}: compare runs "
+                                f"about the same, or give --{flags.flag(name)} for all of them")
+    if len({tuple(exits_of(checkpoint(folder))) for folder in folders}) > 1:
         raise UserError("the runs have different exits: compare runs of one --exit-every")
-    return {stage if stages.count(stage) == 1 else f"{stage} {folder.name}": folder
-            for stage, folder in zip(stages, folders, strict=True)}
+    stages = [{"distill": "stage 1", "rloo": "stage 2"}[config["stage"]] for config in configs]
+    columns = {}
+    for folder, stage in zip(folders, stages, strict=True):
+        alike = [other for other, its in zip(folders, stages, strict=True) if its == stage]
+        tail = folder.name if [f.name for f in alike].count(folder.name) == 1 else folder
+        columns[(stage if len(alike) == 1 else f"{stage} {tail}") + runs.unfinished(folder)] = folder
+    return columns
 
 
-def write_merged(run: runs.Path, out: runs.Path, args) -> None:
+def write_merged(run: Path, out: Path, args) -> None:
     """Base + LoRA as a plain Hugging Face checkpoint: our weights, the base's config and tokenizer files."""
-    config = runs.read_config(run)["args"]
+    flags.inherit(args, runs.read_config(run), run / "config.json")
+    args = flags.settle(args, n=(None, None))
+    where = flags.EMBEDDED if args.model == "embedded" else args.model
     if out.exists():
         raise UserError(f"--out {out} exists: choose a new folder")
-    model = Transformer.from_pretrained(config["model"], config["revision"], getattr(torch, args.dtype), "cpu")
-    merge(load_policy(model, runs.checkpoint(run)))
+    model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype), "cpu")
+    merge(load_policy(model, run))
     partial = out.with_name(f".partial-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if "lora_" not in name}
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    source = resolve(config["model"], config["revision"])
-    for path in source.iterdir():
+    weights = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    write_tensors(weights, partial / "model.safetensors")
+    for path in resolve(where, args.revision).iterdir():
         if path.suffix in (".json", ".jinja", ".txt") and path.name != "model.safetensors.index.json":
             shutil.copyfile(path, partial / path.name)
     os.replace(partial, out)
-    print(f"wrote {out}: {config['model']} + the adapters of {run}; it has no exits and runs at full depth everywhere")
+    print(f"wrote {out}: {args.model} + the adapters of {run}; it has no exits and runs at full depth everywhere")
 
 
 def main() -> None:
-    p = runs.parser(__doc__)
-    p.add_argument("runs", nargs="*", help="runs to compare (default: the newest complete ones)")
-    p.add_argument("--n", type=int, help="held-out problems, 200 / 100")
-    p.add_argument("--temperature", type=float, default=1.0, help="of the tokens; 0 is argmax (default: 1)")
-    p.add_argument("--delta", type=float, default=0.0, help="added to every exit logit: above 0 exits more")
-    p.add_argument("--show", type=int, default=6, help="problems on the page (default: 6)")
+    p = flags.parser(__doc__)
+    p.add_argument("runs", nargs="*", help="runs to compare (default: the newest complete ones), or 'base'")
+    p.add_argument("--n", type=flags.whole(1), help="held-out problems, 200 / 100")
+    p.add_argument("--temperature", type=flags.number(0, 1e4), default=1.0, help="of the tokens; 0 is argmax (default: "
+                   "1)")
+    p.add_argument("--delta", type=flags.number(-1e4, 1e4), default=0.0, help="added to every exit logit: above 0 "
+                   "exits more (default: 0, as in training)")
+    p.add_argument("--show", type=flags.whole(0), default=6, help="problems on the page (default: 6)")
     p.add_argument("--merge", metavar="RUN", help="write base + LoRA of RUN to --out as a plain checkpoint, and end")
     args = p.parse_args()
     if args.merge:
         if not args.out:
             raise UserError("--merge needs --out DIR, the folder to write")
-        args.dtype = args.dtype or "float32"
-        return write_merged(runs.Path(args.merge), runs.Path(args.out), args)
+        return write_merged(Path(args.merge), Path(args.out), args)
 
     columns = chosen_runs(args)
     for run in columns.values():
-        runs.inherit(args, run)  # from the first; the others must be of the same model
-    args = runs.settle(args, n=(200, 100))
+        flags.inherit(args, runs.read_config(run), run / "config.json")
+    args = flags.settle(args, n=(200, 100))
     problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
-    out = runs.Path(args.out) if args.out else runs.RUNS / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(args.out) if args.out else runs.free_folder("evaluate")
+    if (out / "config.json").exists():
+        raise UserError(f"--out {out} is a run or a checkpoint: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{args.model}: {len(problems)} held-out problems of {args.task}, temperature {args.temperature}, delta "
-          f"{args.delta}, thinking {'on' if args.thinking else 'off'}, at most {args.max_new_tokens} new tokens")
 
-    metrics, completions = [], []
+    metrics, completions, by_label = [], [], {}
     shown = [{"id": p.id, "question": p.question, "gold": p.gold, "runs": {}} for p in problems[: args.show]]
-    for i, (name, run) in enumerate(columns.items()):
+    for name, run in (columns or {BASE: None}).items():
         model, tokenizer = runs.load_model(args)
-        policy = load_policy(model, runs.checkpoint(run))
-        prompts = runs.prompt_ids(problems, tokenizer, args.thinking)
-        print(f"  {name}: {run}")
-        for label, base in ((("base", True),) if i == 0 else ()) + ((name, False),):
-            rows = answer(policy, problems, prompts, tokenizer, base, args)
-            measured = measure(rows, policy.outcomes.tolist())
-            metrics.append({"name": label, "run": None if base else str(run), **measured})
+        if not metrics:
+            prompts = runs.prompt_ids(problems, model, tokenizer, args)
+            print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, temperature "
+                  f"{args.temperature}, delta {args.delta}")
+        policy = load_policy(model, run) if run else Policy(model, exit_depths(model.config.num_hidden_layers))
+        print(f"  {name}: {run or args.model}")
+        for label in ([] if metrics else [BASE]) + ([name] if run else []):
+            base = label == BASE
+            responses, rows = answer(policy, problems, prompts, tokenizer, base, args)
+            metrics.append({"name": label, "run": None if base else str(run),
+                            **measure(rows, policy.depth_of_outcome.tolist())})
             completions += [{"model": label, **row} for row in rows]
-            for problem, row in zip(shown, rows, strict=False):
-                problem["runs"][label] = transcript(policy, row, tokenizer, base, args)
+            by_label[label] = rows
+            for problem, response, row in zip(shown, responses, rows, strict=False):
+                problem["runs"][label] = transcript(policy, response, row, tokenizer, base, args)
 
     print(table(metrics))
-    runs.warn_unfinished(min(m["finished"] for m in metrics), args)
-    runs.write_text(out / "completions.jsonl", "".join(json.dumps(row) + "\n" for row in completions))
-    runs.write_text(out / "evaluation.json", json.dumps({"args": vars(args), "metrics": metrics}, indent=2) + "\n")
+    runs.warn_unfinished(min(m["finished"] for m in metrics), "an unfinished one never counts as right", tokenizer,
+                         args)
+    said = [headline(metrics[0], m, by_label[BASE], by_label[m["name"]]) for m in metrics[1:]]
+    write_text(out / "completions.jsonl", "".join(map(as_json, completions)))
+    write_json(out / "evaluation.json", {"args": vars(args), "metrics": metrics, "headlines": said})
     report.write_page(out / "page.html", {
         "title": "Early exits, token by token", "n_layers": policy.n_layers, "exits": list(policy.exits),
-        "subtitle": f"{runs.Path(args.model).name}, {args.task}, temperature {args.temperature}, delta {args.delta}",
-        "metrics": metrics, "problems": shown})
+        "subtitle": f"{Path(args.model).name}, {Path(args.task).name}, temperature {args.temperature}, delta "
+                    f"{args.delta}", "headline": said[-1] if said else "", "metrics": metrics, "problems": shown})
     print(f"wrote {out}/page.html, evaluation.json, completions.jsonl")
+    print("\n".join(said))
 
 
 if __name__ == "__main__":

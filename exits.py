@@ -1,34 +1,29 @@
 """Early exits: the policy over (depth, token) that both training stages and the sampler share.
 
 Equation numbers are those of the README. Shapes: B sequences, T positions, N positions picked from a batch, D width,
-V vocabulary, L layers, E exits (E+1 outcomes, the last one the full stack), R rows being sampled. `depth` counts
-layers run (an exit, or L), `exit_idx` indexes 0..E.
+V vocabulary, L layers, E exits (E + 1 outcomes, the last one the full stack). `depth` counts layers run (an exit, or
+L), `exit_idx` indexes 0..E. Depths stay on the host, which plans from them who runs which layers.
 """
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data.hub import UserError, read_json
-from model import Cache, Graphs, Transformer, linear
+from data.hub import UserError
+from fast.chunks import TokenValues, in_chunks
+from fast.linear import linear
+from fast.packing import Sequences, send
+from model import Transformer
 
-# Vocabulary-sized tables are built for at most this many (position, token) pairs at a time. On a CPU they should stay
-# in its caches: a step of stage 1 is 1.3 times as fast as with 2^25 (bench/LOG.md).
-CHUNK, CHUNK_CPU = 2**25, 2**22
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NEVER = 2.0  # a uniform number that no exit probability exceeds
+NEVER = 2.0  # in place of a uniform number: no probability exceeds it, so it never stops
 
 
 # ---------------------------------------------------------------------------------------------- adapters and heads
@@ -37,11 +32,11 @@ NEVER = 2.0  # a uniform number that no exit probability exceeds
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained low-rank update: y = W x + (alpha / r) B A x. B starts at zero."""
 
-    def __init__(self, linear: nn.Linear, r: int, alpha: float):
+    def __init__(self, base: nn.Linear, r: int, alpha: float):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        out_features, in_features = linear.weight.shape
-        like = dict(device=linear.weight.device, dtype=torch.float32)  # float32 masters, whatever the base's dtype
+        self.weight, self.bias = base.weight, base.bias
+        out_features, in_features = base.weight.shape
+        like = dict(device=base.weight.device, dtype=torch.float32)  # float32 masters, whatever the base's dtype
         self.lora_A = nn.Parameter(torch.empty(r, in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -56,7 +51,8 @@ class LoRALinear(nn.Module):
 
 
 class ExitHeads(nn.Module):
-    """One linear map per exit on the RMS-normalised stream. Starts at p = sigmoid(-4) = 0.018 for every exit."""
+    """One linear map per exit. It reads the stream without its length, which grows by orders of magnitude with depth.
+    All start at p = sigmoid(-4) = 0.018, so that an untrained policy hardly exits."""
 
     def __init__(self, exits: int, width: int, eps: float, device):
         super().__init__()
@@ -65,8 +61,8 @@ class ExitHeads(nn.Module):
         self.bias = nn.Parameter(torch.full((exits,), -4.0, device=device))
 
     def forward(self, h: torch.Tensor, exit_idx: int) -> torch.Tensor:
-        """Stream (..., D) at exit `exit_idx` -> exit logits z (...), in float32."""
-        h = h.float()
+        """Stream (..., D) at exit `exit_idx` -> exit logits z (...), in the heads' float32."""
+        h = h.to(self.weight.dtype)
         scale = torch.rsqrt(h.pow(2).mean(-1) + self.eps)
         return h @ self.weight[exit_idx] * scale + self.bias[exit_idx]
 
@@ -80,12 +76,15 @@ def exit_depths(n_layers: int, every: int | None = None) -> tuple[int, ...]:
     return tuple(range(every, n_layers, every))
 
 
+# ------------------------------------------------------------------------------------------------------ the policy
+
+
 class Pass(NamedTuple):
     """What one forward pass gives: the streams and logits behind every log-probability."""
 
     h: torch.Tensor  # (B, T, D) each position's stream at its own depth
     exit_logits: torch.Tensor  # (B, T, E); past a position's depth they read a frozen stream and mean nothing
-    depths: torch.Tensor  # (B, T)
+    depths: torch.Tensor  # (B, T) on the host
     streams: list[torch.Tensor]  # E of (B, T, D): the stream at each exit, for lenses
 
 
@@ -107,45 +106,45 @@ class Policy(nn.Module):
         self.adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
         self.device = model.lm_head.weight.device
         self.heads = ExitHeads(len(exits), model.config.hidden_size, model.config.rms_norm_eps, self.device)
-        self.outcomes = torch.tensor([*exits, L], device=self.device)  # exit_idx -> depth
+        self.depth_of_outcome = torch.tensor([*exits, L])  # exit_idx -> depth
 
     def exit_idx(self, depths: torch.Tensor) -> torch.Tensor:
-        return torch.searchsorted(self.outcomes, depths)
+        return send(torch.searchsorted(self.depth_of_outcome, depths), self.device)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def forward(self, ids, depths=None, u=None, delta: float = 0.0, cache: Cache | None = None, source=None) -> Pass:
-        """The one place where a stream freezes: ids (B, T) -> Pass.
+    def forward(self, ids, depths=None, u=None, delta: float = 0.0, place=None) -> Pass:
+        """The one forward pass, and the only point where a stream freezes: ids (B, T) -> Pass.
 
-        depths (B, T) prescribes how many layers each position runs (default: all); 0 means that nothing stands there
-        (padding, an empty row of the cache, a prompt that stands in another row: `source`, as in Batch). With
-        uniforms u (B, T, E), the positions whose depth is L draw it instead, exit by exit: p_e = sigmoid(z_e + delta)
-        against u_e. With a cache, ids (R, 1) continue its rows.
+        depths (B, T), on the host, prescribes how many layers each position runs (default: all); 0 means that nothing
+        stands there, as in padding. With uniforms u (B, T, E), on the host, positions given depth L draw theirs, exit
+        by exit, with p_e = sigmoid(z_e + delta); the others obey. `place` runs a segment's layers for those that want
+        them, and knows whom they attend to: in Sequences, those before them in ids; in a Cache, whose rows' next tokens
+        are ids (R, 1), what the row holds.
         """
         L = self.n_layers
-        closed = depths is None and u is None
-        depth = torch.full_like(ids, L) if depths is None else depths
-        streams, exit_logits = [], []
-
-        def gate(start: int, h: torch.Tensor) -> torch.Tensor | None:
-            nonlocal depth
-            if start:
-                e = len(streams)
+        place = Sequences(ids.shape) if place is None else place
+        everyone = depths is None and u is None  # runs every layer
+        depth = torch.full(ids.shape, L) if depths is None else depths
+        h, streams, exit_logits = self.model.embed(ids), [], []
+        for segment, (start, stop) in enumerate(pairwise((0, *self.exits, L))):
+            if start:  # an exit: read its logit; draw whether to stop here, or obey
                 streams.append(h)
-                exit_logits.append(self.heads(h, e))
+                exit_logits.append(self.heads(h, segment - 1))
                 if u is not None:
-                    p = torch.sigmoid(exit_logits[e] + delta)
-                    depth = depth.masked_fill((depth == L) & (u[..., e] < p), start)
-            return None if closed else depth > start
-
-        h = self.model.stream(ids, self.exits, gate, cache, source=source)
+                    p = torch.sigmoid(exit_logits[-1] + delta).cpu()
+                    depth = depth.masked_fill((depth == L) & (u[..., segment - 1] < p), start)
+            # Who has stopped keeps its stream, and later layers still make its keys and values from it.
+            h = place.run(self.model, h, segment, range(start, stop), None if everyone else depth > start)
+        place.end(h)
         return Pass(h, torch.stack(exit_logits, dim=-1), depth, streams)
 
 
 @contextmanager
 def adapters_off(policy: Policy):
-    """Inside, and without exits, the network is the base model bit for bit: teacher and reference policy."""
+    """Inside, and at full depth, the network is the base model bit for bit: it teaches stage 1, and stage 2 pays for
+    leaving it."""
     before = [adapter.on for adapter in policy.adapters]
     for adapter in policy.adapters:
         adapter.on = False
@@ -156,34 +155,37 @@ def adapters_off(policy: Policy):
             adapter.on = on
 
 
-@torch.no_grad()
-def merge(policy: Policy, sign: int = 1) -> None:
-    """Adds the adapters' product to the base weights and switches the adapters off."""
-    for a in policy.adapters:
-        a.weight += (sign * a.scale * (a.lora_B @ a.lora_A)).to(a.weight.dtype)
-        a.on = sign < 0
-
-
-def unmerge(policy: Policy) -> None:
-    """Takes the product out again and switches the adapters on. Exact up to rounding in the weights' dtype."""
-    merge(policy, sign=-1)
-
-
-# ---------------------------------------------------------------------------------------- log-probabilities
+# ----------------------------------------------------------------------------------------------- log-probabilities
 
 
 def stick_breaking(log_p: torch.Tensor, log_not_p: torch.Tensor) -> torch.Tensor:
     """Eq. (S): log pi(e_i) = log p_i + sum_{j<i} log(1 - p_j); what is left goes to the full stack.
 
-    log p and log (1 - p) of each exit (..., E) -> log-probabilities of the outcomes (..., E+1).
+    log p and log (1 - p) of each exit (..., E) -> log-probabilities of the outcomes (..., E + 1). In log space, since
+    a product of probabilities rounds to 0 or 1 where a head is sure, and its logarithm's gradient is then lost.
     """
     return F.pad(log_not_p.cumsum(-1), (1, 0)) + F.pad(log_p, (0, 1))
 
 
+def logp_depth(policy: Policy, exit_logits: torch.Tensor, depths: torch.Tensor, delta: float = 0.0) -> torch.Tensor:
+    """log pi(l_t): exit logits (N, E) and depths (N,) -> (N,). Only logits at exits up to l_t count: (S) asks no
+    further, and past l_t the heads read a frozen stream."""
+    z = exit_logits + delta
+    logp_outcome = stick_breaking(F.logsigmoid(z), F.logsigmoid(-z))
+    return logp_outcome.gather(-1, policy.exit_idx(depths)[:, None])[:, 0]
+
+
+def token_logits(model: Transformer, h: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """W_U norm(h) / temperature, at least in float32: (N, D) -> (N, V). Temperature 0, which takes the likeliest token,
+    has no distribution to score by: it scores at temperature 1."""
+    logits = model.unembed(h)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature in (0, 1) else logits / temperature
+
+
 def token_logp_all(model: Transformer, h: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """log softmax(W_U norm(h) / temperature) in float32: (N, D) -> (N, V). Temperature 0 scores at temperature 1."""
-    logits = model.unembed(h).float()
-    return torch.log_softmax(logits if temperature in (0, 1) else logits / temperature, dim=-1)
+    """log softmax(W_U norm(h) / temperature): (N, D) -> (N, V)."""
+    return torch.log_softmax(token_logits(model, h, temperature), dim=-1)
 
 
 def kl(logp_all: torch.Tensor, logq_all: torch.Tensor) -> torch.Tensor:
@@ -191,358 +193,117 @@ def kl(logp_all: torch.Tensor, logq_all: torch.Tensor) -> torch.Tensor:
     return (logp_all.exp() * (logp_all - logq_all)).sum(-1).clamp(min=0)
 
 
-class PerPosition(torch.autograd.Function):
-    """Values (N, ...) of a function of streams h (N, D) and other tensors, piece by piece; if `training`, also their
-    gradients by h.
-
-    A value (N,) belongs to one position, so its gradient is one row (D,): formed at once while the piece's (n, V)
-    tables are there, it is all that the backward pass needs. Parameters get no gradient: the read-out is frozen.
-    """
-
-    @staticmethod
-    def forward(ctx, function, size, training, h, *others):
-        values = gradients = None
-        for i, (here, *rest) in enumerate(zip(*(t.split(size) for t in (h, *others)), strict=True)):
-            with torch.set_grad_enabled(training):
-                here = here.detach().requires_grad_(training)
-                piece = function(here, *rest)
-                if values is None:  # whole at once: small pieces among the tables would scatter the heap
-                    values = [v.new_empty(len(h), *v.shape[1:]) for v in piece]
-                    gradients = [torch.empty_like(h) for _ in piece if training]
-                at = slice(i * size, i * size + len(here))
-                for value, v in zip(values, piece, strict=True):
-                    value[at] = v.detach()
-                for gradient, v in zip(gradients, piece, strict=False):  # no gradients but in training
-                    gradient[at] = torch.autograd.grad(v.sum(), here, retain_graph=True)[0]
-            del piece, v, here  # and their tables, before the next piece makes its own
-        ctx.save_for_backward(*gradients)
-        ctx.others = len(others)
-        return tuple(values)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        h = sum(g[:, None].to(row.dtype) * row for g, row in zip(grads, ctx.saved_tensors, strict=True))
-        return None, None, None, h, *[None] * ctx.others
-
-
-def in_chunks(function, vocab: int, h: torch.Tensor, *others):
-    """function(h, *others) on pieces of (N, ...) tensors, so that memory does not grow with N x V -> values (N, ...).
-
-    Only h (N, D) may want a gradient, and then every value must be (N,).
-    """
-    size = max(1, (CHUNK_CPU if h.device.type == "cpu" else CHUNK) // vocab)
-    return PerPosition.apply(function, size, torch.is_grad_enabled() and h.requires_grad, h, *others)
-
-
-def joint_logp(policy: Policy, h, exit_logits, depths, tokens, teacher_h=None, *, temperature=1.0, delta=0.0, u=None):
+def joint_logp(policy: Policy, h, exit_logits, depths, tokens=None, base_h=None, *, temperature=1.0, delta=0.0):
     """Eq. (2): log pi(l_t, x_t) = log pi(l_t) + log softmax(W_U norm(h_t) / temperature)[x_t], and the KL of (1), (5).
 
     h (N, D) is each position's stream at its own depth, exit_logits (N, E), depths (N,), tokens (N,) the ids
-    predicted there; teacher_h (N, D) is the base model's stream at full depth. Returns, each (N,):
-    logp_exit, logp_token and token_kl = KL(policy's token distribution || teacher's). Without tokens, or without
-    teacher_h, there is None in place of what they would give.
-
-    With uniforms u (N,) it samples before it scores: `tokens` is filled with the draws (argmax at temperature 0).
+    predicted there; base_h (N, D) is the base model's stream at full depth. Returns, each (N,): logp_exit, logp_token
+    and token_kl = KL(policy's token distribution || base model's), None where tokens or base_h are not given. Training
+    scores at temperature 1, at which it samples.
     """
-    z = exit_logits + delta
-    outcomes = stick_breaking(F.logsigmoid(z), F.logsigmoid(-z))
-    logp_exit = outcomes.gather(-1, policy.exit_idx(depths)[:, None])[:, 0]
+    given = [name for name, value in (("tokens", tokens), ("base_h", base_h)) if value is not None]
 
-    def score(h, *others):
-        given = dict(zip(names, others, strict=True))
-        logp_all, values = token_logp_all(policy.model, h, temperature), []
-        if "u" in given:
-            given["tokens"].copy_(draw(logp_all, given["u"]) if temperature else logp_all.argmax(-1))
-        if "tokens" in given:
-            values.append(logp_all.gather(-1, given["tokens"][:, None])[:, 0])
-        if "teacher_h" in given:
-            with torch.no_grad():
-                teacher = token_logp_all(policy.model, given["teacher_h"], temperature)
-            values.append(kl(logp_all, teacher))
-        return values
+    def chunk(h, *others):
+        other = dict(zip(given, others, strict=True))
+        with torch.no_grad():
+            base = token_logp_all(policy.model, other["base_h"], temperature) if "base_h" in other else None
+        # log p(x) and `kl` of the softmax of these logits, with fewer passes over the tables.
+        values = TokenValues.apply(token_logits(policy.model, h, temperature), other.get("tokens"), base)
+        return [value for value in values if value is not None]
 
-    others = {"tokens": tokens, "teacher_h": teacher_h, "u": u}
-    names = [name for name, value in others.items() if value is not None]
-    values = iter(in_chunks(score, policy.model.config.vocab_size, h, *(others[name] for name in names)))
-    return (logp_exit, *(None if value is None else next(values) for value in (tokens, teacher_h)))
+    others = [value for value in (tokens, base_h) if value is not None]
+    values = iter(in_chunks(chunk, policy.model.config.vocab_size, h, *others) if others else ())
+    logp_token, token_kl = (None if value is None else next(values) for value in (tokens, base_h))
+    return logp_depth(policy, exit_logits, depths, delta), logp_token, token_kl
 
 
-# ------------------------------------------------------------------------------------------------- random draws
-
-
-def uniforms(seed: Sequence[int], rows, positions, count: int, device="cpu") -> torch.Tensor:
-    """Uniform numbers in [0, 1) that depend only on (seed, row, position, index), never on the batch around them.
-
-    rows and positions broadcast against each other to some shape; returns float64 of that shape + (count,).
-    SplitMix64's finaliser (Steele et al. 2014), once for each part of the address.
-    """
-    def mix(x):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-    key = np.uint64(0)
-    rows, positions = np.asarray(rows)[..., None], np.asarray(positions)[..., None]
-    with np.errstate(over="ignore"):
-        for part in (*seed, rows, positions, np.arange(count)):
-            key = mix((key ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
-    return torch.from_numpy((key >> np.uint64(11)) * 2.0**-53).to(device)
-
-
-def draw(logp_all: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Inverse-CDF samples (N,) of log-probabilities (N, V) at uniforms u (N,); sums in float64: V can be 150,000."""
-    cdf = logp_all.exp().cumsum(-1, dtype=torch.double)
-    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logp_all.shape[-1] - 1)
-
-
-# --------------------------------------------------------------------------------------- sampling and scoring
-
-
-class Batch(NamedTuple):
-    """Prompts and responses laid out for one parallel pass. N predicting positions: P-1 .. P+T_i-2 of each row."""
-
-    ids: torch.Tensor  # (B, T) right-padded
-    depths: torch.Tensor  # (B, T) L outside the predicting positions, 0 at padding and where `source` is elsewhere
-    where: tuple[torch.Tensor, torch.Tensor]  # row and position of the N predicting positions: index (B, T, ...) by it
-    tokens: torch.Tensor  # (N,) the token predicted at each
-    source: torch.Tensor | None  # (B, T) the flat position that stands for each: a prompt's first row for the others
-
-
-def collate(prompts, responses, depths=None, *, n_layers: int, device="cpu") -> Batch:
-    """Lists of prompt ids, response ids and (optionally) depths, one a generated token -> Batch.
-
-    A prompt that several rows have is run once, up to its last token: that one predicts. The mask comes from lengths
-    alone: a padding id may well be an eos that the policy chose.
-    """
-    B, T = len(prompts), max(len(p) + len(r) - 1 for p, r in zip(prompts, responses, strict=True))
-    ids = torch.zeros(B, T, dtype=torch.long)
-    depth = torch.zeros(B, T, dtype=torch.long)
-    where = torch.zeros(B, T, dtype=torch.bool)
-    source, first = torch.arange(B * T).view(B, T), {}
-    for b, (p, r) in enumerate(zip(prompts, responses, strict=True)):
-        ids[b, : len(p) + len(r) - 1] = torch.tensor([*p, *r[:-1]])
-        depth[b, : len(p) + len(r) - 1] = n_layers
-        span = slice(len(p) - 1, len(p) + len(r) - 1)
-        where[b, span] = True
-        if depths is not None:
-            depth[b, span] = torch.as_tensor(depths[b])
-        if (same := first.setdefault(tuple(p), b)) != b:
-            depth[b, : len(p) - 1] = 0
-            source[b, : len(p) - 1] = source[same, : len(p) - 1]
-    tokens = torch.tensor([token for r in responses for token in r])
-    return Batch(ids.to(device), depth.to(device), where.to(device).nonzero(as_tuple=True), tokens.to(device),
-                 source.to(device) if len(first) < B else None)
-
-
-def batch_of(policy: Policy, rows: list[dict]) -> Batch:
-    """collate of records: a row holds prompt_ids, token_ids and, once sampled from the policy, depths."""
-    depths = [row["depths"] for row in rows] if "depths" in rows[0] else None
-    return collate([row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows], depths,
-                   n_layers=policy.n_layers, device=policy.device)
-
-
-def micro_batches(policy: Policy, rows: list[dict], size: int):
-    """(number of the first row, rows, Batch) of at most `size` rows at a time, rows of like length together. The order
-    depends on the rows alone."""
-    rows = sorted(rows, key=lambda row: len(row["prompt_ids"]) + len(row["token_ids"]))
-    for i in range(0, len(rows), size):
-        part = rows[i : i + size]
-        yield i, part, batch_of(policy, part)
-
-
-def teacher_pass(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The base model at full depth: final stream (N, D) and the E streams (N, D) at the exits, without gradient."""
-    with torch.no_grad(), adapters_off(policy):
-        out = policy(batch.ids, depths=policy.n_layers * (batch.depths > 0), source=batch.source)
-    return out.h[batch.where], [h[batch.where] for h in out.streams]
-
-
-def score(policy: Policy, batch: Batch, teacher_h: torch.Tensor | None = None):
-    """Teacher-forced joint_logp of a batch at its recorded depths: logp_exit, logp_token, token_kl, each (N,), and
-    the exit logits (N, E)."""
-    out = policy(batch.ids, depths=batch.depths, source=batch.source)
-    exit_logits = out.exit_logits[batch.where]
-    h, depths = out.h[batch.where], batch.depths[batch.where]
-    return *joint_logp(policy, h, exit_logits, depths, batch.tokens, teacher_h), exit_logits
+# ------------------------------------------------------------------------------------- responses, laid out and scored
 
 
 @dataclass
-class Samples:
-    """R sampled responses, right-padded to the longest, T. Only the first lengths[r] entries of a row count."""
+class Response:
+    """A response to a prompt, as `sample.generate` draws it: what the training stages score."""
 
-    tokens: torch.Tensor  # (R, T)
-    depths: torch.Tensor  # (R, T)
-    logp_exit: torch.Tensor  # (R, T) at sampling time
-    logp_token: torch.Tensor  # (R, T)
-    lengths: torch.Tensor  # (R,) the eos that ended a response is counted
-    finished: torch.Tensor  # (R,) whether an eos came within max_new_tokens
+    prompt_ids: list[int]
+    token_ids: list[int]  # the eos that ended it is one of them: an action like the others
+    depths: list[int]  # of each token
+    logp_exit: list[float]  # of each token, when it was drawn
+    logp_token: list[float]
+    finished: bool = False  # an eos came within max_new_tokens
 
-    def cut(self) -> "Samples":
-        """Without the columns that no response reaches."""
-        longest = int(self.lengths.max())
-        return Samples(*(value[:, :longest] if value.ndim == 2 else value for value in vars(self).values()))
+    def __len__(self) -> int:
+        return len(self.token_ids)
 
-
-def cache_bytes(policy: Policy, slots: int) -> int:
-    """Memory of one cache row: slots x (2 L K C + D) numbers in the base's dtype."""
-    return slots * Cache.numbers(policy.model.config) * policy.model.lm_head.weight.element_size()
-
-
-def fitting_rows(policy: Policy, slots: int) -> int:
-    """Cache rows in half of the memory that is free now, at most 256. The rest is for prefill, read-out, and a copy of
-    half of the rows when the last of them end."""
-    if policy.device.type == "cuda":
-        held = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
-        free = torch.cuda.mem_get_info(policy.device)[0] + held
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(256, free // 2 // cache_bytes(policy, slots)))
+    def append(self, token: int, depth: int, logp_exit: float, logp_token: float) -> None:
+        self.token_ids.append(token)
+        self.depths.append(depth)
+        self.logp_exit.append(logp_exit)
+        self.logp_token.append(logp_token)
 
 
-@torch.no_grad()
-def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int,
-             eos_ids: Sequence[int], temperature: float = 1.0, delta: float = 0.0, depths=None,
-             seed: Sequence[int] = (0,), first_row: int = 0, batch_size: int | None = None, progress=None) -> Samples:
-    """Samples `samples` responses to each prompt; rows of the result are prompt-major.
+class Batch(NamedTuple):
+    """Responses laid out for one parallel pass, each from its prompt's first token to its own last but one.
 
-    Exits are drawn with offset `delta`, unless `depths` prescribes them: an int for every token, or (R,
-    max_new_tokens). Row r's randomness is that of (seed, first_row + r, position), so neither batch_size nor the other
-    prompts change its sample. At most batch_size responses are in the cache at a time (but one prompt's samples at
-    least; default: what `fitting_rows` says): as they end, the next prompts take their rows. `progress`, a tqdm bar,
-    counts ended responses. Raises UserError for a prompt that is empty or leaves no room in the model's context.
+    Position t predicts the token at t + 1: so a prompt of P tokens and a response of T_i have T_i predicting positions
+    P-1 .. P+T_i-2, N in the batch. Prompt positions before them never exit: nothing is generated there, so there is no
+    depth to choose, and all that is generated may rely on a fully read prompt.
     """
-    context = policy.model.config.max_position_embeddings
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= context - max_new_tokens:
-            raise UserError(f"prompt {i} has {len(prompt)} tokens: it must have one at least, and leave room for "
-                            f"--max-new-tokens {max_new_tokens} in a context of {context}; shorten either")
-    if max_new_tokens < 1 or samples < 1 or not prompts:
-        raise UserError("at least 1 prompt, 1 sample and 1 new token are needed")
-    total = len(prompts) * samples
-    if depths is not None:
-        depths = torch.as_tensor(depths).expand(total, max_new_tokens)
-        if not torch.isin(depths[depths != 0], policy.outcomes.cpu()).all():  # recorded depths are padded with 0
-            raise UserError(f"prescribed depths must be among {policy.outcomes.tolist()}")
-    device, E, eos_ids = policy.device, len(policy.exits), torch.tensor(eos_ids)
-    kinds = (torch.long, torch.long, torch.float, torch.float)
-    out = Samples(*(torch.zeros(total, max_new_tokens, dtype=kind) for kind in kinds),
-                  torch.zeros(total, dtype=torch.long), torch.zeros(total, dtype=torch.bool))
 
-    slots = max(len(prompt) for prompt in prompts) - 1 + max_new_tokens
-    R = samples * min(len(prompts), max(1, (batch_size or fitting_rows(policy, slots)) // samples))
-    cache = Cache(policy.model.config, R, slots, E + 1, policy.model.lm_head.weight)
-    cache.graphs = Graphs() if policy.model.graphs else None
-    holds = torch.full((R,), -1)  # the response that each row of the cache holds, -1 if none
-    token = torch.zeros(R, dtype=torch.long)  # its last token
-    admitted = 0  # prompts
-    while True:
-        free = (holds < 0).nonzero()[:, 0]
-        # A prompt's samples enter together and share its prefill; a few prompts at a time, for few passes.
-        count = min(len(free) // samples, len(prompts) - admitted)
-        if count and (8 * len(free) >= R or count == len(prompts) - admitted):
-            rows = free[: count * samples].view(count, samples)
-            prefill(policy, prompts[admitted : admitted + count], cache, rows)
-            token[rows] = torch.tensor([prompt[-1] for prompt in prompts[admitted : admitted + count]])[:, None]
-            holds[rows.flatten()] = torch.arange(admitted * samples, (admitted + count) * samples)
-            admitted += count
-        elif admitted == len(prompts) and 2 * len(free) >= len(holds):
-            keep = (holds >= 0).nonzero()[:, 0]
-            if not len(keep):
-                return out.cut()
-            cache.select(keep)
-            holds, token = holds[keep], token[keep]
-
-        live = (holds >= 0).nonzero()[:, 0]
-        at = holds[live]
-        step = out.lengths[at]
-        depth = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
-        depth[live] = policy.n_layers if depths is None else depths[at, step]
-        u = torch.full((len(holds), E + 1), NEVER, dtype=torch.double)
-        u[live] = uniforms(seed, first_row + at, cache.length[live], E + 1)
-        u, drawn = u.to(device), live.to(device)
-        h, exit_logits, depth, _ = policy(token[:, None].to(device), depth[:, None].to(device),
-                                          u[:, None, :E] if depths is None else None, delta, cache)
-        h, exit_logits, depth = h[drawn, 0], exit_logits[drawn, 0], depth[drawn, 0]
-        tokens = torch.zeros_like(depth)
-        logp_exit, logp_token, _ = joint_logp(policy, h, exit_logits, depth, tokens, temperature=temperature,
-                                              delta=delta, u=u[drawn, E])
-        for buffer, value in ((out.tokens, tokens), (out.depths, depth), (out.logp_exit, logp_exit),
-                              (out.logp_token, logp_token)):
-            buffer[at, step] = value.cpu().to(buffer.dtype)
-        token[live] = out.tokens[at, step]
-        out.lengths[at] += 1
-        out.finished[at] = torch.isin(token[live], eos_ids)
-        ended = out.finished[at] | (out.lengths[at] == max_new_tokens)
-        holds[live[ended]] = -1
-        if progress is not None:
-            progress.update(int(ended.sum()))
+    ids: torch.Tensor  # (B, T) right-padded
+    depths: torch.Tensor  # (B, T) on the host; 0 at padding and at shared positions, L at prompt positions
+    row: torch.Tensor  # (N,) on the host: row and position of the predicting positions
+    position: torch.Tensor
+    predicting: tuple[torch.Tensor, torch.Tensor]  # the same on the device: index (B, T, ...) by it
+    tokens: torch.Tensor  # (N,) the token predicted at each
+    shared_from: torch.Tensor | None  # (B, T) on the host: see Sequences
 
 
-def prefill(policy: Policy, prompts: list[list[int]], cache: Cache, rows: torch.Tensor) -> None:
-    """Runs each prompt but for its last token at full depth, once for all the cache rows (P, G) that continue it."""
-    length = torch.tensor([len(prompt) - 1 for prompt in prompts])
-    if length.max() > 0:
-        ids = torch.zeros(len(prompts), int(length.max()), dtype=torch.long)
-        for b, prompt in enumerate(prompts):
-            ids[b, : len(prompt) - 1] = torch.tensor(prompt[:-1])
-        there = torch.arange(ids.shape[1]) < length[:, None]
-        policy.model.stream(ids.to(policy.device), gate=lambda *_: there.to(policy.device), cache=cache,
-                            rows=rows.to(policy.device))
-    cache.admit(rows, length)
+def collate(responses: Sequence[Response], n_layers: int, device="cpu") -> Batch:
+    """A prompt that several responses have is run once, in the first one's row, but for its last token: that one
+    predicts, so each row runs its own. Masks come from lengths alone: a padding id may well be an eos that the policy
+    chose."""
+    lengths = [len(r.prompt_ids) + len(r) - 1 for r in responses]
+    B, T = len(responses), max(lengths)
+    ids, depths = torch.zeros(2, B, T, dtype=torch.long)
+    predicting = torch.zeros(B, T, dtype=torch.bool)
+    shared_from, first = torch.arange(B * T).view(B, T), {}
+    for b, (r, length) in enumerate(zip(responses, lengths, strict=True)):
+        last = len(r.prompt_ids) - 1
+        ids[b, :length] = torch.tensor([*r.prompt_ids, *r.token_ids[:-1]])
+        depths[b, :last] = n_layers
+        depths[b, last:length] = torch.tensor(r.depths)
+        predicting[b, last:length] = True
+        if (same := first.setdefault(tuple(r.prompt_ids), b)) != b:
+            depths[b, :last] = 0
+            shared_from[b, :last] = shared_from[same, :last]
+    row, position = predicting.nonzero(as_tuple=True)
+    tokens = torch.tensor([token for r in responses for token in r.token_ids])
+    return Batch(send(ids, device), depths, row, position, (send(row, device), send(position, device)),
+                 send(tokens, device), shared_from if len(first) < B else None)
 
 
-# ------------------------------------------------------------------------------------------------- save and load
+def micro_batches(policy: Policy, responses: Sequence[Response], size: int):
+    """(index (n,), Batch) of at most `size` responses at a time, those of like length together; `index` are their
+    numbers in `responses`."""
+    order = sorted(range(len(responses)), key=lambda i: len(responses[i].prompt_ids) + len(responses[i]))
+    for i in range(0, len(order), size):
+        part = order[i : i + size]
+        yield torch.tensor(part), collate([responses[j] for j in part], policy.n_layers, policy.device)
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
-    """Writes the adapter as a PEFT folder, and the exit heads beside it. Base weights are not written."""
-    model = policy.model
-    adapter = {f"base_model.model.{name}.weight": p.detach().contiguous().cpu()
-               for name, p in model.named_parameters() if "lora_" in name}
-    save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.source,
-        "revision": model.revision, "r": policy.rank, "lora_alpha": policy.alpha, "lora_dropout": 0.0,
-        "target_modules": list(PROJECTIONS), "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-        "use_dora": False, "modules_to_save": None, "inference_mode": True})
-    heads = {name: p.detach().cpu() for name, p in policy.heads.named_parameters()}
-    save_file(heads, folder / "exit_heads.safetensors", metadata={"format": "pt"})
-    write_json(folder / "exit_config.json", {"exits": policy.exits, "num_hidden_layers": policy.n_layers})
+def base_pass(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The base model at full depth: final stream (N, D) and the E streams (N, D) at the exits, without gradient."""
+    with torch.no_grad(), adapters_off(policy):
+        out = policy(batch.ids, policy.n_layers * (batch.depths > 0), place=Sequences(batch.ids.shape,
+                                                                                      batch.shared_from))
+    return out.h[batch.predicting], [h[batch.predicting] for h in out.streams]
 
 
-def load_policy(model: Transformer, folder: Path) -> Policy:
-    """The policy that save_policy wrote, on `model`. Raises UserError unless every name and shape fits."""
-    folder = Path(folder)
-    exit_config, lora = read_json(folder / "exit_config.json"), read_json(folder / "adapter_config.json")
-    try:
-        if exit_config["num_hidden_layers"] != model.config.num_hidden_layers:
-            raise UserError(f"{folder}: trained on a model of {exit_config['num_hidden_layers']} layers, but --model "
-                            f"{model.source} has {model.config.num_hidden_layers}")
-        policy = Policy(model, exit_config["exits"], lora["r"], lora["lora_alpha"])
-    except KeyError as missing:
-        raise UserError(f"{folder}: field {missing} is missing from exit_config.json or adapter_config.json") from None
-    adapter = {f"base_model.model.{name}.weight": p for name, p in model.named_parameters() if "lora_" in name}
-    fill(adapter, folder / "adapter_model.safetensors")
-    fill(dict(policy.heads.named_parameters()), folder / "exit_heads.safetensors")
-    return policy
-
-
-@torch.no_grad()
-def fill(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Copies a safetensors file into tensors of the same names and shapes. Raises UserError naming what differs."""
-    try:
-        saved = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is missing or damaged ({error})") from None
-    problems = [f"missing {name}" for name in tensors.keys() - saved.keys()]
-    problems += [f"unexpected {name}" for name in saved.keys() - tensors.keys()]
-    problems += [f"{name} has shape {tuple(saved[name].shape)}, not {tuple(tensors[name].shape)}"
-                 for name in tensors.keys() & saved.keys() if saved[name].shape != tensors[name].shape]
-    if problems:
-        raise UserError(f"{path} does not fit the model: " + "; ".join(sorted(problems)))
-    for name, tensor in tensors.items():
-        tensor.copy_(saved[name])
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+def score(policy: Policy, batch: Batch, base_h: torch.Tensor | None = None, tokens: bool = True):
+    """joint_logp of a batch at its recorded depths, teacher-forced: logp_exit, logp_token, token_kl, each (N,), and
+    the exit logits (N, E). Without `tokens`, logp_token is None."""
+    out = policy(batch.ids, batch.depths, place=Sequences(batch.ids.shape, batch.shared_from))
+    exit_logits = out.exit_logits[batch.predicting]
+    depths = batch.depths[batch.row, batch.position]
+    return *joint_logp(policy, out.h[batch.predicting], exit_logits, depths, batch.tokens if tokens else None,
+                       base_h), exit_logits

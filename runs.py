@@ -1,129 +1,148 @@
-"""What the three scripts share around the method: common flags, run folders, checkpoints, metrics.
+"""Run folders: what is written there, how a run is stopped, killed and picked up again. And the models they are about.
 
 A run is a folder:
-    config.json      the flags, the model's revision and the library versions
+    config.json      the flags, the model's revision among them, and the library versions
     metrics.jsonl    one line a step
     step-000100/     a checkpoint: adapter and exit heads, optimizer, state.json; renamed into place when whole
     complete.json    written last: only a run that has it counts as complete
-Every random number is derived from (seed, step, row, position), so that a resumed run needs no generator state.
+    teacher.jsonl    stage 1: the base model's responses
+    completions.jsonl  stage 2: what was sampled and rewarded; at 256 MB it becomes completions-STEP.jsonl
+Every random number of a step is derived from seed, step, row and position: a resumed run needs no generator state.
 """
 
 import argparse
-import json
+import fcntl
+import math
 import os
+import re
 import shutil
+import signal
+import socket
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from tqdm import tqdm
 
-from data import tasks
-from data.hub import UserError, read_json
+from checkpoints import adamw, checkpoint, checkpoints, load_policy, moments, save_policy, write_tensors
+from data.hub import UserError, as_json, field, fsync, parse_object, read_json, read_text, write_json
 from data.text import Tokenizer
-from exits import Policy, fill, load_policy, save_policy, write_json
+from exits import Policy, Response
+from flags import EMBEDDED, flag, name_of, replay
 from model import Transformer
 
-EMBEDDED = str(Path(__file__).parent / "data" / "tiny")
 RUNS = Path("runs")
 KEEP = 2  # checkpoints a run keeps
 MAX_SKIPPED = 5  # steps in a row with a gradient that isn't finite before a run gives up
+ROTATE = 2**28  # bytes of completions.jsonl
+FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "save_every",
+                  "resume")
 
 
-# ------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------ starting, stopping
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """The flags of all three scripts. Where help says 'A / B', A is for the embedded model and B for any other."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", help="checkpoint folder or hub id (default: the embedded one; after stage 1, its model)")
-    p.add_argument("--revision", help="branch, tag or commit of a hub model")
-    p.add_argument("--task", choices=tasks.TASKS, help="arithmetic / gsm8k; after stage 1, its task and --data, "
-                   "--thinking and --max-new-tokens")
-    p.add_argument("--data", help="local file or folder with the task's data (default: made here, or from the hub)")
-    p.add_argument("--thinking", action=argparse.BooleanOptionalAction,
-                   help="the chat template's thinking mode (default: on)")
-    p.add_argument("--max-new-tokens", type=int, help="160 / 2048; longer responses are cut and count as unfinished")
-    p.add_argument("--rows", type=int, help="responses sampled at a time, 256 / what fits in half of the free "
-                   "memory; each holds a K/V cache")
-    p.add_argument("--micro-batch", type=int, help="sequences in one training pass, 64 / 1: memory, not results")
-    p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
-                   help="activation checkpointing, off / on: far less memory, a third more work in the update")
-    p.add_argument("--compile", action="store_true", help="torch.compile the MLPs: slower in float32 on a CPU, not yet "
-                   "measured on CUDA")
-    p.add_argument("--cuda-graphs", action="store_true", help="decode by CUDA graphs: fewer launches, not yet measured")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; bfloat16 on CUDA, else float32")
-    p.add_argument("--out", help="the run's folder (default: runs/STAGE-TIME)")
-    return p
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM, where they may take effect."""
+
+    def __init__(self, number: int):
+        self.number = number
 
 
-def inherit(args: argparse.Namespace, run: Path) -> None:
-    """Fills the flags left open that say what a stage-1 run was about; what follows it should be about the same."""
-    before = argparse.Namespace(**read_config(run)["args"])
-    if args.model not in (None, before.model):
-        raise UserError(f"--model {args.model}, but {run} was trained on {before.model}: leave --model out")
-    if args.task not in (None, before.task):
-        before.data = None
-    for name in ("model", "revision", "task", "data", "thinking", "max_new_tokens"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(before, name))
-
-
-def settle(args: argparse.Namespace, **defaults) -> argparse.Namespace:
-    """Fills the flags left open with the value for the embedded model (first of each pair) or any other (second)."""
-    args.model = args.model or EMBEDDED
-    defaults |= {"task": ("arithmetic", "gsm8k"), "thinking": (True, True), "max_new_tokens": (160, 2048),
-                 "rows": (256, None), "micro_batch": (64, 1), "recompute": (False, True)}
-    for name, pair in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, pair[args.model != EMBEDDED])
-    for name in ("steps", "batch_size", "rows", "micro_batch", "max_new_tokens", "rank", "n"):
-        if (value := getattr(args, name, None)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.cuda_graphs and not args.device.startswith("cuda"):
-        raise UserError(f"--cuda-graphs with --device {args.device}: only CUDA has them; leave the flag out")
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    return args
+def on_signal(number: int, _) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
+    if not Run.in_step:
+        raise Stopped(number)
+    Run.asked = number
+    print("\nstopping when this step is done and saved; once more stops at once", file=sys.stderr)
 
 
 def run_main(main) -> None:
-    """Runs a script's main: a bad input ends in one line on stderr and exit code 2."""
+    """Runs a script's main. A bad input ends in one line on stderr and exit code 2, an interrupt in one that says how
+    to go on; whatever else goes wrong is a fault of ours and shows its traceback."""
+    Run.current, Run.asked = None, 0
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        message, code = guarded(main)
+        if message:
+            print(message, file=sys.stderr, flush=True)
+    except BrokenPipeError:  # nobody reads on
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        code = 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code:
+        sys.exit(code)
+
+
+def guarded(main) -> tuple[str | None, int]:
+    """A main's last words and its exit code. Raises BrokenPipeError where nobody hears them."""
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return None, 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        return f"error: {error}", 2
+    except Stopped as stopped:
+        on = f"; python {Path(sys.argv[0]).name} --resume {quote(str(Run.current))} goes on" if Run.current else ""
+        return f"stopped{on}", 128 + stopped.number
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return f"error: {UserError(f'{error.filename or Run.current}: {error.strerror or error}')}", 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        return "error: out of memory: lower --rows if it was sampling, --micro-batch if it was training", 2
 
 
-# --------------------------------------------------------------------------------------------- models and prompts
+# ---------------------------------------------------------------------------------------------- models and prompts
 
 
 def load_model(args) -> tuple[Transformer, Tokenizer]:
     torch.manual_seed(args.seed)  # LoRA's start
-    model = Transformer.from_pretrained(args.model, args.revision, getattr(torch, args.dtype), args.device)
+    where = EMBEDDED if args.model == "embedded" else args.model
+    tokenizer = Tokenizer.from_pretrained(where, args.revision)
+    model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype), args.device)
     model.recompute, model.graphs = args.recompute, args.cuda_graphs
-    if args.compile:
-        for block in model.model.layers:
-            block.mlp.compile(dynamic=True)  # compiled when first called, adapters and all
-    return model, Tokenizer.from_pretrained(args.model, args.revision)
+    if max(tokenizer.size, 1 + max(tokenizer.eos_ids)) > model.config.vocab_size:
+        raise UserError(f"{args.model}: its tokenizer has {tokenizer.size} ids and ends responses by "
+                        f"{tokenizer.eos_ids[:4]}, but the model knows {model.config.vocab_size}: they don't belong "
+                        f"together")
+    return model, tokenizer
 
 
-def prompt_ids(problems, tokenizer: Tokenizer, thinking: bool) -> list[list[int]]:
-    return [tokenizer.prompt_ids(problem.messages, enable_thinking=thinking) for problem in problems]
+def describe(args, tokenizer: Tokenizer) -> str:
+    """What a script says of itself when it starts."""
+    thinking = f", thinking {'on' if args.thinking else 'off'}" if tokenizer.can_think else ""
+    return (f"{args.model}, {args.dtype} on {args.device}: {args.task}{thinking}, at most {args.max_new_tokens} new "
+            f"tokens")
 
 
-def grade(problem, prompt: list[int], response: list[int], finished: bool, tokenizer: Tokenizer):
-    """The task's grade of a sampled response."""
-    text = tokenizer.decode(response[:-1] if finished else response)  # without its eos
-    return problem.grade(text, finished, think_open=tokenizer.think_open(prompt))
+def prompt_ids(problems, model: Transformer, tokenizer: Tokenizer, args) -> list[list[int]]:
+    """The problems' prompts. Raises UserError for one that leaves no room for a response."""
+    prompts, context = tokenizer.prompts([p.messages for p in problems], args.thinking), model.config
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if not 0 < len(prompt) <= context.max_position_embeddings - args.max_new_tokens:
+            raise UserError(f"problem {problem.id} has a prompt of {len(prompt)} tokens: it must have one at least, "
+                            f"and leave room for --max-new-tokens {args.max_new_tokens} in the model's context of "
+                            f"{context.max_position_embeddings}")
+    return prompts
+
+
+def grade(problem, response: Response, tokenizer: Tokenizer):
+    """(text, the task's grade of it) of a sampled response."""
+    text = tokenizer.decode(response.token_ids[:-1] if response.finished else response.token_ids)  # without its eos
+    return text, problem.grade(text, response.finished, think_open=tokenizer.think_open(response.prompt_ids))
 
 
 def pick(count: int, size: int, step: int, seed: int) -> list[int]:
@@ -132,58 +151,135 @@ def pick(count: int, size: int, step: int, seed: int) -> list[int]:
     return [int(np.random.default_rng([seed, i // count]).permutation(count)[i % count]) for i in wanted]
 
 
-def warn_unfinished(share_finished: float, args) -> None:
+def schedule(step: int, steps: int) -> float:
+    """Factor on the learning rate: ten steps of warm-up, times a line that falls to zero."""
+    return min(1.0, (step + 1) / 10) * (1 - step / steps)
+
+
+def warn_unfinished(share_finished: float, meaning: str, tokenizer: Tokenizer, args) -> None:
     if share_finished < 0.8:
-        bar = "!" * 100
+        bar, shorter = "!" * 100, ", or pass --no-thinking for shorter ones" if tokenizer.can_think else ""
         print(f"{bar}\n{1 - share_finished:.0%} of the responses are unfinished at --max-new-tokens "
-              f"{args.max_new_tokens}: they count as wrong.\nRaise it, or pass --no-thinking for shorter ones.\n{bar}",
-              file=sys.stderr)
+              f"{args.max_new_tokens}: {meaning}.\nRaise it{shorter}.\n{bar}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------- run folders
+# ----------------------------------------------------------------------------------------------------- run folders
 
 
 class Run:
     """One run's folder: what is written there, and how it is picked up again."""
 
+    current: Path | None = None  # the folder in which this process writes
+    in_step, asked = False, 0  # whether a step is under way, and the signal that asked to stop after it
+
     def __init__(self, folder: Path, args: argparse.Namespace):
-        self.folder, self.args, self.skipped = folder, args, 0
+        self.folder, self.args, self.skipped, self.skipped_in_a_row = folder, args, 0, 0
 
     @classmethod
     def start(cls, stage: str, args: argparse.Namespace, model: Transformer) -> "Run":
-        folder = Path(args.out) if args.out else RUNS / f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} exists and is not empty: choose another --out, or --resume {folder}")
+        """A new run in a folder of its own."""
+        folder = Path(args.out) if args.out else free_folder(stage)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"stage": stage, "args": vars(args), "revision": model.revision,
-                  "versions": {name: version(name) for name in ("torch", "safetensors", "tokenizers")}}
-        write_json(folder / "config.json", config)
-        return cls(folder, args)
+        # A run that was refused or killed before it did anything leaves these, and may be started again.
+        if any(p.name not in ("config.json", ".lock", ".partial-config.json") for p in folder.iterdir()):
+            raise UserError(f"{folder} exists and is not empty: choose another --out, or --resume {folder}")
+        run = cls(folder, args)
+        run.take()
+        args.revision = model.revision
+        run.write_config(stage)
+        return run
 
     @classmethod
-    def resume(cls, args: argparse.Namespace, stage: str) -> "Run":
-        """The interrupted run in args.resume, under the flags it was started with."""
+    def resume(cls, args: argparse.Namespace, p: argparse.ArgumentParser, stage: str) -> "Run":
+        """The run in args.resume, under the flags it was started with. Of those given again, --steps may extend it,
+        what only concerns this machine may change, and all else must be as it was."""
         folder = Path(args.resume)
-        config = read_config(folder)
+        config, where = read_config(folder), folder / "config.json"
         if config["stage"] != stage:
             raise UserError(f"{folder} is a run of {config['stage']}.py, not of {stage}.py")
-        if (folder / "complete.json").exists():
-            raise UserError(f"{folder} is complete: there is nothing to resume")
-        if absent := sorted(vars(args).keys() - config["args"].keys()):
-            raise UserError(f"{folder} was started by an earlier version, without --{absent[0].replace('_', '-')}: "
-                            f"start a new run")
-        return cls(folder, argparse.Namespace(**config["args"]))
+        before = replay(config["args"], p, where)
+        given = vars(p.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(before)))))
+        for name, value in given.items():
+            was = getattr(before, name)
+            moved = name in ("task", "init") and Path(str(value)).name == Path(str(was)).name
+            if value is not None and name not in FREE_ON_RESUME and value != was and not moved:
+                so = f"with --{flag(name)} {was}" if was is not None else f"without --{flag(name)}"
+                raise UserError(f"--resume {folder}: it was started {so}, not {value}: leave the flag out, or start a "
+                                f"new run")
+            if value is not None and name != "resume":
+                setattr(before, name, value)
+        done = folder / "complete.json"
+        if done.exists() and before.steps <= field(config["args"], "steps", int, where):
+            raise UserError(f"{folder} is complete: there is nothing to resume, but --steps above {before.steps} "
+                            f"extends it")
+        run = cls(folder, before)
+        run.take()
+        return run
+
+    def take(self) -> None:
+        """Holds the folder while this process lives."""
+        self.lock = open(self.folder / ".lock", "a+", encoding="utf-8", errors="replace")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.lock.seek(0)
+            raise UserError(f"{self.folder} is in use by {self.lock.read(200).strip() or 'another process'}: wait for "
+                            f"it, or choose another folder") from None
+        except OSError:
+            pass  # a file system without locks
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.lock.flush()
+        Run.current = self.folder
+
+    def write_config(self, stage: str) -> None:
+        write_json(self.folder / "config.json", {
+            "stage": stage, "args": vars(self.args),
+            "versions": {name: version(name) for name in ("torch", "safetensors", "tokenizers")}})
+
+    def steps(self, start: int, policy: Policy, optimizer) -> Iterator[int]:
+        """The steps that are left, under self.bar. A checkpoint follows where it is due, and where a first Ctrl-C or
+        SIGTERM asked to stop."""
+        last = self.args.steps
+        with tqdm(range(start, last), initial=start, total=last, desc="steps") as self.bar:
+            for step in self.bar:
+                Run.in_step = True
+                try:
+                    yield step
+                    if (step + 1) % self.args.save_every == 0 or step + 1 == last or Run.asked:
+                        self.save(step + 1, policy, optimizer)
+                finally:
+                    Run.in_step = False
+                if Run.asked:
+                    raise Stopped(Run.asked)
 
     def log(self, name: str, records: list[dict]) -> None:
         with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.writelines(map(as_json, records))
+
+    def last_metrics(self, count: int = 1) -> list[dict]:
+        """The last lines of metrics.jsonl, null where a number was not finite."""
+        path = self.folder / "metrics.jsonl"
+        rows = [parse_object(line, path) for line in read_text(path).splitlines()[-count:]]
+        if not rows:
+            raise UserError(f"{path} has lost its lines: --steps above {self.args.steps} goes on without them")
+        return rows
 
     def rewind(self, step: int) -> None:
-        """Drops what the logs hold of steps that are about to be run again."""
-        for name in ("metrics.jsonl", "completions.jsonl"):
-            if (path := self.folder / name).exists():
-                lines = [line for line in path.read_text("utf-8").splitlines(True) if line.endswith("\n")]
-                write_text(path, "".join(line for line in lines if json.loads(line)["step"] < step))
+        """Drops what the logs hold of steps that are about to be run again, and of a line that a kill cut short."""
+        for path in (self.folder / "metrics.jsonl", self.folder / "completions.jsonl"):
+            if not path.exists():
+                continue
+            with open(path, "r+b") as file:
+                keep = 0
+                for number, line in enumerate(file, start=1):
+                    found = re.match(rb'\{"step": (\d{1,7})[,}]', line)
+                    if line.endswith(b"\n") and not found:
+                        raise UserError(f"{path}:{number}: not a line of a run's log: repair or remove it")
+                    if not found or not line.endswith(b"\n") or int(found[1]) >= step:
+                        break
+                    keep += len(line)
+                file.truncate(keep)
 
     def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """A checkpoint after `step` steps; a kill at any moment leaves the previous one in force."""
@@ -191,93 +287,114 @@ class Run:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         save_policy(policy, partial)
-        save_file(moments(policy, optimizer), partial / "optimizer.safetensors")
-        write_json(partial / "state.json", {"step": step})
+        write_tensors(moments(policy, optimizer), partial / "optimizer.safetensors")
+        write_json(partial / "state.json", {"step": step, "skipped": self.skipped})
+        completions = self.folder / "completions.jsonl"
+        for log in (self.folder / "metrics.jsonl", completions):
+            if log.exists():
+                fsync(log)  # no checkpoint without the lines of its steps
         final = self.folder / f"step-{step:06d}"
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in sorted(self.folder.glob("step-*"))[:-KEEP]:
+        fsync(self.folder)
+        for old in checkpoints(self.folder)[:-KEEP]:
             shutil.rmtree(old)
+        if completions.exists() and completions.stat().st_size > ROTATE:
+            os.replace(completions, self.folder / f"completions-{step:06d}.jsonl")
 
-    def load(self, model: Transformer) -> tuple[Policy, int]:
+    def load(self, model: Transformer) -> tuple[Policy, torch.optim.Optimizer, int]:
         folder = checkpoint(self.folder)
-        return load_policy(model, folder), read_json(folder / "state.json")["step"]
+        where = folder / "state.json"
+        state, policy = read_json(where), load_policy(model, folder)
+        self.skipped = field(state, "skipped", int, where, 0, 10**7, default=0)
+        return policy, adamw(policy, folder), field(state, "step", int, where, 0, 10**7)
 
-    def apply_gradients(self, optimizer, lr: float) -> float:
-        """Clips the gradient to norm 1 and steps. One that isn't finite is dropped; a few in a row end the run."""
+    def apply_gradients(self, optimizer, lr: float) -> dict:
+        """Clips the gradient to norm 1 and steps. One that isn't finite is dropped; a few in a row end the run.
+        Returns what is logged."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(params, 1.0))
-        self.skipped = 0 if np.isfinite(norm) else self.skipped + 1
-        if self.skipped == MAX_SKIPPED:
-            raise UserError(f"{MAX_SKIPPED} gradients in a row were not finite; the last good checkpoint is in "
-                            f"{self.folder}; lower --lr or use --dtype float32")
-        if not self.skipped:
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            print(f"\na step is skipped: its gradient is not finite ({self.skipped} so far)", file=sys.stderr)
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            saved = checkpoints(self.folder)
+            raise UserError(f"{MAX_SKIPPED} gradients in a row were not finite; lower --lr or use --dtype float32"
+                            + (f" (the last checkpoint is {saved[-1]})" if saved else ""))
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return {"grad_norm": norm, "lr": lr, "skipped": self.skipped}
 
     def complete(self, summary: dict) -> None:
-        write_text(self.folder / "complete.json", json.dumps(summary, indent=2) + "\n")
+        write_json(self.folder / "complete.json", summary)
 
 
 def begin(run: Run | None, stage: str, args, model: Transformer, fresh):
     """The run with its policy, optimizer and next step: a resumed one where it stopped, else a new one of fresh()."""
-    if run and any(run.folder.glob("step-*")):
-        policy, start = run.load(model)
-        optimizer = adamw(policy, checkpoint(run.folder))
+    if run and checkpoints(run.folder):
+        policy, optimizer, start = run.load(model)
     else:
         policy, start = fresh(), 0
         optimizer = adamw(policy)
-    run = run or Run.start(stage, args, model)
+    if start > args.steps:
+        raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")
+    if run is None:
+        return Run.start(stage, args, model), policy, optimizer, start
+    (run.folder / "complete.json").unlink(missing_ok=True)  # before the new --steps: a kill between leaves it resumable
+    run.write_config(stage)
     run.rewind(start)
     return run, policy, optimizer, start
 
 
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
-
-
-def adamw(policy: Policy, folder: Path | None = None) -> torch.optim.AdamW:
-    """The optimizer over adapters and heads; with a checkpoint's folder, in the state it was in."""
-    optimizer = torch.optim.AdamW(policy.trained().values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    if folder is not None:
-        for p in policy.trained().values():
-            optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                                  "exp_avg_sq": torch.zeros_like(p)}
-        fill(moments(policy, optimizer), folder / "optimizer.safetensors")
-    return optimizer
-
-
-def moments(policy: Policy, optimizer) -> dict[str, torch.Tensor]:
-    return {f"{name}.{key}": value for name, p in policy.trained().items()
-            for key, value in optimizer.state[p].items()}
+def free_folder(what: str) -> Path:
+    """A new folder under runs/; another run may have started in the same second."""
+    RUNS.mkdir(exist_ok=True)
+    name = f"{what}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in range(1, 1000):
+        folder = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            pass
+    raise UserError(f"{RUNS}/{name} and 999 more exist: name the run by --out")
 
 
 def read_config(run: Path) -> dict:
-    """What a run was started with: stage, args, revision, versions."""
-    config = read_json(Path(run) / "config.json")
-    if "stage" not in config or "args" not in config:
+    """What a run was started with: stage, args, versions."""
+    where = Path(run) / "config.json"
+    if not where.exists():
+        raise UserError(f"{run}: not the folder of a run, for it has no config.json; give one that distill.py or "
+                        f"rloo.py wrote")
+    config = read_json(where)
+    if config.get("stage") not in ("distill", "rloo") or not isinstance(config.get("args"), dict):
         raise UserError(f"{run} is not a run of distill.py or rloo.py: give the folder that one of them wrote")
     return config
 
 
-def checkpoint(run: Path) -> Path:
-    """A run's newest checkpoint."""
-    found = sorted(Path(run).glob("step-*"))
-    if not found:
-        raise UserError(f"{run}: no checkpoint there; give the folder of a run of distill.py or rloo.py")
-    return found[-1]
+def unfinished(run: Path) -> str:
+    """What to say beside the name of a run that is not complete, or nothing."""
+    found = checkpoints(run)
+    return f" (unfinished, {found[-1].name})" if found and not (run / "complete.json").exists() else ""
 
 
-def newest(*stages: str, model: str | None = None) -> Path | None:
-    """The complete run that ended last among runs/*, of one of the stages and, if given, of that model."""
+def find(run: str, beside: Path) -> Path:
+    """A run by its recorded path, or, where folders were moved, by its name beside the run that recorded it."""
+    return next((f for f in (Path(run), beside.parent / Path(run).name) if f.is_dir()), Path(run))
+
+
+def newest(stage: str, model: str | None = None) -> Path | None:
+    """The complete run that ended last among runs/*, of a stage and, if given, of that model."""
     found = []
     for done in RUNS.glob("*/complete.json"):
-        config = read_config(done.parent)
-        if config["stage"] in stages and model in (None, config["args"]["model"]):
+        try:
+            config = read_config(done.parent)
+        except UserError:
+            continue  # another version's, or damaged: not the one to go on from
+        if config["stage"] == stage and (model is None or name_of(model) == config["args"].get("model")):
             found.append((done.stat().st_mtime, done.parent))
     return max(found)[1] if found else None

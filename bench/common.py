@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import Config, Transformer, linear  # noqa: E402
+from fast.linear import linear  # noqa: E402
+from model import Config, Transformer  # noqa: E402
 
 SHAPES = {
     "qwen3-4b": dict(
@@ -92,14 +93,16 @@ def peer(args):
 
 def interleaved(arms: dict, repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of each arm, a function, in `repeats` rounds of all of them, after one that isn't counted."""
+    # What other jobs do to a single thread shows in its wall time: its CPU time is the steadier figure.
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     seconds = {name: [] for name in arms}
     for number, (name, run) in itertools.product(range(repeats + 1), arms.items()):
         synchronise(device)
-        start = time.perf_counter()
+        start = clock()
         run()
         synchronise(device)
         if number:
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

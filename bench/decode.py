@@ -29,9 +29,10 @@ from common import (
     settle,
 )
 
-import exits
-from exits import Policy, adapters_off, exit_depths, generate
-from model import Cache, Graphs
+import sample
+from exits import Policy, adapters_off, exit_depths
+from fast.cache import Cache
+from fast.graphs import Graphs
 
 
 @torch.no_grad()
@@ -39,12 +40,13 @@ def plain_decode(policy: Policy, prompts: torch.Tensor, new: int) -> torch.Tenso
     """Greedy decoding without any of the exits' machinery: the same blocks and cache, and nothing around them."""
     model = policy.model
     B, T = prompts.shape
-    cache = Cache(model.config, B, T + new, 1, model.lm_head.weight)
-    cache.graphs = Graphs() if model.graphs else None
-    exits.prefill(policy, prompts.tolist(), cache, torch.arange(B)[:, None])
+    cache = Cache(model.config, B, T + new, 1, model.lm_head.weight, Graphs() if model.graphs else None)
+    sample.prefill(policy, prompts.tolist(), cache, torch.arange(B)[:, None])
     token, out = prompts[:, -1], []
     for _ in range(new):
-        token = model.unembed(model.stream(token[:, None], cache=cache)[:, 0]).argmax(-1)
+        h = cache.run(model, model.embed(token[:, None]), 0, range(policy.n_layers), None)
+        cache.end(h)
+        token = model.unembed(h[:, 0]).argmax(-1)
         out.append(token)
     return torch.stack(out, 1)
 
@@ -57,8 +59,8 @@ def arms_of(policy: Policy, theirs, prompts: torch.Tensor, new: int, depths: dic
         def run(n):
             given = wanted[:, :n] if isinstance(wanted, torch.Tensor) else wanted
             with adapters_off(policy):
-                generate(policy, rows, max_new_tokens=n, eos_ids=[-1], temperature=0, depths=given,
-                         batch_size=len(rows))
+                sample.generate(policy, rows, max_new_tokens=n, eos_ids=[-1], temperature=0, depths=given,
+                                rows=len(rows))
         return run
 
     def plain(n):
@@ -77,7 +79,7 @@ def arms_of(policy: Policy, theirs, prompts: torch.Tensor, new: int, depths: dic
 def measure(policy: Policy, theirs, batch: int, context: int, new: int, args) -> dict:
     model, L = policy.model, policy.n_layers
     prompts = torch.randint(5, model.config.vocab_size, (batch, context), device=args.device)
-    outcomes = policy.outcomes.tolist()
+    outcomes = policy.depth_of_outcome.tolist()
     fixed = [min(outcomes[:-1], key=lambda d, share=share: abs(d - share * L)) for share in (0.25, 0.5, 0.75)]
     mix = torch.tensor(outcomes)[torch.randint(len(outcomes), (batch, new + 1))]
     mix[:, 0] = L  # not counted: it meets, and captures, every segment
@@ -152,7 +154,7 @@ def main() -> None:
           f"one read of 1 GiB: {args.bandwidth / 1e9:.1f} GB/s")
     cases = [(batch, context) for batch in args.batch for context in args.context]
     if args.grow:
-        exits.prefill = lambda policy, prompts, cache, rows: cache.admit(
+        sample.prefill = lambda policy, prompts, cache, rows: cache.admit(
             rows, torch.tensor([len(p) - 1 for p in prompts]))
         cases = [(batch, 256) for batch in (1, 4, 16, 64)] + [(4, context) for context in (1024, 4096)]
     record = {}

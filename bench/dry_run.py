@@ -7,6 +7,7 @@ Random weights say nothing about quality: only about shapes, memory and the orde
 """
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from common import SHAPES, peak_gib, random_model, synchronise  # which puts the
 import distill
 import rloo
 import runs
-from exits import Policy, exit_depths, generate
+from checkpoints import adamw
+from exits import Policy, exit_depths
+from sample import generate
 
 
 def main() -> None:
@@ -33,7 +36,7 @@ def main() -> None:
     model = random_model(args.shape, args.layers, dtype, device)
     model.recompute = True
     policy = Policy(model, exit_depths(model.config.num_hidden_layers), args.rank)
-    run, optimizer = runs.Run(Path("."), args), runs.adamw(policy)
+    run, optimizer = runs.Run(Path(tempfile.mkdtemp()), args), adamw(policy)  # the run only takes steps
     trained = sum(p.numel() for p in policy.trained().values())
     size = sum(p.numel() for p in policy.parameters())
     print(f"{args.shape}, {policy.n_layers} layers, exits {policy.exits}, {dtype} on {device}: "
@@ -47,19 +50,16 @@ def main() -> None:
         return value
 
     prompts = torch.randint(0, model.config.vocab_size, (2, args.prompt)).tolist()
-    settings = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=0, draws=1, lam=0.1, beta=0.02, k=2,
-                                  max_new_tokens=args.new)
-    got = timed(f"rollout, 4 x {args.new} tokens", lambda: generate(
+    settings = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=0, draws=1, beta=0.02, max_new_tokens=args.new)
+    responses = timed(f"rollout, 4 x {args.new} tokens", lambda: generate(
         policy, prompts, samples=2, max_new_tokens=args.new, eos_ids=[-1], delta=2.0))
-    rows = [{"prompt_ids": prompts[i // 2], "token_ids": t, "depths": d, "task": float(i % 2),
-             "logp_exit": a, "logp_token": b}
-            for i, (t, d, a, b) in enumerate(zip(
-                *(x.tolist() for x in (got.tokens, got.depths, got.logp_exit, got.logp_token)), strict=True))]
-    timed("stage 1, gradient of 4 rows", lambda: distill.train_step(policy, rows, 0, settings))
-    print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5):.3g}")
-    teachers, _ = timed("stage 2, score 4 rows", lambda: rloo.score_rows(policy, rows, settings))
-    timed("stage 2, gradient of 4 rows", lambda: rloo.accumulate_gradient(policy, rows, teachers, settings))
-    print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5):.3g}")
+    timed("stage 1, gradient of 4", lambda: distill.train_step(policy, responses, 0, settings))
+    print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5)['grad_norm']:.3g}")
+    base, mean_kl, _ = timed("stage 2, score 4", lambda: rloo.score_responses(policy, responses, 1))
+    advantages = rloo.leave_one_out(rloo.reward(torch.tensor([0.0, 1.0] * 2), 0.0, mean_kl, 0.0, 0.02).view(2, 2))
+    timed("stage 2, gradient of 4", lambda: rloo.accumulate_gradient(
+        policy, responses, advantages.flatten(), base, settings))
+    print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5)['grad_norm']:.3g}")
 
 
 if __name__ == "__main__":

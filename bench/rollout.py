@@ -12,7 +12,9 @@ from contextlib import nullcontext
 import torch
 from common import interleaved, load, machine, median, parser, peak_gib, peer, report, settle
 
-from exits import Policy, adapters_off, cache_bytes, exit_depths, generate
+from exits import Policy, Response, adapters_off, exit_depths
+from fast.cache import row_bytes
+from sample import generate
 
 
 def uniform_heads(policy: Policy) -> None:
@@ -23,8 +25,9 @@ def uniform_heads(policy: Policy) -> None:
         policy.heads.bias.copy_(torch.logit(1 / (E + 1 - torch.arange(E))))
 
 
-def ending_halfway(tokens: torch.Tensor) -> list[int]:
-    """Random ids that end responses (R, T), sampled without an end, after T / 2 tokens in the mean, or few more."""
+def ending_halfway(responses: list[Response]) -> list[int]:
+    """Random ids that end responses, sampled without an end, after half of their T tokens in the mean, or few more."""
+    tokens = torch.tensor([r.token_ids for r in responses])  # (R, T)
     ids, kept = tokens.unique().tolist(), []
     for i in torch.randperm(len(ids)).tolist():
         ends = torch.isin(tokens, torch.tensor([*kept, ids[i]]))
@@ -50,17 +53,16 @@ def main() -> None:
     V, G = model.config.vocab_size, args.samples
     prompts = torch.randint(5, V, (args.prompts, args.context))
     rows = prompts.tolist()
-    eos = ending_halfway(generate(policy, rows, samples=G, max_new_tokens=args.new, eos_ids=[-1],
-                                  batch_size=args.rows).tokens)
+    eos = ending_halfway(generate(policy, rows, samples=G, max_new_tokens=args.new, eos_ids=[-1], rows=args.rows))
     produced = {}
 
     def sample(name, prompts=rows, at_a_time=None, base=False, **changes):
-        options = dict(samples=G, max_new_tokens=args.new, eos_ids=[-1], batch_size=args.rows) | changes
+        options = dict(samples=G, max_new_tokens=args.new, eos_ids=[-1], rows=args.rows) | changes
         stride, tokens, layers = at_a_time or len(prompts), 0, 0
         with adapters_off(policy) if base else nullcontext():
             for i in range(0, len(prompts), stride):
                 got = generate(policy, prompts[i : i + stride], first_row=i * options["samples"], **options)
-                tokens, layers = tokens + int(got.lengths.sum()), layers + int(got.depths.sum())
+                tokens, layers = tokens + sum(map(len, got)), layers + sum(sum(r.depths) for r in got)
         produced[name] = tokens, layers / tokens
 
     size = max(1, args.rows // G)
@@ -82,7 +84,7 @@ def main() -> None:
             produced["transformers"] = len(rows) * G * args.new, float(policy.n_layers)
 
         arms["transformers"] = generate_theirs
-    cached = cache_bytes(policy, args.context + args.new - 1)
+    cached = row_bytes(model.config, args.context + args.new - 1, model.lm_head.weight)
     print(f"{args.model or args.shape}, {policy.n_layers} layers, exits {policy.exits}; {note}; {machine(args)}\n"
           f"{args.prompts} prompts of {args.context} tokens x {G}, at most {args.new} new, {args.rows} rows: cache "
           f"{args.rows} x {cached / 2**20:.1f} MiB")

@@ -7,8 +7,8 @@
 Both sides run the same sequences with depths = L and heads on: the base model's pass, its lenses' KL at every exit, the
 student's pass, KL and exit cross-entropy, backward. Every position counts as a token. FLOPs are 2 per parameter and
 token in a forward pass; with adapters on a frozen base the backward pass has 2 more (no weight gradients), 2 more again
-with recomputation: (2 + 2 + 2) N of the body a step, and (E + 4) 2 V D of the vocabulary (teacher and E lenses, student
-and teacher again, one product backward). MFU is against the best square matrix product measured in the same run.
+with recomputation: (2 + 2 + 2) N of the body a step, and (E + 4) 2 V D of the vocabulary (base and E lenses, student
+and base again, one product backward). MFU is against the best square matrix product measured in the same run.
 """
 
 import argparse
@@ -23,15 +23,17 @@ import distill
 from exits import (
     ExitHeads,
     Policy,
+    Response,
     adapters_off,
+    base_pass,
     collate,
     exit_depths,
     joint_logp,
     score,
     stick_breaking,
-    teacher_pass,
 )
-from model import linear
+from fast.linear import linear
+from fast.packing import Sequences
 
 NEVER_SAFE = 1e9  # a KL factor at which no exit is ever the target: depths = L
 
@@ -75,21 +77,23 @@ def steps(policy: Policy, args) -> None:
     model, E, L = policy.model, len(policy.exits), policy.n_layers
     V, D, T, B = model.config.vocab_size, model.config.hidden_size, args.length, args.batch
     prompts = torch.randint(5, V, (B, 2)).tolist()
-    responses = torch.randint(5, V, (B, T - 1)).tolist()
-    rows = [{"prompt_ids": p, "token_ids": r} for p, r in zip(prompts, responses, strict=True)]
-    full = collate(prompts, responses, n_layers=L, device=args.device)
-    outcomes = policy.outcomes.tolist()
-    mixed = collate(prompts, responses, [[outcomes[i % (E + 1)] for i in range(T - 1)]] * B, n_layers=L,
-                    device=args.device)
+    tokens = torch.randint(5, V, (B, T - 1)).tolist()
+    outcomes = policy.depth_of_outcome.tolist()
+
+    def responses(depths):
+        return [Response(p, t, depths, [], []) for p, t in zip(prompts, tokens, strict=True)]
+
+    full, mixed = (collate(responses(depths), L, args.device)
+                   for depths in ([L] * (T - 1), [outcomes[i % (E + 1)] for i in range(T - 1)]))
     settings = argparse.Namespace(micro_batch=args.micro_batch or B, kl_factor=NEVER_SAFE, seed=0, draws=1)
     losses = {}
 
     def ours():
-        losses["ours"] = distill.train_step(policy, rows, 0, settings)["loss"]
+        losses["ours"] = distill.train_step(policy, responses([L] * (T - 1)), 0, settings)["loss"]
 
     @torch.no_grad()
     def forward(batch=full):
-        policy(batch.ids, batch.depths, source=batch.source)
+        policy(batch.ids, batch.depths, place=Sequences(batch.ids.shape, batch.shared_from))
 
     def forward_base():
         with adapters_off(policy):
@@ -99,7 +103,7 @@ def steps(policy: Policy, args) -> None:
         logp_exit, logp_token, *_ = score(policy, batch)
         (logp_exit + logp_token).sum().backward()
 
-    arms = {"stage-1 step": ours, "  teacher pass": lambda: teacher_pass(policy, full),
+    arms = {"stage-1 step": ours, "  base's pass": lambda: base_pass(policy, full),
             "  forward, adapters off": forward_base, "  forward, adapters on": forward,
             "score + gradient, all at L": lambda: update(full), "score + gradient, mixed depths": lambda: update(mixed)}
     theirs, note = peft_model(args, policy.rank)
@@ -113,11 +117,11 @@ def steps(policy: Policy, args) -> None:
     print(f"\n{B} sequences of {T} positions, E = {E}; {note}")
     seconds = {name: median(values) for name, values in interleaved(arms, args.repeats, args.device).items()}
     body = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and "lora" not in name)
-    tokens = B * T
-    flops = tokens * ((6 + 2 * model.recompute) * body + (E + 4) * 2 * V * D)
+    positions = B * T
+    flops = positions * ((6 + 2 * model.recompute) * body + (E + 4) * 2 * V * D)
     peak = matmul_flops(model.lm_head.weight)
     for name, value in seconds.items():
-        print(f"  {name:32}{1e3 * value:>10.0f} ms{tokens / value:>10.0f} tokens/s")
+        print(f"  {name:32}{1e3 * value:>10.0f} ms{positions / value:>10.0f} tokens/s")
     first = seconds["stage-1 step"]
     print(f"  stage-1 step: {flops / first / 1e9:.0f} GFLOP/s, MFU {flops / first / peak:.0%} of {peak / 1e9:.0f}; "
           f"adapters add {seconds['  forward, adapters on'] / seconds['  forward, adapters off'] - 1:.0%} to a forward "
@@ -152,11 +156,11 @@ def memory(policy: Policy, args) -> None:
         h = [torch.randn(n, D, device=args.device, dtype=model.lm_head.weight.dtype) for _ in range(E + 2)]
         return h[0].requires_grad_(), h[1], h[2:], torch.zeros(n, E, device=args.device)
 
-    def targets_and_loss(h, teacher_h, lens_h, z):
-        kl_e = distill.lens_kl(model, teacher_h, lens_h)
-        depths = torch.full((len(h),), policy.n_layers, device=args.device)
-        logp_exit, _, token_kl = joint_logp(policy, h, z, depths, None, teacher_h)
-        distill.distill_loss(token_kl, logp_exit, len(h)).backward()
+    def targets_and_loss(h, base_h, lens_h, z):
+        kl_e = distill.lens_kl(model, base_h, lens_h)
+        depths = torch.full((len(h),), policy.n_layers)
+        logp_exit, _, token_kl = joint_logp(policy, h, z, depths, None, base_h)
+        distill.distill_loss(token_kl, -logp_exit, len(h)).backward()
         return kl_e, token_kl, h.grad
 
     for n in args.memory:
@@ -169,12 +173,12 @@ def memory(policy: Policy, args) -> None:
         print(f"  {n:>6} positions, V = {V}, E = {E}, D = {D}: {record[n]['GiB_above']:.2f} GiB above inputs and "
               f"weights, {record[n]['seconds']:.0f} s", flush=True)
 
-    h, teacher_h, lens_h, z = inputs(16)
-    ours = targets_and_loss(h, teacher_h, lens_h, z)
+    h, base_h, lens_h, z = inputs(16)
+    ours = targets_and_loss(h, base_h, lens_h, z)
     with torch.enable_grad():
         plain = h.detach().requires_grad_()
         p, q, *lens = (torch.log_softmax(F.linear(model.model.norm(x), model.lm_head.weight).float(), -1)
-                       for x in (plain, teacher_h, *lens_h))
+                       for x in (plain, base_h, *lens_h))
         kl_e = torch.stack([(q.exp() * (q - one)).sum(-1) for one in lens], -1)
         token_kl = (p.exp() * (p - q)).sum(-1)
         token_kl.mean().backward()

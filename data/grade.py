@@ -27,7 +27,6 @@ OPERATION = re.compile(r"\s*[-+*/×÷=^]\s*[0-9($]")
 class Grade(NamedTuple):
     value: str | None  # the answer found, normalised; None without one and in an unfinished response
     rule: str | None  # the rule that found it
-    finished: bool
     strict: bool
     flexible: bool
 
@@ -42,12 +41,12 @@ def grade(text: str, gold: str, kind: str, choices: tuple[str, ...] | None = Non
     """
     answer = after_thinking(text, think_open)
     if not finished or answer is None:
-        return Grade(None, None, False, False, False)
+        return Grade(None, None, False, False)
     value, rule = extract(answer, kind)
     gold = normalise(gold, kind)
     right = value == gold
     named = value is not None and choices is not None and mentioned(value, choices) == {gold}
-    return Grade(value, rule, True, right and rule in STRICT, right or named)
+    return Grade(value, rule, right and rule in STRICT, right or named)
 
 
 def after_thinking(text: str, think_open: bool = False) -> str | None:

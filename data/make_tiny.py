@@ -24,9 +24,12 @@ from tokenizers import Tokenizer as HFTokenizer
 from tqdm import tqdm
 
 from data import arithmetic, stories, tasks
+from data.hub import write_json
 from data.text import Tokenizer
-from exits import Policy, generate, write_json
+from data.weights import config_fields
+from exits import Policy
 from model import Config, Transformer
+from sample import generate
 
 FAMILIES = {"arithmetic": arithmetic, "stories": stories}
 THINKING = 0.75  # share of problems answered with a chain of thought
@@ -79,19 +82,23 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_pretrained(str(folder))
 
 
-def encode(tokenizer: Tokenizer, problem: dict, thinking: bool) -> tuple[list[int], int]:
-    """Token ids of prompt and response, and the prompt's length."""
-    prompt = tokenizer.prompt_ids([{"role": "user", "content": problem["question"]}], thinking)
-    thought = f"<think>\n{problem['cot']}\n</think>\n\n" if thinking else ""
-    return prompt + tokenizer.encode(f"{thought}{problem['answer_line']}<|im_end|>"), len(prompt)
+def encode(tokenizer: Tokenizer, problems: list[dict], thinking: bool) -> list[tuple[list[int], int]]:
+    """Token ids of prompt and response of each problem, and the prompt's length."""
+    prompts = tokenizer.prompts([[{"role": "user", "content": p["question"]}] for p in problems], thinking)
+    thoughts = [f"<think>\n{p['cot']}\n</think>\n\n" if thinking else "" for p in problems]
+    return [(prompt + tokenizer.encode(f"{thought}{p['answer_line']}<|im_end|>"), len(prompt))
+            for prompt, thought, p in zip(prompts, thoughts, problems, strict=True)]
 
 
 def draw_chunk(tokenizer: Tokenizer, seed: int, args) -> list[list[tuple[list[int], int]]]:
     """CHUNK batches of (ids, prompt length), rows of like length together, in random order."""
-    rng, rows = random.Random(seed), []
+    rng, drawn = random.Random(seed), []
     for _ in range(CHUNK * args.batch_size):
         family = stories if rng.random() < args.story_share else arithmetic
-        rows.append(encode(tokenizer, family.make(rng, "train"), rng.random() < THINKING))
+        drawn.append((family.make(rng, "train"), rng.random() < THINKING))
+    encoded = {mode: iter(encode(tokenizer, [p for p, thinking in drawn if thinking == mode], mode))
+               for mode in (True, False)}
+    rows = [next(encoded[thinking]) for _, thinking in drawn]
     rows.sort(key=lambda row: len(row[0]))
     batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
     rng.shuffle(batches)
@@ -170,12 +177,11 @@ def evaluate(folder: Path, tokenizer: Tokenizer, n: int) -> dict:
     for family, module in FAMILIES.items():
         problems = tasks.load(family, "test", n=n)
         for mode, thinking, temperature in MODES:
-            prompts = [tokenizer.prompt_ids(p.messages, thinking) for p in problems]
+            prompts = tokenizer.prompts([p.messages for p in problems], thinking)
             out = generate(policy, prompts, max_new_tokens=120, eos_ids=tokenizer.eos_ids,
                            temperature=temperature, depths=policy.n_layers)
-            responses = zip(out.tokens.tolist(), out.lengths, out.finished, strict=True)
-            right = [p.grade(tokenizer.decode(ids[: length - 1]), bool(finished)).strict  # without the eos
-                     for p, (ids, length, finished) in zip(problems, responses, strict=True)]
+            right = [p.grade(tokenizer.decode(r.token_ids[:-1]), r.finished).strict  # without the eos
+                     for p, r in zip(problems, out, strict=True)]
             scores[f"{family}_{mode}"] = sum(right) / n
             if mode == "think":
                 kinds = [p["kind"] for p in module.problems("test", n)]
@@ -202,7 +208,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     tokenizer = make_tokenizer(args.export)
-    model = Transformer(Config.from_dict(json.loads((args.export / "config.json").read_text())))
+    model = Transformer(Config(**config_fields(json.loads((args.export / "config.json").read_text()))))
     initialise(model)
     optimizers = make_optimizers(model)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -4,24 +4,30 @@ gsm8k       grade-school maths: {train,test}.jsonl, a parquet file, or openai/gs
 tom         theory of mind: ExploreToM's sample, a CSV file, or facebook/ExploreToM from the hub
 arithmetic  generated word problems, answered with \boxed{19}
 stories     generated Sally-Anne stories, answered with ANSWER: box
+FILE.jsonl  your own: a line a problem, with question, answer and, for a choice, choices
+FILE.py     your own: problems(split, n, seed), and grade or reward where the built-in ones won't do
 
 Train and test are disjoint: generators and single files are divided by a hash of what a problem is about.
 """
 
 import csv
 import hashlib
+import importlib.util
 import io
 import json
+import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from data import arithmetic, stories
 from data.grade import Grade, grade, number
 from data.hub import UserError, resolve
 
-TASKS = ("gsm8k", "tom", "arithmetic", "stories")
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 ANSWER = 'Think step by step, then end with a line "ANSWER: " followed by {}.'
 TOM_FILE = "ExploreToM-data-sample.csv"
@@ -38,6 +44,8 @@ class Problem:
     cot: str | None = None  # a right chain of thought, where the source has one
     program: object = None  # what a generator computed the answer with
     instruction: str = ""  # says how to answer; the embedded model was trained without
+    own_grade: Callable | None = None  # (problem, response) -> whether it is right, instead of data/grade.py
+    own_reward: Callable | None = None  # (problem, response) -> r_task of eq. (1), instead of 1 for right
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -45,7 +53,33 @@ class Problem:
         return [{"role": "user", "content": content}]
 
     def grade(self, text: str, finished: bool, think_open: bool = False) -> Grade:
-        return grade(text, self.gold, self.kind, self.choices, finished, think_open)
+        """Grade of a decoded response. One that has not finished, or not finished thinking, is never right."""
+        if self.own_grade is None or not finished:
+            return grade(text, self.gold, self.kind, self.choices, finished, think_open)
+        right = own_verdict(self.own_grade, self, text, bool)
+        return Grade(None, "own", right, right)
+
+    def reward(self, text: str, finished: bool, grade: Grade) -> float:
+        """r_task of eq. (1): 1 if the response is finished and right, else 0; or what the task's own reward says of a
+        finished response."""
+        if self.own_reward is None or not finished:
+            return float(grade.strict)
+        value = own_verdict(self.own_reward, self, text, float)
+        if not math.isfinite(value):
+            raise UserError(f"the reward of problem {self.id} is {value}: it must be a finite number")
+        return value
+
+
+def name_of(task: str) -> str:
+    """What a run records as its task: a built-in name as it is, a file by its absolute path."""
+    if task in TASKS:
+        return task
+    path = Path(task).expanduser()
+    if path.suffix not in (".py", ".jsonl"):
+        raise UserError(f"--task {task}: choose one of {', '.join(TASKS)}, or a file of your own, .py or .jsonl")
+    if not path.is_file():
+        raise UserError(f"--task {task}: no such file")
+    return str(path.resolve())
 
 
 def load(task: str, split: str, data: str | None = None, n: int | None = None,
@@ -57,17 +91,18 @@ def load(task: str, split: str, data: str | None = None, n: int | None = None,
     file; tom: the CSV file or its folder. Without it both come from the hub. A single file is divided,
     whatever its name: one question in five (tom: story) is test, by a hash of its text. Raises UserError.
     """
-    if task not in TASKS:
-        raise UserError(f"task {task!r} is unknown: choose one of {', '.join(TASKS)}")
     if split not in ("train", "test"):
         raise UserError(f"split {split!r} is unknown: choose train or test")
     if n is not None and n < 1:
         raise UserError(f"{n} problems asked for: ask for at least 1")
-    if task in ("arithmetic", "stories"):
-        if data is not None:
-            raise UserError(f"task {task} is generated and reads no data: leave out {data}")
-        return generated(task, split, n or GENERATED, seed)
-    problems = gsm8k(split, data) if task == "gsm8k" else tom(split, data)
+    task = name_of(task)
+    reads_data = TASKS.get(task) in (gsm8k, tom)
+    if data is not None and not reads_data:
+        raise UserError(f"task {task} reads no data but its own: leave out --data {data}")
+    if task in ("arithmetic", "stories") or task.endswith(".py"):
+        make = TASKS.get(task, own_module)
+        return make(task, split, n or GENERATED, seed)
+    problems = TASKS[task](split, data) if task in TASKS else own_file(task, split)
     if not problems:
         raise UserError(f"{data or task}: no problem falls into the {split} split: give a larger file, or a "
                         "folder with a file per split")
@@ -82,6 +117,71 @@ def generated(task: str, split: str, n: int, seed: int) -> list[Problem]:
         problems.append(Problem(f"{task}/{split}/{seed}/{i}", p["question"], p["answer"],
                                 "choice" if choices else "number", choices, p["cot"], p["program"]))
     return problems
+
+
+def own_problem(row: dict, where: str, name: str) -> Problem:
+    """A problem of the user's: question, answer and, for a choice, choices; instruction, if the usual one won't do."""
+    row = {key: str(value) if key == "answer" and type(value) in (int, float) else value for key, value in row.items()}
+    question, gold, choices = _field(row, "question", where), _field(row, "answer", where), row.get("choices")
+    if choices is not None:
+        if not isinstance(choices, (list, tuple)) or not all(isinstance(c, (str, int, float)) for c in choices):
+            raise UserError(f"{where}: 'choices' must be a list of texts, not {choices!r:.60}")
+        choices = tuple(str(choice).strip() for choice in choices)
+        if gold not in choices:
+            raise UserError(f"{where}: the answer {gold!r:.60} must be one of 'choices'")
+    kind = "number" if choices is None and number(gold) is not None else "choice"
+    form = BOXED if kind == "number" else ANSWER.format(" or ".join(choices) if choices else "the answer alone")
+    return Problem(name, question, gold, kind, choices,
+                   instruction=_field(row, "instruction", where) if "instruction" in row else form)
+
+
+def own_file(path: str, split: str) -> list[Problem]:
+    """The problems of a .jsonl file of the user's that fall into a split."""
+    rows = enumerate(_jsonl_rows(Path(path)))
+    problems = [own_problem(row, where, f"{Path(path).stem}/{split}/{i}") for i, (where, row) in rows]
+    return [p for p in problems if _split(" ".join(p.question.split())) == split]
+
+
+def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
+    """The problems of a Python file of the user's: its problems(split, n, seed) gives dicts or Problems, and its
+    grade(problem, response) and reward(problem, response), where there, judge the text of a response."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    with own_errors(f"--task {path}"):
+        spec.loader.exec_module(module)
+        made = list(islice(module.problems(split, n, seed), n))
+    problems = []
+    for i, p in enumerate(made):
+        where = f"{path}, problem {i}"
+        if not isinstance(p, (Problem, dict)):
+            raise UserError(f"{where}: problems() must give dicts with 'question' and 'answer', not {p!r:.60}")
+        p = p if isinstance(p, Problem) else own_problem(p, where, f"{Path(path).stem}/{split}/{seed}/{i}")
+        problems.append(replace(p, own_grade=getattr(module, "grade", None),
+                                own_reward=getattr(module, "reward", None)))
+    if not problems:
+        raise UserError(f"{path}: problems({split!r}, {n}, {seed}) gives none")
+    return problems
+
+
+def own_verdict(judge: Callable, problem: Problem, text: str, kind: type):
+    with own_errors(f"problem {problem.id}"):
+        return kind(judge(problem, text))
+
+
+@contextmanager
+def own_errors(about: str):
+    """Inside, the user's code runs: an error of its own becomes one line that says where."""
+    try:
+        yield
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(f"{about}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+
+
+def refuse_shared(problems: dict[str, list[Problem]]) -> None:
+    """Raises UserError where the splits of a task of the user's share a problem: what is trained on proves nothing."""
+    if shared := {p.question for p in problems["train"]} & {p.question for p in problems["test"]}:
+        raise UserError(f"train and test share a problem, {min(shared)!r:.80}: let problems() tell them apart")
 
 
 def gsm8k(split: str, data: str | None) -> list[Problem]:
@@ -168,7 +268,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
     import pyarrow.parquet  # slow to import, and needed for no other format
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: bad UTF-8
         raise UserError(f"{path} can't be read as parquet ({error}): download it again") from None
     for i, row in enumerate(rows):
         yield f"{path}, row {i}", row
@@ -218,3 +318,6 @@ def _hash(text: str) -> int:
 
 def _split(key: str) -> str:
     return "test" if _hash(key) % 5 == 0 else "train"
+
+
+TASKS = {"gsm8k": gsm8k, "tom": tom, "arithmetic": generated, "stories": generated}

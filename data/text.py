@@ -6,8 +6,13 @@ token that stands in a message's text stays text: only the template may write co
 
 import datetime
 import json
+import multiprocessing
+import os
 import re
+import resource
 import secrets
+import signal
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -16,16 +21,17 @@ import tokenizers
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data.hub import UserError, read_json, resolve
+from data.hub import UserError, field, read_json, read_text, resolve
 
+SECONDS, MEGABYTES, LENGTH = 10, 512, 2**20  # what a chat template may take: time and memory; a prompt's length
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, but for tab and newline
 
 
 class Tokenizer:
-    """Holds a checkpoint's tokenizer, compiled chat template and the ids that end a response."""
+    """Holds a checkpoint's tokenizer, chat template and the ids that end a response."""
 
-    def __init__(self, hf: tokenizers.Tokenizer, template: jinja2.Template, template_file: Path,
-                 special: dict[str, str], eos_ids: tuple[int, ...], pad_id: int):
+    def __init__(self, hf: tokenizers.Tokenizer, template: str, template_file: Path, special: dict[str, str],
+                 eos_ids: tuple[int, ...]):
         hf.no_truncation()  # both may be baked into tokenizer.json, and a prompt is never cut
         hf.no_padding()
         added = [token.content for token in hf.get_added_tokens_decoder().values()]
@@ -33,7 +39,9 @@ class Tokenizer:
         self._control = re.compile("|".join(control) or r"(?!)")  # (?!) matches nowhere
         self._hf, self._special = hf, special
         self._template, self._template_file = template, template_file
-        self.eos_ids, self.pad_id = eos_ids, pad_id
+        self.eos_ids = eos_ids
+        self.size = 1 + max(hf.get_vocab().values(), default=-1)
+        self._render([], True)  # names a template that can't even be compiled
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, revision: str | None = None) -> "Tokenizer":
@@ -45,17 +53,19 @@ class Tokenizer:
             hf = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises bare Exception
             raise UserError(f"{path} can't be read ({error}): download it again") from None
-        config = _read_optional(folder / "tokenizer_config.json")
-        special = {name: value["content"] if isinstance(value, dict) else value
+        config, where = _read_optional(folder / "tokenizer_config.json"), folder / "tokenizer_config.json"
+        special = {name: field(value, "content", str, f"{where}, {name}") if isinstance(value, dict) else value
                    for name, value in config.items()  # add_bos_token is a flag, others may be null
                    if name.endswith("_token") and isinstance(value, (str, dict))}
         source, template_file = _find_template(folder, config)
-        eos_ids, pad_id = _find_eos(hf, folder, special), hf.token_to_id(special.get("pad_token", ""))
-        return cls(hf, compile_template(source, template_file), template_file, special, eos_ids,
-                   eos_ids[0] if pad_id is None else pad_id)
+        return cls(hf, source, template_file, special, _find_eos(hf, folder, special))
 
     def prompt_ids(self, messages: list[dict[str, str]], enable_thinking: bool = True) -> list[int]:
-        """Ids of the rendered messages, up to where the model's answer begins.
+        """Ids of the rendered messages, up to where the model's answer begins."""
+        return self.prompts([messages], enable_thinking)[0]
+
+    def prompts(self, conversations: list[list[dict[str, str]]], enable_thinking: bool = True) -> list[list[int]]:
+        """prompt_ids of many conversations at once, which is much faster.
 
         Without control tokens in the messages the rendering is encoded in one piece, as transformers does.
         Otherwise each of them hides behind a mark that nobody can guess while the template runs, and is then
@@ -67,20 +77,38 @@ class Tokenizer:
             hidden.append(found[0])
             return f"{mark}<{len(hidden) - 1}>"
 
-        text = self._render([{**m, "content": self._control.sub(hide, m["content"])} for m in messages],
-                            enable_thinking)
-        ids = []
-        for i, part in enumerate(re.split(rf"{mark}<(\d+)>", text)):  # odd parts are indices into hidden
-            ids += self._encode_plain(hidden[int(part)]) if i % 2 else self.encode(part)
-        return ids
+        texts = self._render([[{**m, "content": self._control.sub(hide, m["content"])} for m in messages]
+                              for messages in conversations], enable_thinking)
+        prompts = []
+        for text in texts:
+            ids = []
+            for i, part in enumerate(re.split(rf"{mark}<(\d+)>", text)):  # odd parts are indices into hidden
+                ids += self._encode_plain(hidden[int(part)]) if i % 2 else self.encode(part)
+            prompts.append(ids)
+        return prompts
 
-    def _render(self, messages: list[dict[str, str]], enable_thinking: bool) -> str:
+    @cached_property
+    def can_think(self) -> bool:
+        """Whether the template's thinking mode changes the prompt."""
+        messages = [{"role": "user", "content": "."}]
+        return self.prompt_ids(messages, True) != self.prompt_ids(messages, False)
+
+    def _render(self, conversations: list[list[dict[str, str]]], enable_thinking: bool) -> list[str]:
+        def work() -> list[str]:
+            template = compile_template(self._template)
+            texts = []
+            for messages in conversations:
+                texts.append(template.render(messages=messages, tools=None, documents=None, **self._special,
+                                             add_generation_prompt=True, enable_thinking=enable_thinking))
+                if len(texts[-1].encode()) > LENGTH:  # which also fails where it isn't text
+                    raise jinja2.TemplateError(f"a prompt of {len(texts[-1])} characters")
+            return texts
+
         try:
-            return self._template.render(messages=messages, tools=None, documents=None, **self._special,
-                                         add_generation_prompt=True, enable_thinking=enable_thinking)
-        except Exception as error:  # the template is foreign code: any error is its own
-            raise UserError(f"{self._template_file}: the chat template refuses these messages "
-                            f"({type(error).__name__}: {error}): see what it expects") from None
+            return in_bounds(work, SECONDS + len(conversations) // 100)
+        except RuntimeError as error:
+            raise UserError(f"{self._template_file}: the chat template fails ({error}): see what it expects, or "
+                            f"download it again") from None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text whose control tokens count as such; nothing is added in front or behind."""
@@ -116,7 +144,50 @@ class Tokenizer:
         return self.decode(prompt_ids[-16:]).rstrip().endswith("<think>")
 
 
-def compile_template(source: str, file: Path) -> jinja2.Template:
+def in_bounds(work, seconds: int) -> list[str]:
+    """work(), which runs foreign code, in a process of its own that may take so much time and MEGABYTES of memory: no
+    check beforehand finds every way to take for ever. Raises RuntimeError with what went wrong in it."""
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+
+    def run():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+            limit(resource.RLIMIT_CPU, seconds)
+            if os.path.exists("/proc/self/statm"):
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MEGABYTES * 2**20)
+            answer = {"texts": work()}
+        except BaseException as error:  # foreign code: any error is its own
+            line = getattr(error, "lineno", None)
+            answer = {"error": (f"line {line}: " if line else "") + f"{type(error).__name__}: {error}"[:500]}
+        theirs.send_bytes(json.dumps(answer).encode())
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(seconds + 1):
+            raise RuntimeError(f"it takes more than {seconds} seconds")
+        answer = json.loads(ours.recv_bytes())
+    except EOFError:
+        raise RuntimeError(f"it takes more than {seconds} seconds or {MEGABYTES} MB") from None
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer["texts"]
+
+
+def limit(what: int, most: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(what, (most, most))
+
+
+def compile_template(source: str) -> jinja2.Template:
     """The chat template, compiled as transformers does it, in a sandbox that hides Python's internals."""
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -133,11 +204,7 @@ def compile_template(source: str, file: Path) -> jinja2.Template:
     # {% generation %} marks what the assistant wrote, for training only: it renders as its body
     source = re.sub(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})",
                     lambda tag: tag[1] + ("endif" if tag[2] else "if true"), source)
-    try:
-        return env.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{file}: line {error.lineno} of the chat template: {error.message}: "
-                        "download it again") from None
+    return env.from_string(source)
 
 
 def _read_optional(path: Path) -> dict:
@@ -146,16 +213,17 @@ def _read_optional(path: Path) -> dict:
 
 def _find_template(folder: Path, config: dict) -> tuple[str, Path]:
     """Source of the chat template and the file it is from."""
-    path = folder / "chat_template.jinja"
+    path, where = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if path.exists():
-        return path.read_text(encoding="utf-8"), path
+        return read_text(path), path
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
     if not isinstance(template, str):
         raise UserError(f"{folder} has no chat template (chat_template.jinja, or 'chat_template' in "
                         "tokenizer_config.json): use an instruction-tuned checkpoint")
-    return template, folder / "tokenizer_config.json"
+    return template, where
 
 
 def _find_eos(hf: tokenizers.Tokenizer, folder: Path, special: dict[str, str]) -> tuple[int, ...]:
@@ -163,7 +231,8 @@ def _find_eos(hf: tokenizers.Tokenizer, folder: Path, special: dict[str, str]) -
     for name in ("generation_config.json", "config.json"):
         eos = _read_optional(folder / name).get("eos_token_id")
         if eos is not None:
-            return tuple(eos) if isinstance(eos, list) else (eos,)
+            eos = eos if isinstance(eos, list) and eos else [eos]
+            return tuple(field({"eos_token_id": eos}, "eos_token_id", list, folder / name, 0, 2**24))
     eos = hf.token_to_id(special.get("eos_token", ""))
     if eos is None:
         raise UserError(f"{folder}: no eos token is named: add 'eos_token_id' to generation_config.json")

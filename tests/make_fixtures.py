@@ -1,7 +1,8 @@
-"""Makes the golden fixtures of test_model.py with transformers: `python tests/make_fixtures.py` (5.23.0, torch 2.13.0).
+"""Makes the golden fixtures with transformers: `python tests/make_fixtures.py` (5.23.0, torch 2.13.0).
 
-Each folder is a checkpoint as transformers writes it, plus golden.safetensors with input ids and the logits that
-transformers' own eager attention gives. Every parameter is randomised; C != D/H and K < H.
+Each folder is a checkpoint as transformers writes it, plus golden.safetensors with input ids, the logits that
+transformers' own eager attention gives, and those it gives when tokens freeze at given depths. Every parameter is
+randomised; C != D/H and K < H.
 """
 
 from pathlib import Path
@@ -35,6 +36,18 @@ def random_hf_model(kind: str, tied: bool, seed: int, **changes):
     return model
 
 
+@torch.no_grad()
+def frozen_logits(model, ids, depths):
+    """The method in transformers' own network: after each layer a hook puts back the streams of the tokens that had
+    stopped before it. Later keys and values of these are then made from the frozen stream by the library's code."""
+    hooks = [layer.register_forward_hook(lambda _, args, new, i=i: torch.where(depths[..., None] > i, new, args[0]))
+             for i, layer in enumerate(model.model.layers)]
+    logits = model(ids).logits
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
 def main() -> None:
     cases = [(kind, tied, torch.float32) for kind in CLASSES for tied in (True, False)]
     for seed, (kind, tied, dtype) in enumerate([*cases, ("qwen3", True, torch.bfloat16)]):
@@ -42,10 +55,13 @@ def main() -> None:
         name = f"{kind}-{'tied' if tied else 'untied'}" + ("-bf16" if dtype == torch.bfloat16 else "")
         model.save_pretrained(FIXTURES / name)
         (FIXTURES / name / "generation_config.json").unlink(missing_ok=True)
-        ids = torch.randint(0, SIZES["vocab_size"], (2, 13), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, SIZES["vocab_size"], (2, 13), generator=generator)
+        depths = torch.randint(1, 3, (2, 13), generator=generator)
         with torch.no_grad():
             logits = model(ids).logits
-        save_file({"ids": ids, "logits": logits}, FIXTURES / name / "golden.safetensors")
+        save_file({"ids": ids, "logits": logits, "depths": depths, "frozen_logits": frozen_logits(model, ids, depths)},
+                  FIXTURES / name / "golden.safetensors")
 
 
 if __name__ == "__main__":

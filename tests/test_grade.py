@@ -115,7 +115,7 @@ def test_choice_is_extracted(response, value, rule):
 def test_numbers_are_compared_by_value_and_only_boxes_and_marks_are_strict(gold, response, strict, flexible):
     """Else 18 and 18.00 differ, or a reward pays for numbers in passing."""
     got = grade(response, gold, "number")
-    assert (got.strict, got.flexible, got.finished) == (strict, flexible, True)
+    assert (got.strict, got.flexible) == (strict, flexible)
 
 
 KNOWS = ("knows about it", "does not know about it")
@@ -150,7 +150,7 @@ def test_a_choice_counts_only_when_it_alone_is_named(gold, choices, response, st
     assert (got.strict, got.flexible) == (strict, flexible)
 
 
-UNFINISHED = Grade(None, None, False, False, False)
+NO_ANSWER = Grade(None, None, False, False)
 
 
 @pytest.mark.parametrize("response, think_open, strict", [
@@ -167,13 +167,13 @@ UNFINISHED = Grade(None, None, False, False, False)
 def test_only_the_text_behind_the_thoughts_is_graded(response, think_open, strict):
     """Else a number in passing within the thoughts, or a half thought, is taken for the answer."""
     got = grade(response, "18", "number", think_open=think_open)
-    assert got == UNFINISHED if strict is None else (got.finished, got.strict) == (True, strict)
+    assert got == NO_ANSWER if strict is None else got.strict == strict
 
 
-def test_a_response_that_was_cut_off_is_unfinished_whatever_it_says():
+def test_a_response_that_was_cut_off_has_no_answer_whatever_it_says():
     """Else truncation is counted as wrong, or half a number as right."""
-    assert grade(r"\boxed{18}", "18", "number", finished=False) == UNFINISHED
-    assert grade("ANSWER: box", "box", "choice", finished=False) == UNFINISHED
+    assert grade(r"\boxed{18}", "18", "number", finished=False) == NO_ANSWER
+    assert grade("ANSWER: box", "box", "choice", finished=False) == NO_ANSWER
 
 
 @pytest.mark.parametrize("text", [

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from exits import load_policy, save_policy
-from tests.toys import KINDS, randomise, toy_model, toy_policy
+from checkpoints import load_policy, save_policy
+from tests.toys import KINDS, assert_close, randomise, toy_model, toy_policy
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -27,12 +27,12 @@ def hf_copy(model):
 
 
 def assert_same_logits(ours, theirs, base):
-    """To 1e-5 of the largest |logit|, where the adapter itself changes them by over 1%."""
+    """To rounding, 1e-4 of the largest |logit|, where the adapter itself changes them by over 1%."""
     ids = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         a, b, unadapted = ours(ids), theirs(ids).logits, base(ids)
     assert (a - unadapted).abs().max() > 0.01 * b.abs().max()
-    assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    assert_close(a, b, 1e-4)
 
 
 @pytest.mark.parametrize("kind, tied", KINDS)

@@ -1,6 +1,7 @@
 """The HTML page: whatever a model writes stays text, every token survives the trip, and the file is whole or absent."""
 
 import copy
+import html
 import json
 import os
 import re
@@ -11,14 +12,17 @@ from html.parser import HTMLParser
 import pytest
 
 import report
+from data import hub
 
 HOSTILE = [
     *("<script>alert(1)</script>", "</script>", "</SCRIPT >", "<!--", "-->", "]]>", "</style>", "</div></main>", "<p>"),
-    *("&", "&lt;", '"', "'", '" onmouseover="alert(1)', "\\", "\\u003c", "${1}", "%s", "<img src=http://x.example>"),
+    *("&", "&lt;", '"', "'", '" onmouseover="alert(1)', "\\", "\\u003c", "${1}", "%s", "$script", "$$", "<img src=http://x.example>"),
     *("\x00", "\x07", "\x1b[31m", "\r", "\x7f", "\x85", "\t", "\n", "\n\n", " ", "", "\u2028", "\u2029"),
     *("\u202e", "\ufeff", "\ud83d", "\udc00 tail", "\ufffd\ufffd", "語", "مرحبا", " 👩‍👧", "\uffff"),
 ]
 VOID = {"meta"}
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(not BROWSER, reason="needs Chromium")
 
 
 def make_record(strings=("14", " +", " 5", "\n"), marker="plain") -> dict:
@@ -28,7 +32,7 @@ def make_record(strings=("14", " +", " 5", "\n"), marker="plain") -> dict:
     lens = [[[strings[k], 0.5], [strings[-k], 0.25]] for k in range(4)]
     run = {
         "tokens": list(strings), "depths": [[2, 4, 6, 7][t % 4] for t in range(T)], "correct": True, "finished": True,
-        "exit_probs": [[0.12345, 0.5, 1.0]] * T, "top": [lens] * T, "value": marker,
+        "exit_probs": [[0.12345, 0.5 + t / 100, 1.0] for t in range(T)], "top": [lens] * T, "value": marker,
     }  # fmt: skip
     base = run | {"depths": [7] * T, "exit_probs": [], "correct": False, "value": None}
     base_metric = metric | {"name": "base", "exit_histogram": {"7": 1.0}}
@@ -69,32 +73,54 @@ def embedded(text: str) -> dict:
     return json.loads(Walk(text).text("script")[0])
 
 
+def without_data(walk: Walk) -> list[tuple[str, str]]:
+    first = walk.texts.index(("script", walk.text("script")[0]))
+    return walk.texts[:first] + walk.texts[first + 1 :]
+
+
 def luminance(colour: str) -> float:
-    """WCAG 2 relative luminance, from its definition."""
-    digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
-    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    """WCAG 2 relative luminance of rgb(r,g,b), #000 or #fff, from its definition."""
+    if colour[0] == "#":
+        colour = {"#000": "0 0 0", "#fff": "255 255 255"}[colour]
+    parts = [int(digits) / 255 for digits in re.findall(r"\d+", colour)]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def browse(tmp_path, record: dict, probe: str, width: int = 1280):
+    """What the JavaScript `probe` returns of the drawn page (d: its document, w: its window), without console output.
+
+    The page stands in a frame, because a headless window is never as narrow as a telephone.
+    """
+    text = json.dumps(report.page(record)).replace("<", "\\u003c")
+    (tmp_path / "outer.html").write_text(f"""<!doctype html><meta charset="utf-8"><pre></pre>
+        <iframe style="border: 0; width: {width}px; height: 800px"></iframe><script>
+        const frame = document.querySelector("iframe"), probe = (w, d) => {{ {probe} }};
+        frame.onload = () => document.querySelector("pre").textContent =
+            JSON.stringify(probe(frame.contentWindow, frame.contentDocument));
+        frame.srcdoc = {text};
+        </script>""", encoding="utf-8")
+    flags = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+             "disable-component-update", "disable-sync", "enable-logging=stderr", "virtual-time-budget=5000",
+             f"user-data-dir={tmp_path / 'profile'}", "dump-dom")
+    done = subprocess.run([BROWSER, *(f"--{flag}" for flag in flags), (tmp_path / "outer.html").as_uri()],
+                          capture_output=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
+    return json.loads(html.unescape(re.search("<pre>(.*?)</pre>", done.stdout, re.DOTALL)[1]))
 
 
 @pytest.mark.parametrize("string", HOSTILE)
 def test_no_string_becomes_markup(tmp_path, string):
     """If it fails, a question or a sampled token can break the page or run a script in the reader's browser."""
-    report.write_page(tmp_path / "page.html", make_record([string, "a", "b", string], string))
+    record = make_record([string, "a", "b", string], string)
+    report.write_page(tmp_path / "page.html", record | {"headline": string})
     text = (tmp_path / "page.html").read_bytes().decode("utf-8")
     walk, plain = Walk(text), Walk(report.page(make_record()))
+    assert embedded(text)["title"] == string
     assert walk.tags == plain.tags  # attributes included: the hostile page has the elements of a harmless one
+    assert without_data(walk) == without_data(plain)
     assert [attrs for tag, attrs in walk.tags if tag == "script"] == [{"type": "application/json", "id": "data"}, {}]
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
-
-
-def test_questions_answers_and_names_are_shown_as_written():
-    """If it fails, escaping eats text instead of quoting it: '<b>' in a question must be readable as '<b>'."""
-    string = "a < b & \"c\" 'd' <b>语</b>"
-    text = Walk(report.page(make_record(marker=string)))
-    for tag in ("title", "h1", "code", "small", "p", "b", "h3"):
-        assert string in text.text(tag), tag
-    assert f"✓ correct · {string}" in text.text("span")
 
 
 def test_page_asks_for_nothing_from_outside():
@@ -116,16 +142,15 @@ def test_every_token_comes_back_from_the_embedded_data():
     record = make_record(HOSTILE)
     data = embedded(report.page(record))
     assert (data["n_layers"], data["exits"]) == (7, [2, 4, 6]) and len(set(data["strings"])) == len(data["strings"])
-    for got, run in zip(data["problems"][0], record["problems"][0]["runs"].values(), strict=True):
+    for got, run in zip(data["problems"][0]["runs"], record["problems"][0]["runs"].values(), strict=True):
         assert [data["strings"][i] for i in got["tokens"]] == run["tokens"] and got["depths"] == run["depths"]
         assert len(got["top"]) == len(HOSTILE) and len(got["exit_probs"]) == len(run["exit_probs"])
         for t, depth in enumerate(run["depths"]):
             reached = sum(d <= depth for d in (2, 4, 6, 7))
-            for flat, lens in zip(got["top"][t], run["top"][t][:reached], strict=True):
-                assert [data["strings"][i] for i in flat[::2]] == [token for token, _ in lens]
-                assert [m / 1000 for m in flat[1::2]] == [p for _, p in lens]
+            for pairs, lens in zip(got["top"][t], run["top"][t][:reached], strict=True):
+                assert [[data["strings"][i], m / 1000] for i, m in pairs] == lens
             if run["exit_probs"]:
-                assert got["exit_probs"][t] == [123, 500, 1000][:reached]
+                assert got["exit_probs"][t] == [123, 500 + 10 * t, 1000][:reached]
 
 
 def test_nothing_is_embedded_past_a_tokens_own_depth():
@@ -145,61 +170,152 @@ def test_probabilities_that_are_not_finite_become_null():
     record["problems"][0]["runs"]["plain"]["exit_probs"] = [[float("nan"), float("inf"), 0.5]] * 4
     text = report.page(record)
     assert not re.search(r"NaN|Infinity", Walk(text).text("script")[0])
-    assert embedded(text)["problems"][0][1]["exit_probs"][2] == [None, None, 500]
+    assert embedded(text)["problems"][0]["runs"][1]["exit_probs"][2] == [None, None, 500]
 
 
-@pytest.mark.parametrize("n", range(1, 13))
-def test_each_depth_has_its_own_legible_colour(n):
+@needs_browser
+def test_questions_answers_names_and_tokens_are_shown_as_written(tmp_path):
+    """If it fails, escaping eats text instead of quoting it: '<b>' in a question must be readable as '<b>'."""
+    string = "a < b & \"c\" 'd' <b>语</b>"
+    got = browse(tmp_path, make_record(HOSTILE, string) | {"headline": string}, """
+        return {texts: ["h1", "#headline", "code", "article small", ".question", "article p b", "caption", "thead th",
+                    "h3", "option"].map(name => [...d.querySelectorAll(name)].map(node => node.textContent)),
+                title: d.title, elements: d.querySelectorAll("p b b, td b b, h3 b, img").length,
+                tokens: [...d.querySelectorAll(".tokens")].map(box => [...box.children].map(s => s.textContent))};""")
+    for texts in got["texts"]:
+        assert any(string in text for text in texts), texts
+    assert got["title"] == string and got["elements"] == 0
+    shown = dict(zip(HOSTILE, got["tokens"][1], strict=True))
+    pictures = {"\n": "⏎\n", "\n\n": "⏎\n⏎\n", "\t": "⇥", "\x00": "␀", "\x1b[31m": "␛[31m", "": "∅", "\u202e": "�"}
+    assert pictures.items() <= shown.items()
+    for string in ("<script>alert(1)</script>", "&lt;", "\\u003c", "$script", " 👩‍👧", "مرحبا"):
+        assert shown[string] == string
+
+
+@needs_browser
+def test_each_depth_has_its_own_legible_colour(tmp_path):
     """If it fails, two depths look alike (to a colour-blind reader: lightness must fall), or text can't be read."""
-    record = make_record()
-    record["exits"], record["n_layers"], record["problems"] = list(range(1, n)), n, []
-    text = report.page(record)
-    rules = re.findall(r"\.d(\d+) \{ background: (#\w{6}); color: (#\w{3}); \}", text)
-    assert [int(k) for k, _, _ in rules] == list(range(n))
-    light = [luminance(ground) for _, ground, _ in rules]
-    assert all(a > b + 0.01 for a, b in zip(light, light[1:], strict=False))
-    for _, ground, ink in rules:
-        high, low = sorted((luminance(ground), luminance(ink)), reverse=True)
-        assert (high + 0.05) / (low + 0.05) >= 4.5
-    legend = re.search(r'<div class="legend">(.*?)</div>', text)[1]
-    assert [f'class="d{k}">{k + 1} of {n}<em> layers' in legend for k in range(n)] == [True] * n
+    palettes = browse(tmp_path, make_record(), "return Array.from({length: 12}, (_, i) => w.colours(i + 1));")
+    for n, palette in enumerate(palettes, 1):
+        grounds, inks = zip(*[map(luminance, pair) for pair in palette], strict=True)
+        assert len(palette) == n and all(a > b + 0.01 for a, b in zip(grounds, grounds[1:], strict=False))
+        for pair in zip(grounds, inks, strict=True):
+            assert (max(pair) + 0.05) / (min(pair) + 0.05) >= 4.5
 
 
-def test_table_and_bars_carry_the_numbers():
-    """If it fails, the page's numbers aren't those of the evaluation."""
-    text = report.page(make_record())
-    numbers, bars = (re.search(rf'class="{name}">.*?<tbody>(.*?)</tbody>', text)[1] for name in ("numbers", "hist"))
-    rows = re.findall(r"<tr><th>(.*?)<small>.*?<td>(.*?)</td><td>(.*?)</td></tr>", numbers)
-    assert {name: value for name, _, value in rows} == {
-        "Accuracy": "62.5%<small>50.0% – 75.0%</small>", "Early exit rate": "12.3%", "Layer savings": "4.6%",
-        "Average compute": "95.4%", "Total compute": "81.3", "Length": "90.0", "Finished": "98.7%", "Responses": "211",
-    }  # fmt: skip
-    assert re.findall(r'class="d(\d)" style="width:([\d.]+%)"></u></i><b>([\d.]+%)', bars) == [
-        ("0", "0.00%", "0.0%"), ("0", "12.50%", "12.5%"), ("1", "0.00%", "0.0%"), ("1", "25.00%", "25.0%"),
-        ("2", "0.00%", "0.0%"), ("2", "0.00%", "0.0%"), ("3", "100.00%", "100.0%"), ("3", "62.50%", "62.5%"),
-    ]  # fmt: skip
-
-
-def test_each_response_says_how_it_ended_and_what_it_cost():
-    """If it fails, an unfinished response is taken for a wrong one, or a cost is off."""
+@needs_browser
+def test_page_carries_the_numbers(tmp_path):
+    """If it fails, the page's numbers aren't those of the evaluation, or an unfinished response is taken for wrong."""
     record = make_record()
     runs = record["problems"][0]["runs"]
     runs["cut"] = copy.deepcopy(runs["plain"]) | {"finished": False}
-    walk = Walk(report.page(record))
-    assert [t for t in walk.text("span") if t[0] in "✓✗…"] == ["✗ wrong", "✓ correct · plain", "… unfinished · plain"]
-    costs = [text for text in walk.text("small") if text.startswith("average compute")]
-    assert costs[:2] == [  # depths 2 + 4 + 6 + 7 of 4 x 7
+    got = browse(tmp_path, record | {"headline": "One sentence."}, """
+        const texts = name => [...d.querySelectorAll(name)].map(node => node.textContent);
+        return {headline: texts("#headline"), verdicts: texts("h3 span"), costs: texts(".response small"),
+                rows: [...d.querySelectorAll("#results tbody tr")].map(({cells}) =>
+                    [cells[0].firstChild.data, cells[2].firstChild.data, cells[2].textContent]),
+                bars: [...d.querySelectorAll("#histograms u")].map(bar => [bar.className, bar.style.width,
+                    ...[...bar.closest("tr").cells].map(cell => cell.textContent)])};""")
+    assert got["headline"] == ["One sentence."]
+    assert {name: value for name, value, _ in got["rows"]} == {
+        "Accuracy": "62.5%", "Early exit rate": "12.3%", "Layer savings": "4.6%", "Average compute": "95.4%",
+        "Total compute": "81.3", "Length": "90.0", "Finished": "98.7%", "Responses": "211",
+    }  # fmt: skip
+    assert got["rows"][0][2] == "62.5%50.0% – 75.0%"
+    assert got["bars"] == [
+        ["d0", "0%", "2", "0.0%"], ["d1", "0%", "4", "0.0%"], ["d2", "0%", "6", "0.0%"], ["d3", "100%", "7", "100.0%"],
+        ["d0", "12.5%", "2", "12.5%"], ["d1", "25%", "4", "25.0%"], ["d2", "0%", "6", "0.0%"],
+        ["d3", "62.5%", "7", "62.5%"],
+    ]  # fmt: skip
+    assert got["verdicts"] == ["✗ wrong", "✓ correct · plain", "… unfinished · plain"]
+    assert got["costs"][:2] == [  # depths 2 + 4 + 6 + 7 of 4 x 7
         "average compute 100.0% · length 4 · total compute 4.0", "average compute 67.9% · length 4 · total compute 2.7"
     ]  # fmt: skip
 
 
-def test_empty_record_makes_a_page():
-    """If it fails, a model that answers nothing, or an evaluation without transcripts, ends in a traceback."""
+@needs_browser
+def test_a_token_tells_its_exits_to_mouse_and_keyboard(tmp_path):
+    """If it fails, hovering or tabbing to a token shows nothing, or another token's probabilities."""
+    hovered, left, focused, walked, escaped = browse(tmp_path, make_record(), """
+        const token = d.querySelectorAll(".tokens")[1].children[1], tip = d.getElementById("tip");
+        const over = node => node.dispatchEvent(new w.MouseEvent("mouseover", {bubbles: true}));
+        const press = key => d.activeElement.dispatchEvent(new w.KeyboardEvent("keydown", {key, bubbles: true}));
+        const told = () => tip.hidden ? null : [...tip.querySelectorAll("p, tbody tr")].map(node => node.innerText
+            .split(/\\s+/).join(" ").trim());
+        return [() => over(token), () => over(d.body), () => token.focus(), () => press("ArrowRight"),
+                () => press("Escape")].map(act => { act(); return told(); });""")
+    assert hovered == focused == ["␣+ exit after 4 of 7 layers token 2 of 4", "2 12% 14 50% 14 25%",
+                                  "4 51% ␣+ 50% ⏎ 25%", "6 not run: the stream is frozen from here on", "7"]
+    assert walked[0] == "␣5 exit after 6 of 7 layers token 3 of 4"
+    assert left is None and escaped is None
+
+
+@needs_browser
+def test_filters_leave_what_they_name(tmp_path):
+    """If it fails, a reader who asks for one run's wrong answers or for one depth looks at others."""
+    record = make_record()
+    record["problems"] += copy.deepcopy(record["problems"])
+    record["problems"][1]["runs"]["plain"]["finished"] = False
+    got = browse(tmp_path, record, """
+        const choose = (name, value) => {
+            d.getElementById(name).value = value;
+            d.getElementById(name).dispatchEvent(new w.Event("change", {bubbles: true}));
+        };
+        const drawn = name => [...d.querySelectorAll(name)].filter(node => node.getClientRects().length);
+        const left = () => [drawn("article").length, drawn(".response h3").map(h3 => h3.textContent),
+                            d.getElementById("count").textContent];
+        const marked = () => [...d.querySelectorAll(".tokens span")].map((span, i) =>
+            w.getComputedStyle(span).backgroundColor === "rgba(0, 0, 0, 0)" ? "" : span.className).join("");
+        const results = [left(), marked()];
+        choose("verdict", "wrong"), results.push(left());
+        choose("run", "plain"), results.push(left());
+        choose("verdict", "unfinished"), results.push(left());
+        const button = d.querySelectorAll("#depths button")[1];
+        button.click(), results.push(marked(), button.getAttribute("aria-pressed"));
+        button.click(), results.push(marked(), button.getAttribute("aria-pressed"));
+        return results;""")
+    base, cut, marked = "base✗ wrong", "plain… unfinished · plain", 2 * (4 * "d3" + "d0d1d2d3")
+    assert got == [[2, [base, "plain✓ correct · plain", base, cut], "4 of 4 responses"], marked,
+                   [2, [base, base], "2 of 4 responses"], [0, [], "0 of 4 responses"], [1, [cut], "1 of 4 responses"],
+                   "d1d1", "true", marked, "false"]
+
+
+@needs_browser
+def test_a_telephone_needs_no_sideways_scroll(tmp_path):
+    """If it fails, the page slides sideways on a small screen, names are cut, or bars can't be compared."""
+    record = make_record(["word" * 50, " +", " 5", "\n"], "a question, name or answer of some length " + 100 * "x")
+    names = ("base", "stage 1 a-run-with-a-long-name", "s")
+    record["metrics"] = [record["metrics"][0] | {"name": name} for name in names]
+    got = browse(tmp_path, record, """
+        const tip = d.getElementById("tip"), results = d.getElementById("results"), lines = d.createRange();
+        const tips = [...d.querySelectorAll(".tokens span")].map(span => {
+            span.focus();
+            return tip.getBoundingClientRect();
+        });
+        return {window: w.innerWidth, page: d.documentElement.scrollWidth, body: d.body.scrollWidth,
+                tips: tips.map(box => [box.left, box.right]), bars: [...d.querySelectorAll("#histograms i")].map(
+                    bar => bar.getBoundingClientRect().width), table: [results.scrollWidth, results.clientWidth],
+                names: [...d.querySelectorAll("#results thead th:not(:empty)")].map(th => {
+                    lines.selectNodeContents(th);
+                    return [lines.getClientRects().length, th.scrollWidth - th.clientWidth];
+                })};""", width=400)
+    assert got["window"] == 400 and got["page"] <= 400 and got["body"] <= 400
+    assert all(0 <= left < right <= 400 for left, right in got["tips"])
+    assert max(got["bars"]) - min(got["bars"]) < 0.1 and min(got["bars"]) > 50
+    assert got["table"][0] > got["table"][1]  # it scrolls inside its own box
+    assert got["names"] == [[1, 0]] * 3
+
+
+@needs_browser
+def test_empty_record_makes_a_page(tmp_path):
+    """If it fails, a model that answers nothing, or an evaluation without transcripts, leaves the page blank."""
     record = make_record()
     empty = dict(tokens=[], depths=[], exit_probs=[], top=[], correct=False, finished=False, value=None)
     record["problems"][0]["runs"] = {"base": empty}
-    assert "average compute 0.0% · length 0" in report.page(record)
-    assert Walk(report.page(record | {"problems": [], "metrics": []})).tags
+    costs = "return d.querySelector('.response small').textContent"
+    assert browse(tmp_path, record, costs) == "average compute 0.0% · length 0 · total compute 0.0"
+    bare = record | {"problems": [], "metrics": []}
+    assert browse(tmp_path, bare, "return d.getElementById('count').textContent") == "0 of 0 responses"
 
 
 @pytest.mark.parametrize("key, value", [("depths", [2]), ("exit_probs", [[0.5]]), ("top", [[]]), ("depths", [3] * 4)])
@@ -224,7 +340,7 @@ def test_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         assert path.read_bytes() == first
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(hub.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         report.write_page(path, make_record(marker="second"))
     assert path.read_bytes() == first and os.listdir(tmp_path) == ["page.html"]

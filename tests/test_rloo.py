@@ -1,4 +1,4 @@
-"""Stage 2 against enumeration and nested loops."""
+"""Stage 2 against enumeration and the reference."""
 
 import argparse
 import itertools
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import rloo
-from exits import collate, score, teacher_pass
-from model import Sequences, rope
-from tests.toys import toy_policy
+from exits import base_pass, collate, score
+from sample import generate
+from tests.toys import assert_close, reference, responses, toy_policy
 
 EOS, VOCAB, STEPS = 0, 3, 2
 LAM, BETA = 0.7, 0.5
@@ -17,96 +17,71 @@ PROMPT = [2, 1]
 
 
 def tiny_policy():
-    policy = toy_policy(3, exits=(1, 2), rank=2, num_hidden_layers=3, vocab_size=VOCAB)
+    policy = toy_policy(3, exits=(1, 2), rank=2, num_hidden_layers=3, vocab_size=VOCAB).double()
     for adapter in policy.adapters:
         adapter.lora_B.data.mul_(4)  # far from the base, so that the KL's gradient weighs
     return policy
 
 
-def responses():
-    """Every response of at most two tokens over 3 tokens and 3 depths: (tokens, depths). eos ends it."""
-    for first, d1 in itertools.product(range(VOCAB), (1, 2, 3)):
-        if first == EOS:
-            yield [first], [d1]
-        else:
-            for second, d2 in itertools.product(range(VOCAB), (1, 2, 3)):
-                yield [first, second], [d1, d2]
+def everything(prompt=PROMPT):
+    """Every response of at most two tokens over 3 tokens and 3 depths; eos ends it."""
+    one = list(itertools.product(range(VOCAB), (1, 2, 3)))
+    ended, open_ = ([a for a in one if (a[0] == EOS) == end] for end in (True, False))
+    actions = [[a] for a in ended] + [[a, b] for a in open_ for b in one]
+    tokens, depths = ([[step[part] for step in a] for a in actions] for part in (0, 1))
+    return responses([prompt] * len(actions), tokens, depths)
 
 
-def task_reward(tokens):
-    return float(tokens[-1] == EOS and len(tokens) == 2)
+def task_reward(r):
+    return float(r.token_ids[-1] == EOS and len(r) == 2)
 
 
-def slow_walk(policy, tokens, depths, prompt=PROMPT):
-    """log pi and the KLs of one response by hand: one sequence, plain products, no code of exits.py's scoring."""
-    ids = prompt + tokens[:-1]
-    depth = [3] * (len(prompt) - 1) + depths
-    model = policy.model
-
-    def walk(depth, heads):
-        h = model.model.embed_tokens(torch.tensor([ids]))
-        layout = Sequences((1, len(ids)), rope(len(ids), model.config, h))
-        p = []
-        for layer, block in enumerate(model.model.layers):
-            if heads and layer in (1, 2):
-                unit = h / (h.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
-                p.append(torch.sigmoid(unit @ policy.heads.weight[layer - 1] + policy.heads.bias[layer - 1])[0])
-            new = block(h[0], None, layout, layer)[None]
-            h = torch.stack([new[0, t] if depth[t] > layer else h[0, t] for t in range(len(ids))])[None]
-        return torch.softmax(model.lm_head(model.model.norm(h))[0], dim=-1), p
-
-    student, p = walk(depth, True)
-    for adapter in policy.adapters:
-        adapter.on = False
-    with torch.no_grad():
-        base, _ = walk([3] * len(ids), False)
-    for adapter in policy.adapters:
-        adapter.on = True
-    probability, kls = torch.ones(()), []
-    for t, (token, d) in enumerate(zip(tokens, depths, strict=True), start=len(prompt) - 1):
-        exit_p = {1: p[0][t], 2: (1 - p[0][t]) * p[1][t], 3: (1 - p[0][t]) * (1 - p[1][t])}[d]
-        probability = probability * exit_p * student[t, token]
-        kls.append((student[t] * (student[t] / base[t]).log()).sum())
-    return probability, torch.stack(kls).mean()
+def slow_scores(policy, rows):
+    """The reference and, of each response, sum_t log pi(l_t, x_t) and mean_t KL_t."""
+    slow = reference(policy)
+    for name in policy.trained():
+        slow.w[name.removeprefix("model.")].requires_grad_()
+    scores = [slow.score(r.prompt_ids, r.token_ids, r.depths) for r in rows]
+    return slow, [s[:2].sum() for s in scores], [s[2].mean() for s in scores]
 
 
-def gradient(policy, loss):
-    names = list(policy.trained())
-    grads = torch.autograd.grad(loss, list(policy.trained().values()), allow_unused=True, retain_graph=True)
-    assert all(g is not None for g in grads), [n for n, g in zip(names, grads, strict=True) if g is None]
-    return torch.cat([g.flatten() for g in grads])
+def gradient(loss, parameters):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
+
+
+def slow_gradient(policy, slow, loss):
+    return gradient(loss, [slow.w[name.removeprefix("model.")] for name in policy.trained()])
 
 
 def expected_loss_gradients(policy, betas):
-    """E[grad of rloo_loss] over all pairs of responses (k = 2), weighted by their probability under the policy."""
-    every = list(responses())
-    batch = collate([PROMPT] * len(every), [t for t, _ in every], [d for _, d in every], n_layers=3)
-    logp_exit, logp_token, token_kl, _ = score(policy, batch, teacher_pass(policy, batch)[0])
-    logp = rloo.per_row(logp_exit + logp_token, batch)
-    lengths = torch.tensor([float(len(t)) for t, _ in every])
-    mean_kl = rloo.per_row(token_kl, batch) / lengths
-    rewards = rloo.reward(torch.tensor([task_reward(t) for t, _ in every]),
-                          torch.tensor([sum(d) / len(d) / 3 for _, d in every]), mean_kl.detach(), LAM, BETA)
+    """E[grad of rloo_loss] over all pairs of responses (two samples), weighted by their probability."""
+    rows = everything()
+    batch = collate(rows, 3)
+    logp_exit, logp_token, token_kl, _ = score(policy, batch, base_pass(policy, batch)[0])
+    lengths = torch.tensor([len(r) for r in rows]).double()
+    logp, mean_kl = rloo.per_response(logp_exit + logp_token, batch), rloo.per_response(token_kl, batch) / lengths
+    rewards = rloo.reward(torch.tensor([task_reward(r) for r in rows]),
+                          torch.tensor([sum(r.depths) for r in rows]) / lengths / 3, mean_kl.detach(), LAM, BETA)
     p, losses = logp.detach().exp(), []
-    for i, j in itertools.product(range(len(every)), repeat=2):
+    for i, j in itertools.product(range(len(rows)), repeat=2):
         pair = torch.tensor([i, j])
         advantage = rloo.leave_one_out(rewards[pair][None]).flatten()
         losses.append([p[i] * p[j] * rloo.rloo_loss(advantage, logp[pair], mean_kl[pair], b, STEPS, 2) for b in betas])
-    return [gradient(policy, sum(loss)) for loss in zip(*losses, strict=True)]
+    return [gradient(sum(loss), list(policy.trained().values())) for loss in zip(*losses, strict=True)]
 
 
 def test_expected_gradient_is_the_exact_one():
     """If it fails, RLOO does not ascend eq. (1): a wrong baseline, a missing eos, a KL term lost or counted twice."""
-    policy = tiny_policy()
+    policy, rows = tiny_policy(), everything()
+    slow, logp, mean_kl = slow_scores(policy, rows)
     objective, total = 0.0, 0.0
-    for tokens, depths in responses():
-        probability, mean_kl = slow_walk(policy, tokens, depths)
-        R = task_reward(tokens) - LAM * sum(depths) / len(depths) / 3 - BETA * mean_kl
-        objective, total = objective + probability * R, total + probability.item()
-    assert total == pytest.approx(1.0, abs=1e-5)
-    exact = gradient(policy, -objective / STEPS)
+    for r, lp, kl in zip(rows, logp, mean_kl, strict=True):
+        reward = task_reward(r) - LAM * sum(r.depths) / len(r) / 3 - BETA * kl
+        objective, total = objective + lp.exp() * reward, total + lp.exp().item()
+    assert total == pytest.approx(1.0, abs=1e-9)
+    exact = slow_gradient(policy, slow, -objective / STEPS)
     ours, without_kl = expected_loss_gradients(policy, (BETA, 0.0))
-    assert (ours - exact).norm() < 1e-4 * exact.norm()
+    assert_close(ours, exact)
     assert (without_kl - exact).norm() > 0.1 * exact.norm()  # the referee sees the KL's own gradient missing
 
 
@@ -125,61 +100,42 @@ def test_equal_rewards_give_zero_advantage():
     assert torch.equal(rloo.leave_one_out(torch.full((2, 3), 0.25)), torch.zeros(2, 3))
 
 
-def rows_of(policy, n=6):
-    every = list(responses())[5::7][:n]
-    return [{"prompt_ids": PROMPT if i % 2 else [1], "token_ids": t, "depths": d, "task": task_reward(t),
-             "logp_exit": [0.0] * len(t), "logp_token": [0.0] * len(t)} for i, (t, d) in enumerate(every)]
+@pytest.mark.parametrize("micro_batch", [1, 4, 6])
+def test_accumulated_gradient_is_that_of_the_loss(micro_batch):
+    """The update must weigh each response's mean KL and summed log-probability as the loss does; accumulation that
+    averages averages would weigh short micro-batches more."""
+    policy = tiny_policy()
+    rows = [row for pair in zip(everything()[5::14], everything([1])[1::14], strict=False) for row in pair][:6]
+    assert {len(r) for r in rows} == {1, 2}
+    advantages = torch.randn(6, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    args = argparse.Namespace(micro_batch=micro_batch, beta=BETA, max_new_tokens=STEPS)
+    base, mean_kl, _ = rloo.score_responses(policy, with_logp(rows), micro_batch)
+    rloo.accumulate_gradient(policy, rows, advantages, base, args)
+    slow, logp, slow_kl = slow_scores(policy, rows)
+    assert_close(mean_kl, torch.stack(slow_kl))
+    loss = sum(-a * lp + BETA * kl for a, lp, kl in zip(advantages, logp, slow_kl, strict=True)) / (STEPS * 6)
+    assert_close(torch.cat([p.grad.flatten() for p in policy.trained().values()]), slow_gradient(policy, slow, loss))
 
 
-def test_micro_batches_leave_the_gradient_unchanged():
-    """Gradient accumulation that averages averages would weigh short micro-batches more."""
-    grads = []
-    for micro in (1, 4, 6):
-        policy = tiny_policy()
-        args = argparse.Namespace(micro_batch=micro, lam=LAM, beta=BETA, k=3, max_new_tokens=STEPS)
-        rows = rows_of(policy)
-        teachers, _ = rloo.score_rows(policy, rows, args)
-        rloo.accumulate_gradient(policy, rows, teachers, args)
-        grads.append(torch.cat([p.grad.flatten() for p in policy.trained().values()]))
-    assert grads[0].norm() > 0
-    for other in grads[1:]:
-        assert torch.allclose(grads[0], other, rtol=1e-4, atol=1e-6 * grads[0].norm().item())
+def with_logp(rows):
+    for r in rows:
+        r.logp_exit, r.logp_token = [0.0] * len(r), [0.0] * len(r)
+    return rows
 
 
-def test_accumulated_gradient_is_the_losss():
-    """The update must weigh each response's mean KL and summed log-probability as the loss does."""
-    policy, loss = tiny_policy(), 0.0
-    args = argparse.Namespace(micro_batch=4, lam=LAM, beta=BETA, k=3, max_new_tokens=STEPS)
-    rows = rows_of(policy)
-    teachers, _ = rloo.score_rows(policy, rows, args)
-    rloo.accumulate_gradient(policy, rows, teachers, args)
-    got = torch.cat([p.grad.flatten() for p in policy.trained().values()])
-    for row in rows:
-        probability, mean_kl = slow_walk(policy, row["token_ids"], row["depths"], row["prompt_ids"])
-        assert row["mean_kl"] == pytest.approx(mean_kl.item(), rel=1e-3)
-        loss = loss + (-row["advantage"] * probability.log() + BETA * mean_kl) / (STEPS * len(rows))
-    slow = gradient(policy, loss)
-    assert (got - slow).norm() < 1e-4 * slow.norm()
+def test_drift_is_what_the_trainer_recomputes_less_what_was_sampled():
+    """The first thing to look at when training misbehaves: an average, or one token left out, would hide it."""
+    policy = tiny_policy()
+    rows = generate(policy, [PROMPT, [1]], samples=3, max_new_tokens=4, eos_ids=[EOS])
+    assert rloo.score_responses(policy, rows, 4)[2].max() < 1e-6
+    rows[1].logp_token[-1] += 0.5
+    rows[4].logp_exit[0] -= 0.25
+    drift = rloo.score_responses(policy, rows, 4)[2]
+    assert len(drift) == 2 * sum(map(len, rows))
+    assert drift.sort().values[-3:].tolist() == pytest.approx([0.0, 0.25, 0.5], abs=1e-6)
 
 
 def test_reward_is_equation_1():
     """Sign or normalisation slips in the reward train the wrong thing silently."""
     got = rloo.reward(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.25]), torch.tensor([0.1, 0.2]), 0.4, 2.0)
     assert got.tolist() == pytest.approx([1 - 0.2 - 0.2, -0.1 - 0.4])
-
-
-def test_every_seed_and_step_has_its_own_random_numbers(monkeypatch):
-    """Else five seeds are one run, or every step draws the same numbers again."""
-    seeds = []
-
-    def stop(*_, seed, **options):
-        seeds.append(seed)
-        raise KeyError
-
-    monkeypatch.setattr(rloo, "generate", stop)
-    monkeypatch.setattr(rloo.runs, "prompt_ids", lambda *_: [])
-    for seed, step in ((0, 0), (1, 0), (0, 1)):
-        args = argparse.Namespace(seed=seed, k=2, max_new_tokens=1, rows=1, thinking=True)
-        with pytest.raises(KeyError):
-            rloo.roll_out(None, [], argparse.Namespace(eos_ids=[1]), step, args)
-    assert len(set(seeds)) == 3

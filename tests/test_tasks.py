@@ -13,6 +13,7 @@ import pytest
 from data import hub, tasks
 from data.hub import UserError
 from data.tasks import load
+from tests.commands import ROOT, lines, run
 
 ROW = {"question": "Natalia sold 48 clips, then half as many. How many?",
        "answer": "Then 48/2 = <<48/2=24>>24.\nIn all 48+24 = <<48+24=72>>1,072.\n#### 1,072"}
@@ -62,8 +63,8 @@ def test_gsm8k_row_becomes_a_problem(tmp_path):
                                  "Natalia sold 48 clips, then half as many. How many?\n"
                                  "Please reason step by step, and put your final answer within \\boxed{}."}]
     assert problem.grade(r"\boxed{1072.0}", True).strict
-    assert not problem.grade(r"\boxed{1072}", False).finished
-    assert not problem.grade(r"\boxed{1072}", True, think_open=True).finished
+    assert not problem.grade(r"\boxed{1072}", False).flexible
+    assert not problem.grade(r"\boxed{1072}", True, think_open=True).flexible
 
 
 def test_a_folders_files_are_the_splits(tmp_path):
@@ -187,7 +188,7 @@ def test_other_faults_name_the_file_and_the_remedy(tmp_path):
     with pytest.raises(UserError, match="no problem falls into the (train|test) split"):
         for split in ("train", "test"):
             load("gsm8k", split, jsonl(tmp_path / "one.jsonl", [ROW]))
-    with pytest.raises(UserError, match="'gsm' is unknown: choose one of gsm8k, tom, arithmetic, stories"):
+    with pytest.raises(UserError, match="task gsm: choose one of gsm8k, tom, arithmetic, stories"):
         load("gsm", "train")
     with pytest.raises(UserError, match="'dev' is unknown: choose train or test"):
         load("gsm8k", "dev")
@@ -295,3 +296,123 @@ def test_generated_problems_are_a_prefix_of_more_and_splits_are_disjoint(task):
     assert [p.question for p in load(task, "train", n=5, seed=3)] == [p.question for p in train[:5]]
     assert not {p.question for p in train} & {p.question for p in test}
     assert [p.question for p in load(task, "train", n=5, seed=4)] != [p.question for p in train[:5]]
+
+
+# a task of one's own
+
+def readme_blocks() -> list[str]:
+    section = (ROOT / "README.md").read_text("utf-8").partition("## Your own task")[2].partition("\n## ")[0]
+    return [block.partition("\n")[2] for block in section.split("```")[1::2]]
+
+
+@pytest.mark.parametrize("name", ["pens.jsonl", "sums.py"])
+def test_the_readmes_own_tasks_run(home, name):
+    """Else the README shows what no longer works: its blocks are run as they stand, through all three commands."""
+    blocks = dict(zip(("pens.jsonl", "sums.py"), readme_blocks(), strict=True))
+    (home / name).write_text(blocks[name])
+    few = ("--responses", 1, "--held-out", 1, "--max-new-tokens", 8, "--steps", 1, "--out", "a")
+    run("distill.py", "--model", "toy", "--task", name, *few, cwd=home)
+    run("rloo.py", "--init", "a", "--samples", 2, "--steps", 1, "--save-every", 1, "--out", "b", cwd=home)
+    done = run("evaluate.py", "a", "b", "--n", 1, "--out", "eval", cwd=home)
+    assert name in done.stdout
+    rows, (metrics,) = lines(home / "b" / "completions.jsonl"), lines(home / "b" / "metrics.jsonl")
+    if name == "sums.py":
+        wanted = [row["finished"] * (row["correct"] - 0.001 * len(row["text"])) for row in rows]
+        assert [row["reward_task"] for row in rows] == pytest.approx(wanted, abs=1e-12) and any(wanted)
+    assert metrics["reward_task"] == pytest.approx(sum(row["reward_task"] for row in rows) / len(rows))
+    assert metrics["reward"] == pytest.approx(sum(metrics[f"reward_{part}"] for part in ("task", "depth", "kl")))
+
+
+def test_a_line_of_ones_own_becomes_a_problem(tmp_path):
+    """Else numbers, choices or an instruction of one's own are lost on the way."""
+    given = [{"question": f"{i}?", "answer": 7, "note": "x"} for i in range(20)]
+    given += [{"question": f"Where is {i}?", "answer": "box", "choices": ["bag", "box"]} for i in range(20)]
+    given += [{"question": f"Say {i}", "answer": "hi", "instruction": "Whisper."} for i in range(20)]
+    path = jsonl(tmp_path / "mine.jsonl", given)
+    train, test = (load(path, split) for split in ("train", "test"))
+    assert len(train) + len(test) == 60 and not {p.question for p in train} & {p.question for p in test} and test
+    shown = {p.question: p for p in (*train, *test)}
+    number, choice, free = shown["3?"], shown["Where is 3?"], shown["Say 3"]
+    assert (number.gold, number.kind) == ("7", "number") and "\\boxed" in number.messages[0]["content"]
+    assert (choice.kind, choice.choices) == ("choice", ("bag", "box")) and "bag or box" in choice.messages[0]["content"]
+    assert free.messages[0]["content"] == "Say 3\nWhisper." and free.kind == "choice"
+    assert number.grade("\\boxed{7.0}", True).strict and not choice.grade("ANSWER: bag", True).flexible
+    assert load(path, "train", n=3, seed=1) != load(path, "train", n=3, seed=2)
+
+
+@pytest.mark.parametrize("row, named", [
+    ({"question": "a"}, "column 'answer' is missing"), ({"question": 1, "answer": "b"}, "'question' must be text"),
+    ({"question": "a", "answer": None}, "'answer' must be text"), ({"question": "a", "answer": ["b"]}, "'answer' must"),
+    ({"question": "a", "answer": "b", "choices": "bc"}, "'choices' must be a list"),
+    ({"question": "a", "answer": "b", "choices": [["b"]]}, "'choices' must be a list"),
+    ({"question": "a", "answer": "b", "choices": ["c"]}, "the answer 'b' must be one of 'choices'"),
+    ({"question": "a", "answer": "b", "instruction": 3}, "'instruction' must be text"),
+])
+def test_a_line_that_makes_no_problem_is_named(tmp_path, row, named):
+    """Else it ends in a traceback, or in answers that no grader finds right."""
+    path = jsonl(tmp_path / "mine.jsonl", [{"question": "q", "answer": "x"}, row])
+    with pytest.raises(UserError, match=f"mine.jsonl:2: .*{named}"):
+        load(path, "train")
+
+
+@pytest.mark.parametrize("code, named", [
+    ("def problems(split, n, seed)\n    return []", r"SyntaxError: .*"), ("import nothing_of_that_name", "nothing_of"),
+    ("x = 1", "has no attribute 'problems'"), ("def problems(split):\n    return []", "TypeError"),
+    ("def problems(split, n, seed):\n    return []", "gives none"),
+    ("def problems(split, n, seed):\n    return [1 / 0]", r"ZeroDivisionError: .*mine\.py:2\)"),
+    ("def problems(split, n, seed):\n    return ['x']", "must give dicts"),
+    ("def problems(split, n, seed):\n    return [{'question': 'x'}]", "problem 0: column 'answer' is missing"),
+])
+def test_a_module_that_gives_no_problems_is_told_in_one_line(tmp_path, code, named):
+    """Else the user looks for the fault in our code."""
+    (tmp_path / "mine.py").write_text(code + "\n")
+    with pytest.raises(UserError, match=named) as error:
+        load(str(tmp_path / "mine.py"), "train", n=2)
+    assert "mine.py" in str(error.value)
+
+
+@pytest.mark.parametrize("judge, named", [
+    ("grade", r"problem mine/train/0/0: ZeroDivisionError: .*mine\.py:4"),
+    ("reward", r"problem mine/train/0/0: ZeroDivisionError: .*mine\.py:4")])
+def test_a_judge_of_ones_own_decides_and_its_error_is_told(tmp_path, judge, named):
+    """Else a grader or a reward of one's own is not asked, or fails inside a training step with a traceback of ours."""
+    path = tmp_path / "mine.py"
+    code = ("def problems(split, n, seed):\n    return [{'question': 'q', 'answer': 'a'}]\n"
+            "def %s(problem, response):\n    ")
+    path.write_text(code % judge + "return {'good': 1, 'better': 2.5, 'inf': float('inf')}.get(response, 0)\n")
+    (problem,) = load(str(path), "train", n=2)
+    graded, unfinished = problem.grade("good", True), problem.grade("good", False)
+    assert graded.strict == (judge == "grade") and not unfinished.flexible
+    assert problem.reward("better", True, problem.grade("better", True)) == (1 if judge == "grade" else 2.5)
+    assert problem.reward("better", False, unfinished) == 0
+    if judge == "reward":
+        with pytest.raises(UserError, match="the reward of problem mine/train/0/0 is inf"):
+            problem.reward("inf", True, graded)
+    path.write_text(code % judge + "return 1 / 0\n")
+    (problem,) = load(str(path), "train", n=2)
+    with pytest.raises(UserError, match=named):
+        problem.reward("x", True, problem.grade("x", True))
+
+
+def test_a_task_whose_splits_share_a_problem_is_refused(home):
+    """Else the test asks what was trained on."""
+    (home / "same.py").write_text("def problems(split, n, seed):\n    return [{'question': 'q', 'answer': 1}]\n")
+    done = run("distill.py", "--model", "toy", "--task", "same.py", cwd=home, ok=False)
+    assert done.returncode == 2 and "train and test share a problem, 'q'" in done.stderr
+
+
+def test_a_file_of_another_kind_is_not_a_task(tmp_path):
+    """Else a data file given as --task is looked for among the built-in ones."""
+    for name, named in (("x.csv", "choose one of gsm8k"), ("x.jsonl", "no such file"), ("sum", "choose one of")):
+        with pytest.raises(UserError, match=named):
+            load(str(tmp_path / name), "train")
+
+
+def test_bad_utf8_in_parquet_is_told(tmp_path):
+    """Else one broken cell ends in a UnicodeDecodeError."""
+    pyarrow = pytest.importorskip("pyarrow")
+    broken = pyarrow.array([b"q\xff"]).cast(pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"question": broken, "answer": pyarrow.array(["#### 1"])})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="x.parquet can't be read as parquet"):
+        load("gsm8k", "train", str(tmp_path / "x.parquet"))

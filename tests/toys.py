@@ -4,15 +4,21 @@ Fresh norms are all 1, fresh Qwen2 biases and a fresh LoRA's B all 0: with those
 H != K, C != D/H, V is prime, and eps and the RoPE base are far from their defaults, so that reading them matters.
 """
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from exits import Policy
+from exits import Policy, Response
 from model import Config, Transformer
+from tests.reference import Reference
 
-SIZES = dict(vocab_size=61, hidden_size=20, intermediate_size=28, num_hidden_layers=6, num_attention_heads=6,
+L, EXITS = 6, (2, 4)
+SIZES = dict(vocab_size=61, hidden_size=20, intermediate_size=28, num_hidden_layers=L, num_attention_heads=6,
              num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-3, max_position_embeddings=128)
 KINDS = [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]  # (model_type, tied)
+PROMPTS = [[5, 17, 42], [9], [3, 58, 21, 0, 7, 33, 11], [60, 2]]  # ragged; 0 is also the padding
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def toy_config(**changes) -> Config:
@@ -42,7 +48,7 @@ def toy_model(seed: int = 0, **changes) -> Transformer:
 
 
 @torch.no_grad()
-def toy_policy(seed: int = 0, exits=(2, 4), rank: int = 3, **changes) -> Policy:
+def toy_policy(seed: int = 0, exits=EXITS, rank: int = 3, **changes) -> Policy:
     """A policy whose adapters change the base visibly, and whose heads take every exit now and then."""
     policy = Policy(toy_model(seed, **changes), exits, rank)
     generator = torch.Generator().manual_seed(seed + 1000)
@@ -52,3 +58,32 @@ def toy_policy(seed: int = 0, exits=(2, 4), rank: int = 3, **changes) -> Policy:
         adapter.lora_B.mul_(0.2)
     policy.heads.bias.sub_(1.0)
     return policy
+
+
+def set_heads(policy: Policy, bias: float) -> Policy:
+    """Heads that ignore the stream: a bias far below 0 closes every exit, one far above opens them all."""
+    with torch.no_grad():
+        policy.heads.weight.zero_()
+        policy.heads.bias.fill_(bias)
+    return policy
+
+
+def responses(prompts, tokens, depths) -> list[Response]:
+    """As if they had been sampled."""
+    return [Response(*row, [], []) for row in zip(prompts, tokens, depths, strict=True)]
+
+
+def reference(policy: Policy) -> Reference:
+    """The slow policy with the same parameters, in float64."""
+    weights = {name.removeprefix("model."): p.detach().double().clone() for name, p in policy.named_parameters()}
+    return Reference(weights, policy.model.config, policy.exits, policy.alpha / policy.rank)
+
+
+def assert_close(ours, wanted, tolerance: float = 1e-9) -> None:
+    """The largest difference, as a share of the largest wanted value: what rounding leaves, whatever the kernel. 1e-9
+    is for float64, where a kernel's order of sums shows at 1e-15 and any slip far above."""
+    ours, wanted = (torch.as_tensor(x, dtype=torch.double).detach() for x in (ours, wanted))
+    assert ours.shape == wanted.shape
+    if wanted.numel():
+        difference, largest = float((ours - wanted).abs().max()), float(wanted.abs().max())
+        assert difference <= tolerance * largest, f"differ by {difference}, the largest being {largest}"

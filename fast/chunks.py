@@ -1,0 +1,86 @@
+"""Vocabulary-sized tables in pieces, and few passes over each: memory that does not grow with positions x vocabulary.
+
+The plain way is function(h, *others) on all N positions at once, under autograd, with `exits.token_logp_all` and
+`exits.kl`. Beside the products with the vocabulary, what such a table costs is the number of times it is read and
+written; autograd's way from a KL back to the logits takes some ten.
+"""
+
+import torch
+
+# Tables are built for at most this many (position, token) pairs at a time. On a CPU they should stay in its caches: a
+# step of stage 1 is 1.3 times as fast as with 2^25 (bench/LOG.md).
+CHUNK, CHUNK_CPU = 2**25, 2**22
+
+
+class PerPosition(torch.autograd.Function):
+    """Values (N, ...) of a function of streams h (N, D) and other tensors, piece by piece; if `training`, also their
+    gradients by h.
+
+    A value (N,) belongs to one position, so its gradient is one row (D,): formed at once while the piece's (n, V)
+    tables are there, it is all that the backward pass needs. Parameters get no gradient: the read-out is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, function, size, training, h, *others):
+        values = gradients = None
+        for i, (here, *rest) in enumerate(zip(*(t.split(size) for t in (h, *others)), strict=True)):
+            with torch.set_grad_enabled(training):
+                here = here.detach().requires_grad_(training)
+                piece = function(here, *rest)
+                if values is None:  # whole at once: small pieces among the tables would scatter the heap
+                    values = [v.new_empty(len(h), *v.shape[1:]) for v in piece]
+                    gradients = [torch.empty_like(h) for _ in piece if training]
+                span = slice(i * size, i * size + len(here))
+                for value, v in zip(values, piece, strict=True):
+                    value[span] = v.detach()
+                for gradient, v in zip(gradients, piece, strict=False):  # no gradients but in training
+                    gradient[span] = torch.autograd.grad(v.sum(), here, retain_graph=True)[0]
+            del piece, v, here  # and their tables, before the next piece makes its own
+        ctx.save_for_backward(*gradients)
+        ctx.others = len(others)
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        h = sum(g[:, None].to(row.dtype) * row for g, row in zip(grads, ctx.saved_tensors, strict=True))
+        return None, None, None, h, *[None] * ctx.others
+
+
+def in_chunks(function, vocab: int, h: torch.Tensor, *others):
+    """function(h, *others), a tuple of values (N, ...), on pieces of (N, ...) tensors. Only h (N, D) may want a
+    gradient, and then every value must be (N,)."""
+    size = max(1, (CHUNK_CPU if h.device.type == "cpu" else CHUNK) // vocab)
+    return PerPosition.apply(function, size, torch.is_grad_enabled() and h.requires_grad, h, *others)
+
+
+def kl_in_place(p: torch.Tensor, logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+    """exits.kl of tables (n, V), given p as well; leaves p (log q - log p) in logq."""
+    return -logq.sub_(logp).mul_(p).sum(-1)
+
+
+class TokenValues(torch.autograd.Function):
+    """log p(x) and KL(p || q) of p = softmax(logits), at tokens x (n,) and another model's log q (n, V), which is used
+    up; either may be None. Their gradients by the logits need no derivative of the softmax:
+
+        d log p(x) = onehot(x) - p          d KL = p (log p - log q - KL)
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens, logq):
+        ctx.set_materialize_grads(False)
+        logp = torch.log_softmax(logits, -1)
+        p = logp.exp() if logits.requires_grad or logq is not None else None
+        logp_token = None if tokens is None else logp.gather(-1, tokens[:, None])[:, 0]
+        kl = None if logq is None else kl_in_place(p, logp, logq)
+        ctx.save_for_backward(p, tokens, logq, kl)
+        return logp_token, None if kl is None else kl.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, of_token, of_kl):
+        p, tokens, minus_terms, kl = ctx.saved_tensors
+        grad = 0
+        if of_token is not None:
+            grad = (p * -of_token[:, None]).scatter_add_(-1, tokens[:, None], of_token[:, None])
+        if of_kl is not None:
+            grad = grad + (p * kl[:, None]).add_(minus_terms).mul_(-of_kl[:, None])
+        return grad, None, None

@@ -1,0 +1,70 @@
+"""The parallel pass over whole sequences, without the work that changes nothing.
+
+Only positions that run a layer enter its query, attention output and MLP products; frozen ones give their keys and
+values; padding gives nothing. And a prompt that several sequences share is run once. The plain way is `model.Causal`
+followed by `torch.where(running, new, old)` at every layer; tests/reference.py does it so.
+"""
+
+import torch
+
+from model import Causal, causal_attention, rope
+
+
+def send(x: torch.Tensor, device) -> torch.Tensor:
+    """A small tensor of the host's, on the device; an ordinary copy would wait for all that the device has to do."""
+    return x.to(device, non_blocking=True)
+
+
+class Sequences:
+    """Where the streams of a pass over sequences (B, T) stand.
+
+    shared_from (B, T), on the host, gives every position the flat index b T + t of the one whose keys and values it
+    uses: of a prompt that several sequences have, the first one's positions run, and the others' have depth 0. With a
+    `cache`, its `rows` (B, G), on the device, get the keys and values of each sequence: so prompts are read for G
+    samples at once.
+    """
+
+    def __init__(self, shape, shared_from: torch.Tensor | None = None, cache=None, rows: torch.Tensor | None = None):
+        self.shape, self.shared_from, self.cache, self.rows = tuple(shape), shared_from, cache, rows
+
+    def run(self, model, h: torch.Tensor, segment: int, layers: range, running: torch.Tensor | None) -> torch.Tensor:
+        """Streams (B, T, D) before some layers -> after them. `running` (B, T), on the host: who runs them (None: all);
+        the others keep their streams. Who is left out of the first segment is padding."""
+        h = h.flatten(0, 1)
+        if segment == 0:
+            self.tables, self.present = rope(self.shape[1], model.config, h), running
+            self.source = None if self.shared_from is None else send(self.shared_from.flatten(), h.device)
+        if running is None or (running.all() and self.cache is None):
+            return model.run(h, layers, Causal(self.shape, *self.tables)).unflatten(0, self.shape)
+        site = Packed(self, h, running)
+        h = h.index_copy(0, site.running, model.run(h.index_select(0, site.running), layers, site))
+        return h.unflatten(0, self.shape)
+
+    def end(self, h: torch.Tensor) -> None:
+        pass
+
+
+class Packed:
+    """A site of whole sequences of which only some positions run: n of the B T, and m frozen ones."""
+
+    def __init__(self, place: Sequences, h: torch.Tensor, running: torch.Tensor):
+        self.shape, self.place = place.shape, place
+        frozen = place.present & ~running
+        self.running, self.still = (send(x.flatten().nonzero()[:, 0], h.device) for x in (running, frozen))  # flat
+        self.all = torch.cat([self.running, self.still])
+        self.cos, self.sin = (table[self.all % self.shape[1]] for table in place.tables)
+        self.frozen = h.index_select(0, self.still) if len(self.still) else None
+
+    def unpack(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Packed (n, heads, C) -> (B, T, heads, C), zero where nothing stands."""
+        x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, position, x)
+        return x.unflatten(0, self.shape)
+
+    def attend(self, layer: int, q, k, v) -> torch.Tensor:
+        """Queries (n, H, C) over keys and values (n + m, K, C) -> (n, H C)."""
+        q, k, v = self.unpack(q, self.running), self.unpack(k, self.all), self.unpack(v, self.all)
+        if self.place.source is not None:
+            k, v = (x.flatten(0, 1).index_select(0, self.place.source).view_as(x) for x in (k, v))
+        if self.place.cache is not None:
+            self.place.cache.write_prompts(layer, self.place.rows, k, v)
+        return causal_attention(q, k, v).index_select(0, self.running)

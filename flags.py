@@ -1,0 +1,160 @@
+"""The command line of the three scripts: flags with types and ranges, defaults by model, what a run passes on.
+
+A flag's type is checked before anything is loaded, and a run's recorded flags go through the same parser again.
+"""
+
+import argparse
+import filecmp
+import math
+from pathlib import Path
+
+import torch
+
+from data import tasks
+from data.hub import UserError, check_name, field
+
+EMBEDDED = Path(__file__).parent / "data" / "tiny"
+ABOUT = {"model": str, "revision": str, "task": str, "data": str, "thinking": bool, "max_new_tokens": int}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (--help explains the flags)")
+
+
+def whole(low: int, high: int = 10**6):
+    """A flag's type: a whole number in low..high."""
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text:.30} must be a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def number(low: float, high: float, above: bool = False):
+    """A flag's type: a finite number in low..high, or above low."""
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or above and value == low:
+            raise argparse.ArgumentTypeError(f"{text:.30} must be a number {'above' if above else 'from'} {low:g} "
+                                             f"{'and at most' if above else 'to'} {high:g}")
+        return value
+
+    return parse
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The flags of all three scripts."""
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Where help gives two "
+               "values, 'A / B', the flag's default is A for the embedded model and B for any other.")
+    p.add_argument("--model", help="checkpoint folder or hub id (default: the embedded one; after stage 1, its model)")
+    p.add_argument("--revision", help="branch, tag or commit of a hub model")
+    p.add_argument("--task", help=f"{', '.join(tasks.TASKS)}, or a file of your own, .py or .jsonl (default: "
+                   "arithmetic / gsm8k; after stage 1, its task and --data, --thinking and --max-new-tokens)")
+    p.add_argument("--data", help="local file or folder with the task's data (default: made here, or from the hub)")
+    p.add_argument("--thinking", action=argparse.BooleanOptionalAction,
+                   help="the chat template's thinking mode (default: on)")
+    p.add_argument("--max-new-tokens", type=whole(1), help="160 / 2048; longer responses are cut, and count as "
+                   "unfinished")
+    p.add_argument("--rows", type=whole(1), help="responses sampled at a time, 256 / what fits in half of the free "
+                   "memory; each holds a K/V cache")
+    p.add_argument("--micro-batch", type=whole(1), help="responses in one training pass, 64 / 1: memory, not results")
+    p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
+                   help="activation checkpointing, off / on: far less memory, a third more work in the update")
+    p.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
+                   help="decode by CUDA graphs: fewer launches, not yet measured (default: off)")
+    p.add_argument("--seed", type=whole(0, 10**9), default=0,
+                   help="of problems, samples, and LoRA's start (default: 0)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; bfloat16 on CUDA, else float32")
+    p.add_argument("--out", help="the run's folder (default: runs/STAGE-TIME)")
+    return p
+
+
+def replay(saved: dict, p: argparse.ArgumentParser, where) -> argparse.Namespace:
+    """A run's recorded flags, checked as if they were typed. Raises UserError for those of another version, too."""
+    known = vars(p.parse_args([])).keys()
+    if odd := sorted(known - saved.keys()) + sorted(saved.keys() - known):
+        raise UserError(f"{where}: was started by another version ({odd[0]!r:.60} is not a flag of both): start a new "
+                        f"run")
+    argv = []
+    for name, value in saved.items():
+        if isinstance(value, bool):
+            argv.append(f"--{'' if value else 'no-'}{flag(name)}")
+        elif value is not None:
+            if not isinstance(value, (str, int, float)) or "\0" in str(value):
+                raise UserError(f"{where}: {name} = {value!r:.60}: must be a number or a text")
+            argv.append(f"--{flag(name)}={value}")
+    try:
+        return p.parse_args(argv)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def name_of(model: str | None) -> str:
+    """What a run records as its model: 'embedded' for the embedded checkpoint wherever it lies, an absolute path for
+    any other folder, else a hub id. So a run outlives a move of the clone."""
+    if model in (None, "embedded"):
+        return "embedded"
+    check_name(model)
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return model
+    ours, theirs = EMBEDDED / "model.safetensors", folder / "model.safetensors"
+    same = theirs.is_file() and filecmp.cmp(ours, theirs, shallow=False)
+    return "embedded" if same else str(folder.resolve())
+
+
+def inherit(args: argparse.Namespace, config: dict, where) -> None:
+    """Fills the flags left open that say what a stage-1 run was about; what follows it should be about the same."""
+    before = {name: field(config["args"], name, kind, where, default=None) for name, kind in ABOUT.items()}
+    if args.task is not None and tasks.name_of(args.task) != before["task"]:
+        before["data"] = None
+    for name, value in before.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def settle(args: argparse.Namespace, **defaults) -> argparse.Namespace:
+    """Fills the flags left open with the value for the embedded model (first of each pair) or any other (second), and
+    refuses what can't run before anything is loaded."""
+    if args.model is not None and Path(args.model).is_absolute() and not Path(args.model).is_dir():
+        raise UserError(f"the model's folder {args.model} is not there: name it by --model")
+    args.model = name_of(args.model)
+    defaults |= {"task": ("arithmetic", "gsm8k"), "thinking": (True, True), "max_new_tokens": (160, 2048),
+                 "rows": (256, None), "micro_batch": (64, 1), "recompute": (False, True)}
+    for name, pair in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, pair[args.model != "embedded"])
+    args.task = tasks.name_of(args.task)
+    args.data = args.data and str(Path(args.data).expanduser().resolve())
+    check_device(args)
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    return args
+
+
+def check_device(args) -> None:
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device}: must be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {args.device}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA "
+                        f"devices here; use --device cpu, or install a CUDA build")
+    if args.cuda_graphs and device.type != "cuda":
+        raise UserError(f"--cuda-graphs with --device {args.device}: only CUDA has them; leave the flag out")

@@ -1,0 +1,149 @@
+"""Sampling from the policy: random numbers that belong to their place, and one loop that decodes many responses.
+
+    admit     waiting prompts enter free rows of the cache; a prompt's samples share its pass
+    compact   when no prompt waits and half of the rows are empty, the cache shrinks; not with graphs, which read its
+              tensors: their empty rows cost less than new captures
+    step      one pass of Policy.forward over the rows' last tokens; a depth and a token are drawn for each
+    record    both, with their log-probabilities, go to the response; an eos or the length limit frees its row
+
+Shapes: R rows of the cache, n of them live, E exits, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from data.hub import UserError
+from exits import Policy, Response, logp_depth, token_logp_all
+from fast.cache import Cache, fitting_rows
+from fast.chunks import in_chunks
+from fast.graphs import Graphs
+from fast.packing import Sequences, send
+
+
+def uniforms(seed: Sequence[int], rows, positions, count: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1) that depend only on (seed, row, position, index), never on the batch around them.
+
+    rows and positions broadcast against each other to some shape; returns float64 of that shape + (count,).
+    SplitMix64's finaliser (Steele et al. 2014), once for each part of the address.
+    """
+    def mix(x):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    key = np.uint64(0)
+    rows, positions = np.asarray(rows)[..., None], np.asarray(positions)[..., None]
+    with np.errstate(over="ignore"):
+        for part in (*seed, rows, positions, np.arange(count)):
+            key = mix((key ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
+    return torch.from_numpy((key >> np.uint64(11)) * 2.0**-53)
+
+
+def draw(logp_all: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Inverse-CDF samples (N,) of log-probabilities (N, V) at uniforms u (N,); sums in float64: V can be 150,000."""
+    cdf = logp_all.exp().cumsum(-1, dtype=torch.double)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logp_all.shape[-1] - 1)
+
+
+def draw_token(policy: Policy, h: torch.Tensor, u: torch.Tensor, temperature: float):
+    """Tokens (n,) and their log-probabilities (n,) from streams (n, D) at uniforms u (n,); argmax at temperature 0."""
+    def chunk(h, u):
+        logp_all = token_logp_all(policy.model, h, temperature)
+        tokens = draw(logp_all, u) if temperature else logp_all.argmax(-1)
+        return tokens, logp_all.gather(-1, tokens[:, None])[:, 0]
+
+    return in_chunks(chunk, policy.model.config.vocab_size, h, u)
+
+
+def prefill(policy: Policy, prompts: list[list[int]], cache: Cache, rows: torch.Tensor) -> None:
+    """Runs each prompt but for its last token at full depth, once for all the cache rows (P, G) that continue it. The
+    last one predicts the first token of the response, so it may exit: the first step runs it."""
+    length = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    if length.max() > 0:
+        ids = torch.zeros(len(prompts), int(length.max()), dtype=torch.long)
+        for b, prompt in enumerate(prompts):
+            ids[b, : len(prompt) - 1] = torch.tensor(prompt[:-1])
+        there = torch.arange(ids.shape[1]) < length[:, None]
+        place = Sequences(ids.shape, cache=cache, rows=send(rows, policy.device))
+        place.run(policy.model, policy.model.embed(send(ids, policy.device)), 0, range(policy.n_layers), there)
+    cache.admit(rows, length)
+
+
+@torch.no_grad()
+def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int,
+             eos_ids: Sequence[int], temperature: float = 1.0, delta: float = 0.0, depths=None,
+             seed: Sequence[int] = (0,), first_row: int = 0, rows: int | None = None, progress=None) -> list[Response]:
+    """`samples` responses to each prompt, prompt by prompt.
+
+    Exits are drawn with offset `delta`, unless `depths` prescribes them: an int for every token, or one row of
+    max_new_tokens depths a response. Response r's randomness is that of (seed, first_row + r, position), so neither
+    `rows` nor the other prompts change it. At most `rows` responses are in the cache at a time (but one prompt's
+    samples at least; default: what fits in half of the free memory). `progress`, a tqdm bar, counts ended responses.
+    Raises UserError for a prompt that is empty or leaves no room in the model's context.
+    """
+    context, L, E = policy.model.config.max_position_embeddings, policy.n_layers, len(policy.exits)
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= context - max_new_tokens:
+            raise UserError(f"prompt {i} has {len(prompt)} tokens: it must have one at least, and leave room for "
+                            f"--max-new-tokens {max_new_tokens} in a context of {context}; shorten either")
+    if max_new_tokens < 1 or samples < 1 or not prompts:
+        raise UserError("at least 1 prompt, 1 sample and 1 new token are needed")
+    responses = [Response(prompt, [], [], [], []) for prompt in prompts for _ in range(samples)]
+    if depths is not None:
+        depths = torch.as_tensor(depths).expand(len(responses), max_new_tokens)
+        if not torch.isin(depths, policy.depth_of_outcome).all():
+            raise UserError(f"prescribed depths must be among {policy.depth_of_outcome.tolist()}")
+
+    slots = max(len(prompt) for prompt in prompts) - 1 + max_new_tokens
+    weight = policy.model.lm_head.weight
+    rows = rows or fitting_rows(policy.model.config, slots, weight)
+    R = samples * min(len(prompts), max(1, rows // samples))
+    cache = Cache(policy.model.config, R, slots, E + 1, weight, Graphs() if policy.model.graphs else None)
+    holds = torch.full((R,), -1)  # the number of the response in each row of the cache, -1: none
+    token = torch.zeros(R, dtype=torch.long)  # its last token
+    admitted = 0  # prompts
+    while True:
+        free = (holds < 0).nonzero()[:, 0]
+        enter = min(len(free) // samples, len(prompts) - admitted)
+        # Several prompts share a prefill: it waits until an eighth of the rows is free.
+        if enter and (8 * len(free) >= R or enter == len(prompts) - admitted):
+            new = free[: enter * samples].view(enter, samples)
+            prefill(policy, prompts[admitted : admitted + enter], cache, new)
+            token[new] = torch.tensor([prompt[-1] for prompt in prompts[admitted : admitted + enter]])[:, None]
+            holds[new.flatten()] = torch.arange(admitted * samples, (admitted + enter) * samples)
+            admitted += enter
+        elif len(free) == len(holds):
+            return responses
+        elif admitted == len(prompts) and 2 * len(free) >= len(holds) and cache.graphs is None:
+            keep = (holds >= 0).nonzero()[:, 0]
+            cache.select(keep)
+            holds, token = holds[keep], token[keep]
+
+        live = (holds >= 0).nonzero()[:, 0]
+        number = holds[live]
+        u = torch.zeros(len(holds), E + 1, dtype=torch.double)
+        u[live] = uniforms(seed, first_row + number, cache.length[live], E + 1)  # one an exit, and the token's
+        depth = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
+        depth[live] = L if depths is None else depths[number, torch.tensor([len(responses[i]) for i in number])]
+        out = policy(send(token[:, None], policy.device), depth[:, None], u[:, None, :E] if depths is None else None,
+                     delta, cache)
+        at, depth = send(live, policy.device), out.depths[live, 0]
+        tokens, logp_token = draw_token(policy, out.h[at, 0], send(u[live, E], policy.device), temperature)
+        logp_exit = logp_depth(policy, out.exit_logits[at, 0], depth, delta)
+
+        tokens, logp_exit, logp_token = torch.stack(
+            [tokens.double(), logp_exit.double(), logp_token.double()]).cpu()  # one wait for all three
+        token[live] = tokens.long()
+        drawn = zip(token[live].tolist(), depth.tolist(), logp_exit.tolist(), logp_token.tolist(), strict=True)
+        ended = []
+        for row, i, values in zip(live.tolist(), number.tolist(), drawn, strict=True):
+            response = responses[i]
+            response.append(*values)
+            response.finished = response.token_ids[-1] in eos_ids
+            if response.finished or len(response) == max_new_tokens:
+                ended.append(row)
+        holds[ended] = -1
+        if progress is not None:
+            progress.update(len(ended))

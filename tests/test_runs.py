@@ -1,0 +1,419 @@
+"""Run folders as users treat them: killed, copied, moved, continued, compared, started twice."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import runs
+from tests import kill
+from tests.commands import RL, ROOT, SMALL, forked, lines, run, running, toy_checkpoint
+
+STAGES = [("distill.py", "one"), ("rloo.py", "two")]
+
+
+def config(folder, **changes) -> dict:
+    """A run's recorded flags, after changes to them."""
+    path = folder / "config.json"
+    whole = json.loads(path.read_text())
+    whole["args"] |= changes
+    path.write_text(json.dumps(whole))
+    return whole["args"]
+
+
+def refused(*command, home, naming: str) -> str:
+    done = run(*command, cwd=home, ok=False)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and naming in last, done.stderr
+    return last
+
+
+# killed and continued
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    home = tmp_path_factory.mktemp("unbroken")
+    return home, kill.prepare(home)
+
+
+@pytest.mark.parametrize("name, operation", [
+    ("one", "half a write to one/teacher.jsonl"), ("one", "replace one/.partial-complete.json"),
+    ("two", "half a write to two/metrics.jsonl"), ("two", "half of two/.partial-000004/optimizer.safetensors"),
+    ("two", "rmdir two/step-000001"),
+])
+def test_a_run_killed_in_the_middle_of_writing_comes_to_the_same_bits(unbroken, name, operation):
+    """Else a kill loses hours, or what follows it is another run. python tests/kill.py tries every operation."""
+    home, commands = unbroken
+    operations = (home / f"{name}.trace").read_text().splitlines()
+    at = max(i for i, what in enumerate(operations, start=1) if what == operation)
+    assert kill.broken_at(commands[name], name, home, at) == []
+
+
+def test_a_run_killed_at_any_moment_comes_to_the_same_bits(unbroken):
+    """Else only the kills that somebody thought of are survived."""
+    home, commands = unbroken
+    assert kill.broken_after(commands["two"], "two", home, 0.4) == []
+
+
+@pytest.mark.parametrize("script, name", STAGES)
+def test_a_run_without_its_last_file_completes(home, script, name):
+    """Else one killed between its last checkpoint and complete.json can never be continued."""
+    done = home / name / "complete.json"
+    before = json.loads(done.read_text())
+    done.unlink()
+    run(script, "--resume", name, cwd=home)
+    assert json.loads(done.read_text()) == before
+
+
+@pytest.mark.parametrize("script", ["distill.py", "rloo.py"])
+def test_a_checkpoint_before_any_gradient_goes_on(home, script):
+    """Else NaN in step 0 leaves a checkpoint without moments, which can't be resumed. It is counted, and written as
+    null: NaN is no JSON."""
+    flags = ("--model", "toy", *SMALL) if script == "distill.py" else ("--init", "one", *RL)
+    done = run(script, *flags[:-1], 1, "--save-every", 1, "--out", "nan", cwd=home, before=break_a_gradient)
+    assert "not finite (1 so far)" in done.stderr
+    run(script, "--resume", "nan", "--steps", 2, cwd=home)
+    first, second = (home / "nan" / "metrics.jsonl").read_text().splitlines()
+    assert "NaN" not in first and json.loads(first)["grad_norm"] is None
+    assert [json.loads(line)["skipped"] for line in (first, second)] == [1, 1]
+    json.loads((home / "nan" / "complete.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+def break_a_gradient():
+    whole = torch.nn.utils.clip_grad_norm_
+
+    def broken(params, most):
+        params[0].grad[:] = torch.nan
+        return whole(params, most)
+
+    torch.nn.utils.clip_grad_norm_ = broken
+
+
+def test_gradients_that_stay_broken_end_the_run_and_name_a_checkpoint_only_where_there_is_one(home):
+    """Else a run goes on for hours without learning, or sends its user to a folder that isn't there."""
+    done = run("distill.py", "--model", "toy", *SMALL[:-1], 9, "--out", "nan", cwd=home, ok=False,
+               before=break_a_gradient)
+    assert done.returncode == 2 and "5 gradients in a row" in done.stderr and "checkpoint" not in done.stderr
+    done = run("distill.py", "--model", "toy", *SMALL[:-1], 9, "--save-every", 2, "--out", "saved", cwd=home, ok=False,
+               before=break_a_gradient)
+    assert "the last checkpoint is saved/step-000004" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_and_names_the_run(home, number):
+    """Else Ctrl-C, or a cluster's SIGTERM, loses what came after the last checkpoint, and doesn't say how to go on."""
+    with running("rloo.py", *RL[:-1], 5000, "--init", "one", "--out", "long run", cwd=home) as process:
+        wait_for(home / "long run" / "metrics.jsonl", process)
+        os.kill(process.pid, number)
+        process.join(60)
+    said = (home / "log.err").read_text().splitlines()[-1]
+    assert process.exitcode == 128 + number and said == "stopped; python rloo.py --resume 'long run' goes on"
+    steps = len(lines(home / "long run" / "metrics.jsonl"))
+    assert (home / "long run" / f"step-{steps:06d}").exists()
+
+
+def test_a_second_signal_ends_a_step_at_once(home):
+    """Else a step that takes minutes, or for ever, can't be interrupted."""
+    with running("rloo.py", *RL, "--init", "one", "--out", "slow", cwd=home, before=endless_steps) as process:
+        wait_for(home / "slow" / ".in-step", process)
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.3)
+        assert process.exitcode is None
+        os.kill(process.pid, signal.SIGINT)
+        process.join(10)
+    assert process.exitcode == -signal.SIGINT
+
+
+def endless_steps():
+    import rloo
+
+    def endless(*args):
+        (runs.Run.current / ".in-step").touch()
+        time.sleep(60)
+
+    rloo.accumulate_gradient = endless
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.exitcode is None, "it ended early"
+        time.sleep(0.005)
+
+
+def test_a_damaged_log_is_named_and_one_cut_short_is_mended(home):
+    """Else a resumed run dies on a line, or reads a gigabyte into memory to find it."""
+    (home / "two" / "complete.json").unlink()
+    with open(home / "two" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "stale": 1}\n{"step": 8, "st')
+    run("rloo.py", "--resume", "two", cwd=home)
+    assert [row["step"] for row in lines(home / "two" / "metrics.jsonl")] == [0, 1]
+    (home / "two" / "complete.json").unlink()
+    text = (home / "two" / "completions.jsonl").read_text()
+    (home / "two" / "completions.jsonl").write_text("{}\n" + text)
+    refused("rloo.py", "--resume", "two", home=home, naming="completions.jsonl:1")
+
+
+def test_completions_are_set_aside_when_they_grow(home, monkeypatch):
+    """Else a long run writes one file of gigabytes."""
+    run("rloo.py", *RL[:-1], 3, "--save-every", 1, "--init", "one", "--out", "long", cwd=home, before=rotate_early)
+    names = sorted(path.name for path in (home / "long").glob("completions*"))
+    assert names == [f"completions-{step:06d}.jsonl" for step in (1, 2, 3)]
+    assert [row["step"] for name in names for row in lines(home / "long" / name)] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def rotate_early():
+    runs.ROTATE = 100
+
+
+def test_stray_folders_are_no_checkpoints(home):
+    """Else a copy kept beside them, or half of one, counts as the newest."""
+    shutil.copytree(home / "one" / "step-000002", home / "one" / "step-000002.bak")
+    (home / "one" / "step-000009.tmp").mkdir()
+    (home / "one" / ".partial-000009").mkdir()
+    assert runs.checkpoint(home / "one").name == "step-000002"
+
+
+# copied and moved
+
+def test_the_embedded_model_is_known_wherever_it_lies(tmp_path):
+    """Else a copy of it, or `--model data/tiny`, gets other defaults without a word, and a moved clone can't go on."""
+    shutil.copytree(ROOT / "data" / "tiny", tmp_path / "elsewhere")
+    run("distill.py", "--model", "elsewhere", "--responses", 2, "--held-out", 1, "--steps", 1, "--max-new-tokens", 4,
+        "--out", "r", cwd=tmp_path)
+    args = config(tmp_path / "r")
+    assert [args[name] for name in ("model", "task", "rank", "micro_batch")] == ["embedded", "arithmetic", 8, 64]
+    run("rloo.py", *RL[:-1], 1, "--init", "r", "--model", "elsewhere", cwd=tmp_path)
+
+
+def test_a_moved_clone_goes_on(home):
+    """Else a run ends with the folder it was started in."""
+    run("distill.py", "--responses", 2, "--held-out", 1, "--steps", 1, "--max-new-tokens", 4, "--out", "first/runs/a",
+        cwd=home)
+    run("rloo.py", *RL[:-1], 1, "--init", "first/runs/a", "--out", "first/runs/b", cwd=home)
+    shutil.rmtree(home / "first" / "runs" / "b" / "step-000001")  # so that it has to find stage 1 again
+    (home / "first" / "runs" / "b" / "complete.json").unlink()
+    (home / "first").rename(home / "second")
+    for source in (*ROOT.glob("*.py"), *(ROOT / name for name in ("data", "fast", "report", "report.py"))):
+        if source.is_dir():
+            shutil.copytree(source, home / "second" / source.name)
+        elif source.exists():
+            shutil.copy(source, home / "second")
+    done = subprocess.run([sys.executable, "rloo.py", "--resume", "runs/b"], cwd=home / "second", capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "stage 1: runs/a" in done.stdout and "evaluate.py runs/a runs/b" in done.stdout
+
+
+def test_a_moved_model_is_named_by_a_flag_and_another_one_is_refused(home):
+    """Else a run on a local model ends with that model's path, or goes on, wrong, with other weights."""
+    (home / "toy").rename(home / "there")
+    refused("rloo.py", *RL, "--init", "one", home=home, naming="name it by --model")
+    run("rloo.py", *RL[:-1], 1, "--init", "one", "--model", "there", cwd=home)
+    run("distill.py", "--resume", "one", "--model", "there", "--steps", 3, cwd=home)
+    assert config(home / "one")["model"] == str(home / "there")
+    toy_checkpoint(home / "other", seed=1)
+    for command in (("distill.py", "--resume", "one", "--steps", 4), ("rloo.py", *RL, "--init", "one"),
+                    ("evaluate.py", "one")):
+        refused(*command, "--model", "other", home=home, naming="another base model")
+
+
+def test_a_copied_run_is_a_run(home):
+    """Else runs can't be archived, shared or branched."""
+    shutil.copytree(home / "one", home / "copies" / "one")
+    shutil.rmtree(home / "one")
+    run("distill.py", "--resume", "copies/one", "--steps", 3, cwd=home)
+    run("rloo.py", *RL[:-1], 1, "--init", "copies/one", cwd=home)
+    run("evaluate.py", "copies/one", "--n", 2, "--out", "eval", cwd=home)
+
+
+# flags on resume
+
+@pytest.mark.parametrize("flags, naming", [
+    (("--lam", 7), "--lam 0.1, not 7.0"), (("--lr", 1), "--lr"), (("--out", "x"), "--out"),
+    (("--max-new-tokens", 13), "--max-new-tokens 12, not 13"), (("--no-thinking",), "--thinking"),
+    (("--task", "stories"), "--task arithmetic, not stories"), (("--steps", 2), "is complete"), ((), "is complete"),
+    (("--steps", 1), "is complete"), (("--seed", 1), "--seed 0, not 1"), (("--init", "other"), "--init"),
+])
+def test_resume_refuses_what_differs(home, flags, naming):
+    """Else a flag is ignored without a word, or a run turns into another one half-way."""
+    before = (home / "two" / "config.json").read_bytes()
+    refused("rloo.py", "--resume", "two", *flags, home=home, naming=naming)
+    assert (home / "two" / "complete.json").exists() and (home / "two" / "config.json").read_bytes() == before
+
+
+def test_resume_takes_what_it_may_and_extends(home):
+    """Else a run that should go on longer, or on another machine, has to start again."""
+    run("rloo.py", "--resume", "two", "--steps", 3, "--micro-batch", 1, "--save-every", 1, "--lam", 0.1, "--init",
+        "one", "--no-recompute", cwd=home)
+    assert (home / "two" / "step-000003").exists() and len(lines(home / "two" / "metrics.jsonl")) == 3
+    assert config(home / "two")["steps"] == 3 and json.loads((home / "two" / "complete.json").read_text())["step"] == 2
+
+
+def test_a_refused_extension_leaves_the_run_complete(home):
+    """Else a typing error costs the held-out figures."""
+    (home / "toy").rename(home / "gone")
+    refused("distill.py", "--resume", "one", "--steps", 9, home=home, naming="--model")
+    assert (home / "one" / "complete.json").exists() and config(home / "one")["steps"] == 2
+
+
+def test_a_rate_of_zero_trains_nothing(home):
+    """Else --lr 0 trains at the default rate."""
+    for script, flags in (("distill.py", ("--model", "toy", *SMALL)), ("rloo.py", ("--init", "one", *RL))):
+        run(script, *flags, "--lr", 0, "--out", f"zero-{script}", cwd=home)
+    heads = load_file(home / "zero-distill.py" / "step-000002" / "exit_heads.safetensors")
+    assert (heads["bias"] == -4).all() and (heads["weight"] == 0).all()
+    before, after = (load_file(home / run / "step-000002" / "adapter_model.safetensors")
+                     for run in ("one", "zero-rloo.py"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# two at once, and refused
+
+def test_two_runs_of_one_second_have_two_folders(home):
+    """Else they write over each other."""
+    processes = [forked(("distill.py", "--model", "toy", *SMALL), home, home / f"log{i}", before=stop_the_clock)
+                 for i in range(2)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    found = sorted(path.name for path in (home / "runs").iterdir())
+    assert found == ["distill-20260101-000000", "distill-20260101-000000-2"]
+    assert all(len(lines(home / "runs" / name / "metrics.jsonl")) == 2 for name in found)
+
+
+def stop_the_clock():
+    real = time.strftime
+    time.strftime = lambda form, *when: "20260101-000000" if form == "%Y%m%d-%H%M%S" else real(form, *when)
+
+
+def test_a_run_in_use_is_not_taken(home):
+    """Else two processes resume one run at once, and its logs hold both."""
+    with running("rloo.py", *RL[:-1], 5000, "--init", "one", "--out", "busy", cwd=home) as process:
+        wait_for(home / "busy" / "metrics.jsonl", process)
+        refused("rloo.py", "--resume", "busy", "--steps", 1, home=home, naming=f"process {process.pid} on ")
+        refused("rloo.py", *RL, "--init", "one", "--out", "busy", home=home, naming="--resume busy")
+    run("rloo.py", "--resume", "busy", "--steps", 1 + len(lines(home / "busy" / "metrics.jsonl")), cwd=home)
+
+
+def test_a_refused_run_doesnt_block_its_own_folder(home):
+    """Else the repaired command is refused for the folder that the refused one left."""
+    command = ("distill.py", "--model", "toy", *SMALL, "--out", "r")
+    refused(*command, "--max-new-tokens", 4090, home=home, naming="--max-new-tokens 4090")
+    (home / "reward.py").write_text("def problems(split, n, seed):\n    return [{'question': split, 'answer': 1}]\n"
+                                    "def reward(problem, response):\n    return 1 / 0\n")
+    rl = ("rloo.py", "--init", "one", "--out", "r", *RL)
+    assert "ZeroDivisionError" in refused(*rl, "--task", "reward.py", home=home, naming="reward.py:4)")
+    run(*rl, cwd=home)
+
+
+def test_bad_data_is_found_before_the_model_is_loaded(home):
+    """Else minutes pass before a typing error is told."""
+    (home / "bad.jsonl").write_text('{"question": \n')
+    (home / "toy" / "model.safetensors").write_bytes(b"")
+    refused("distill.py", "--model", "toy", "--data", "bad.jsonl", home=home, naming="bad.jsonl:1")
+
+
+def test_the_next_command_is_one_that_works(home):
+    """Else it names a run that the command won't take: the newest one, or one that --out put elsewhere."""
+    flags = {"rloo.py": RL, "evaluate.py": ("--n", 2, "--out", "eval")}
+    done = run("distill.py", "--model", "toy", *SMALL, "--out", "a sweep/r", cwd=home)
+    for script in ("rloo.py", "evaluate.py"):
+        (command,) = [line.removeprefix("next: python ") for line in done.stdout.splitlines() if "next: " in line]
+        done = run(*shlex.split(command), *flags[script], cwd=home)
+    assert "a sweep/r" in done.stdout
+
+
+# the base's responses of another run
+
+def test_responses_of_another_run_are_taken_as_far_as_asked_for(home):
+    """Else --responses and --held-out are ignored with --teacher."""
+    run("distill.py", "--model", "toy", *SMALL, "--responses", 4, "--responses-per-step", 4, "--held-out", 2,
+        "--teacher", "one/teacher.jsonl", "--out", "r", cwd=home)
+    rows = [row for row in lines(home / "one" / "teacher.jsonl") if "split" in row]
+    tokens = {split: [len(row["token_ids"]) for row in rows if row["split"] == split] for split in ("train", "test")}
+    assert lines(home / "r" / "metrics.jsonl")[0]["tokens"] == sum(tokens["train"][:4])
+    assert json.loads((home / "r" / "complete.json").read_text())["positions"] == sum(tokens["test"][:2])
+
+
+def test_a_run_keeps_the_responses_that_it_took(home):
+    """Else it can't go on once the other run is gone."""
+    run("distill.py", "--model", "toy", *SMALL, "--teacher", "one/teacher.jsonl", "--out", "r", cwd=home)
+    shutil.rmtree(home / "one")
+    run("distill.py", "--resume", "r", "--steps", 3, cwd=home)
+
+
+@pytest.mark.parametrize("flags, naming", [
+    (("--task", "stories"), "task 'arithmetic'"), (("--no-thinking",), "thinking True"),
+    (("--max-new-tokens", 9), "max_new_tokens 12"), (("--model", "other"), "model "),
+    (("--responses", 7), "holds 6 responses of split train, of 7"),
+    (("--held-out", 4), "holds 3 responses of split test, of 4"), (("--teacher", "none"), "none is missing"),
+])
+def test_responses_about_something_else_are_refused(home, flags, naming):
+    """Else stage 1 trains on nonsense, or ends in an IndexError."""
+    if "other" in flags:
+        toy_checkpoint(home / "other", seed=1)
+    refused("distill.py", "--model", "toy", *SMALL, "--teacher", "one/teacher.jsonl", *flags, home=home, naming=naming)
+
+
+# compared
+
+def evaluated(home, *flags):
+    done = run("evaluate.py", *flags, "--n", 2, "--max-new-tokens", 12, "--out", "eval", cwd=home)
+    return done, json.loads((home / "eval" / "evaluation.json").read_text())
+
+
+def test_runs_of_the_same_name_have_a_column_each(home):
+    """Else one of two runs named alike disappears from the comparison."""
+    for folder in ("a", "b"):
+        shutil.copytree(home / "one", home / folder / "r")
+    _, found = evaluated(home, "a/r", "b/r")
+    assert [m["name"] for m in found["metrics"]] == ["base", "stage 1 a/r", "stage 1 b/r"]
+
+
+def test_runs_about_different_things_are_not_compared_unasked(home):
+    """Else one of them is measured on a task that it never saw, and nobody is told."""
+    config(home / "two", task="stories")
+    refused("evaluate.py", "one", "two", home=home, naming="'stories'")
+    evaluated(home, "one", "two", "--task", "arithmetic")
+
+
+def test_an_unfinished_run_is_marked(home):
+    """Else a run that is half-way is taken for the result."""
+    (home / "two" / "complete.json").unlink()
+    done, found = evaluated(home, "one", "two")
+    assert [m["name"] for m in found["metrics"]] == ["base", "stage 1", "stage 2 (unfinished, step-000002)"]
+    (home / "one" / "complete.json").unlink()
+    assert "one (unfinished, step-000002)" in run("rloo.py", *RL, "--init", "one", cwd=home).stdout
+
+
+def test_an_evaluation_never_writes_into_a_run(home):
+    """Else it overwrites the run's completions."""
+    before = (home / "two" / "completions.jsonl").read_bytes()
+    refused("evaluate.py", "two", "--n", 2, "--out", "two", home=home, naming="--out two is a run")
+    assert (home / "two" / "completions.jsonl").read_bytes() == before
+
+
+def test_the_base_alone_is_evaluated(home):
+    """Else there is no baseline before the first run."""
+    done, found = evaluated(home, "base", "--model", "toy", "--task", "arithmetic")
+    assert [m["name"] for m in found["metrics"]] == ["base"] and found["metrics"][0]["exit_rate"] == 0
+    _, both = evaluated(home, "base", "one")
+    assert [m["name"] for m in both["metrics"]] == ["base", "stage 1"]
+
+
+def test_a_damaged_run_is_not_the_newest(home):
+    """Else one broken folder under runs/ stops every command that looks for the newest."""
+    shutil.copytree(home / "one", home / "runs" / "one")
+    for name, text in (("torn", '{"stage": "dis'), ("old", '{"stage": "distill", "args": {}}')):
+        (home / "runs" / name).mkdir()
+        (home / "runs" / name / "config.json").write_text(text)
+        (home / "runs" / name / "complete.json").write_text("{}")
+    assert "stage 1: " + str(home / "runs" / "one") in run("rloo.py", *RL, "--model", "toy", cwd=home).stdout
