@@ -110,6 +110,8 @@ def guarded(main) -> tuple[str | None, int]:
 
 def load_model(args) -> tuple[Transformer, Tokenizer]:
     torch.manual_seed(args.seed)  # LoRA's start
+    if args.model == "embedded":  # its products are so small that threads mostly wait for each other
+        torch.set_num_threads(1)
     where = EMBEDDED if args.model == "embedded" else args.model
     tokenizer = Tokenizer.from_pretrained(where, args.revision)
     model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype), args.device)

@@ -1,9 +1,12 @@
 """What several files of tests start from."""
 
+import os
 import re
 import shutil
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a toy's products are too small to share among threads
 
 from tests.commands import RL, SMALL, run, toy_checkpoint
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--model", str(ROOT / "data" / "tiny"), "--repeats", "1"]
+QUICK = ["--model", str(ROOT / "data" / "tiny"), "--repeats", "1", "--threads", "1"]
 
 
 @pytest.fixture
