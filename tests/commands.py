@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,8 +69,11 @@ def _child(command, cwd, log, before):
 
     import torch
 
+    from tqdm import tqdm
+
     import runs
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own would outlive a kill
     os.chdir(cwd)
     for stream, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)

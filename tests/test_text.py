@@ -215,7 +215,7 @@ def test_a_hostile_template_is_refused_in_one_line(tmp_path, template):
 
 @pytest.mark.parametrize("template", [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ 'a' * 3 * 10**8 }}",
+    "{{ 'a' * 3 * 10**9 }}",
     "{{ 'a'.center(10**9) }}",
     "{{ 10 ** (10 ** 8) }}",  # already when compiled
     "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}{{ n.a }}",
@@ -229,7 +229,8 @@ def test_a_template_without_end_is_cut_off(tmp_path, monkeypatch, template):
     with pytest.raises(UserError, match="tokenizer_config.json: the chat template fails"):
         text.Tokenizer.from_pretrained(str(tmp_path)).prompt_ids(user("x"))
     assert time.monotonic() - start < 20
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < max(most, 2**21)  # KB
+    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KB; a child starts with as much
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(most, ours + 2**20)
 
 
 def test_attributes_that_the_sandbox_hides_render_as_nothing(tmp_path):
