@@ -68,7 +68,6 @@ def _child(command, cwd, log, before):
     import importlib
 
     import torch
-
     from tqdm import tqdm
 
     import runs
