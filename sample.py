@@ -123,14 +123,15 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
 
         live = (holds >= 0).nonzero()[:, 0]
         number = holds[live]
-        u = torch.zeros(len(holds), E + 1, dtype=torch.double)
-        u[live] = uniforms(seed, first_row + number, cache.length[live], E + 1)  # one an exit, and the token's
+        u = torch.zeros(len(holds), 1 + E, dtype=torch.double)
+        # The token's comes first, so that a full-depth response does not depend on where exits would be.
+        u[live] = uniforms(seed, first_row + number, cache.length[live], 1 + E)
         depth = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
         depth[live] = L if depths is None else depths[number, torch.tensor([len(responses[i]) for i in number])]
-        out = policy(send(token[:, None], policy.device), depth[:, None], u[:, None, :E] if depths is None else None,
+        out = policy(send(token[:, None], policy.device), depth[:, None], u[:, None, 1:] if depths is None else None,
                      delta, cache)
         at, depth = send(live, policy.device), out.depths[live, 0]
-        tokens, logp_token = draw_token(policy, out.h[at, 0], send(u[live, E], policy.device), temperature)
+        tokens, logp_token = draw_token(policy, out.h[at, 0], send(u[live, 0], policy.device), temperature)
         logp_exit = logp_depth(policy, out.exit_logits[at, 0], depth, delta)
 
         tokens, logp_exit, logp_token = torch.stack(

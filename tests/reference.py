@@ -31,11 +31,11 @@ class Reference:
         return torch.sigmoid(torch.stack(z) + delta), (logits / temperature).softmax(-1)
 
     def sample(self, prompt, count, dice):
-        """Draws a response of `count` tokens, and their depths. dice(t): E + 1 random numbers for the token at t."""
+        """Draws a response of `count` tokens, and their depths. dice(t): 1 + E random numbers: for the token, and for each exit."""
         ids, depths = list(prompt), [self.L] * (len(prompt) - 1)  # a prompt runs at full depth, but for its last token
         for t in range(len(prompt) - 1, len(prompt) - 1 + count):
             p_exit, p_token = self.policy(ids, depths)
-            *coins, die = dice(t)
+            die, *coins = dice(t)
             i = [*(coin < p for coin, p in zip(coins, p_exit, strict=True)), True].index(True)  # the first to say stop
             depths.append(self.outcomes[i])
             ids.append(int((p_token[i].cumsum(0) <= die).sum()))

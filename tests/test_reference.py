@@ -41,7 +41,7 @@ def test_samples_and_scores_follow_a_table_given_by_hand(monkeypatch):
 
     monkeypatch.setattr(Reference, "policy", table)
     reference = Reference({}, SimpleNamespace(num_hidden_layers=6), exits=(2, 4), lora_scale=1.0)
-    dice = {1: (0.24, 0.1, 0.31), 2: (0.25, 0.49, 0.5), 3: (0.9, 0.5, 0.24)}
+    dice = {1: (0.31, 0.24, 0.1), 2: (0.5, 0.25, 0.49), 3: (0.24, 0.9, 0.5)}
     assert reference.sample([7, 8], 3, dice.get) == ([2, 1, 0], [2, 4, 6])
     assert seen == [([7, 8], [6]), ([7, 8, 2], [6, 2]), ([7, 8, 2, 1], [6, 2, 4])]
     logp_exit, logp_token, kl = reference.score([7, 8], [2, 1, 0], [2, 4, 6])
