@@ -31,7 +31,8 @@ class Reference:
         return torch.sigmoid(torch.stack(z) + delta), (logits / temperature).softmax(-1)
 
     def sample(self, prompt, count, dice):
-        """Draws a response of `count` tokens, and their depths. dice(t): 1 + E random numbers: for the token, and for each exit."""
+        """Draws a response of `count` tokens, and their depths. dice(t): random numbers for the token at t
+        and for each exit before it, 1 + E."""
         ids, depths = list(prompt), [self.L] * (len(prompt) - 1)  # a prompt runs at full depth, but for its last token
         for t in range(len(prompt) - 1, len(prompt) - 1 + count):
             p_exit, p_token = self.policy(ids, depths)
