@@ -286,7 +286,8 @@ def main() -> None:
     prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
     if args.teacher and run is None:  # before the run has a folder
         enough(read_responses(Path(args.teacher), model, args), prompts, args.teacher)
-    run, policy, optimizer, start = runs.begin(run, "distill", args, model, lambda: Policy(model, exits, args.rank))
+    run, policy, optimizer, start = runs.begin(run, "distill", args, model, problems["train"] + problems["test"],
+                                              lambda: Policy(model, exits, args.rank))
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers} -> {run.folder}")
     data = base_responses(run, policy, tokenizer, problems, prompts, args)
     runs.warn_unfinished(sum(r.finished for r in data["train"]) / len(data["train"]), "this stage learns nothing about "

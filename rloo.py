@@ -143,7 +143,7 @@ def main() -> None:
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(problems, model, tokenizer, args)
-    run, policy, optimizer, start = runs.begin(run, "rloo", args, model, lambda: load_policy(model, init))
+    run, policy, optimizer, start = runs.begin(run, "rloo", args, model, problems, lambda: load_policy(model, init))
     print(f"stage 1: {init}{runs.unfinished(init)}")
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers}, lambda {args.lam}, beta "
           f"{args.beta}, {args.prompts_per_step} prompts x {args.samples} samples -> {run.folder}")

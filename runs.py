@@ -1,7 +1,8 @@
 """Run folders: what is written there, how a run is stopped, killed and picked up again. And the models they are about.
 
 A run is a folder:
-    config.json      the flags, the model's revision among them, and the library versions
+    config.json      all that is needed to run it again: the flags, the model's revision among them, a hash of the
+                     problems, the versions of Python, of the libraries and of this repository
     metrics.jsonl    one line a step
     step-000100/     a checkpoint: adapter and exit heads, optimizer, state.json; renamed into place when whole
     complete.json    written last: only a run that has it counts as complete
@@ -12,12 +13,15 @@ Every random number of a step is derived from seed, step, row and position: a re
 
 import argparse
 import fcntl
+import hashlib
 import math
 import os
+import platform
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -178,7 +182,7 @@ class Run:
         self.folder, self.args, self.skipped, self.skipped_in_a_row = folder, args, 0, 0
 
     @classmethod
-    def start(cls, stage: str, args: argparse.Namespace, model: Transformer) -> "Run":
+    def start(cls, stage: str, args: argparse.Namespace, model: Transformer, problems) -> "Run":
         """A new run in a folder of its own."""
         folder = Path(args.out) if args.out else free_folder(stage)
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +192,7 @@ class Run:
         run = cls(folder, args)
         run.take()
         args.revision = model.revision
-        run.write_config(stage)
+        run.write_config(stage, problems)
         return run
 
     @classmethod
@@ -234,10 +238,11 @@ class Run:
         self.lock.flush()
         Run.current = self.folder
 
-    def write_config(self, stage: str) -> None:
+    def write_config(self, stage: str, problems) -> None:
         write_json(self.folder / "config.json", {
-            "stage": stage, "args": vars(self.args),
-            "versions": {name: version(name) for name in ("torch", "safetensors", "tokenizers")}})
+            "stage": stage, "args": vars(self.args), "problems": problems_hash(problems), "commit": commit(),
+            "versions": {"python": platform.python_version()} | {
+                name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")}})
 
     def steps(self, start: int, policy: Policy, optimizer) -> Iterator[int]:
         """The steps that are left, under self.bar. A checkpoint follows where it is due, and where a first Ctrl-C or
@@ -335,7 +340,23 @@ class Run:
         write_json(self.folder / "complete.json", summary)
 
 
-def begin(run: Run | None, stage: str, args, model: Transformer, fresh):
+def problems_hash(problems) -> str:
+    """Of what the run is about, so that data that has changed is noticed."""
+    parts = [[p.question, p.gold, p.choices] for p in problems]
+    return hashlib.sha256(as_json(parts).encode()).hexdigest()[:16]
+
+
+def commit() -> str | None:
+    """This repository's commit, "-dirty" where files differ from it; None where there is no git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def begin(run: Run | None, stage: str, args, model: Transformer, problems, fresh):
     """The run with its policy, optimizer and next step: a resumed one where it stopped, else a new one of fresh()."""
     if run and checkpoints(run.folder):
         policy, optimizer, start = run.load(model)
@@ -345,9 +366,13 @@ def begin(run: Run | None, stage: str, args, model: Transformer, fresh):
     if start > args.steps:
         raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")
     if run is None:
-        return Run.start(stage, args, model), policy, optimizer, start
+        return Run.start(stage, args, model, problems), policy, optimizer, start
+    where, ours = run.folder / "config.json", problems_hash(problems)
+    if field(read_json(where), "problems", str, where, default=ours) != ours:
+        raise UserError(f"{run.folder}: the problems of --task {args.task} are not those that it was started with: "
+                        f"restore them, or start a new run")
     (run.folder / "complete.json").unlink(missing_ok=True)  # before the new --steps: a kill between leaves it resumable
-    run.write_config(stage)
+    run.write_config(stage, problems)
     run.rewind(start)
     return run, policy, optimizer, start
 

@@ -173,6 +173,20 @@ def rotate_early():
     runs.ROTATE = 100
 
 
+def test_a_run_says_what_it_came_from_and_refuses_other_problems(home):
+    """Else nobody can run it again, or half of it is about other data."""
+    row = '{{"question": "{} + {}?", "answer": {}}}\n'
+    (home / "sums.jsonl").write_text("".join(row.format(a, 1, a + 1) for a in range(40)))
+    run("rloo.py", *RL, "--init", "one", "--task", "sums.jsonl", "--out", "sums", cwd=home)
+    whole = json.loads((home / "sums" / "config.json").read_text())
+    assert {"python", "torch"} <= set(whole["versions"]) and len(whole["problems"]) == 16
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    assert commit.returncode or whole["commit"].removesuffix("-dirty").endswith(commit.stdout.strip())
+    (home / "sums.jsonl").write_text("".join(row.format(a, 2, a + 2) for a in range(40)))
+    refused("rloo.py", "--resume", "sums", "--steps", 3, home=home, naming="sums.jsonl are not those")
+    assert (home / "sums" / "complete.json").exists()
+
+
 def test_stray_folders_are_no_checkpoints(home):
     """Else a copy kept beside them, or half of one, counts as the newest."""
     shutil.copytree(home / "one" / "step-000002", home / "one" / "step-000002.bak")
@@ -299,6 +313,7 @@ def test_a_run_in_use_is_not_taken(home):
     with running("rloo.py", *RL[:-1], 5000, "--init", "one", "--out", "busy", cwd=home) as process:
         wait_for(home / "busy" / "metrics.jsonl", process)
         refused("rloo.py", "--resume", "busy", "--steps", 1, home=home, naming=f"process {process.pid} on ")
+        assert (home / "busy" / ".lock").read_text().count("process") == 1
         refused("rloo.py", *RL, "--init", "one", "--out", "busy", home=home, naming="--resume busy")
     run("rloo.py", "--resume", "busy", "--steps", 1 + len(lines(home / "busy" / "metrics.jsonl")), cwd=home)
 
