@@ -127,6 +127,7 @@ def main() -> None:
     p.add_argument("--lr", type=flags.number(0, 10), help="peak learning rate: 0.001 / (0.1 / hidden size)")
     p.add_argument("--problems", type=flags.whole(1), help="training problems, 4096 / all")
     p.add_argument("--save-every", type=flags.whole(1), default=20, help="steps between checkpoints (default: 20)")
+    p.add_argument("--keep", type=flags.whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--init", help="stage-1 run to start from (default: the newest complete one)")
     p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps extends")
     args = p.parse_args()

@@ -41,11 +41,10 @@ from flags import EMBEDDED, flag, name_of, replay
 from model import Transformer
 
 RUNS = Path("runs")
-KEEP = 2  # checkpoints a run keeps
 MAX_SKIPPED = 5  # steps in a row with a gradient that isn't finite before a run gives up
 ROTATE = 2**28  # bytes of completions.jsonl
 FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "save_every",
-                  "resume")
+                  "keep", "resume")
 
 
 # ------------------------------------------------------------------------------------------------ starting, stopping
@@ -304,7 +303,7 @@ class Run:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         fsync(self.folder)
-        for old in checkpoints(self.folder)[:-KEEP]:
+        for old in checkpoints(self.folder)[: -self.args.keep]:
             shutil.rmtree(old)
         if completions.exists() and completions.stat().st_size > ROTATE:
             os.replace(completions, self.folder / f"completions-{step:06d}.jsonl")

@@ -161,6 +161,14 @@ def test_a_damaged_log_is_named_and_one_cut_short_is_mended(home):
     refused("rloo.py", "--resume", "two", home=home, naming="completions.jsonl:1")
 
 
+def test_as_many_checkpoints_stay_as_asked_for(home):
+    """Else a curve over training can't be drawn afterwards, or a disk fills."""
+    for keep, kept in ((2, [3, 4]), (9, [1, 2, 3, 4])):
+        run("rloo.py", *RL[:-1], 4, "--save-every", 1, "--keep", keep, "--init", "one", "--out", f"keep-{keep}",
+            cwd=home)
+        assert [c.name for c in runs.checkpoints(home / f"keep-{keep}")] == [f"step-{step:06d}" for step in kept]
+
+
 def test_completions_are_set_aside_when_they_grow(home, monkeypatch):
     """Else a long run writes one file of gigabytes."""
     run("rloo.py", *RL[:-1], 3, "--save-every", 1, "--init", "one", "--out", "long", cwd=home, before=rotate_early)
