@@ -45,7 +45,7 @@ def said(monkeypatch, capsys, *command) -> str:
 @pytest.mark.parametrize("kind, value", [
     (int, "8"), (int, 8.0), (int, True), (int, 9), (int, 0), (int, 10**400), (int, [8]), (float, "1"),
     (float, math.nan), (float, math.inf), (float, 10**400), (float, True), (bool, 1), (bool, "true"), (str, 1),
-    (str, ["x"]), (dict, []),
+    (str, ["x"]), (str, "a\0b"), (str, "\ud800"), (dict, []),
     (list, 1), (list, [1, "2"]), (list, [1, 9]), (list, [True]), (list, [1.0]), (list, [[1]]),
 ])
 def test_a_field_of_the_wrong_kind_or_range_is_named(kind, value):
@@ -223,6 +223,7 @@ def test_a_missing_gpu_is_said(tmp_path, monkeypatch, capsys):
     ({"steps": "x"}, "--steps"), ({"steps": [3]}, "steps = "), ({"lam": -1}, "--lam"),
     ({"thinking": "yes"}, "--thinking"),
     ({"help": True}, "help"), ({"device": "tpu"}, "--device"), ({"task": "gsm"}, "--task"), ({"data": "a\0b"}, "data"),
+    ({"task": "\ud800"}, "task"),
     ({"steps": True}, "steps"), ({"model": {}}, "model"), ({"samples": None}, None),
 ])
 def test_a_runs_recorded_flags_are_checked_like_typed_ones(home, monkeypatch, capsys, changes, naming):
