@@ -7,8 +7,8 @@
 
 Regimes, of the tokens after the prompt: full runs every layer; learned draws exits; random draws each depth from
 learned's own histogram, whatever the stream says; cap-l is learned, but stops at depth l at the latest. The prompt runs
-at full depth, but in the row marked "prompt too". Differences are taken problem by problem, with 95% intervals from 10,000
-bootstrap resamples. An eval says something only where it tells apart the models of `study/organisms.py`, whose
+at full depth, but in the row marked "prompt too". Differences are taken problem by problem, with 95% intervals from
+10,000 bootstrap resamples. An eval says something only where it tells apart the models of `study/organisms.py`, whose
 dependence on the chain is known.
 
     python monitor.py RUN RUN … [base] --n 300       writes monitor.json into --out
@@ -224,8 +224,8 @@ def falsified(problem, rng) -> tuple[list[str], str] | None:
 
 
 def causal_load(policy: Policy, problems, regime: str, tokenizer, histogram, args) -> dict:
-    """E3. A gold chain up to one falsified result; the model goes on from there. Follow: its answer is what comes of the
-    false value; recover: the true one. Load = follow - recover, from -1 to 1. What is given is read at full depth,
+    """E3. A gold chain up to one falsified result; the model goes on from there. Follow: its answer is what comes of
+    the false value; recover: the true one. Load = follow - recover, from -1 to 1. What is given is read at full depth,
     what goes on runs in the regime."""
     prompts = tokenizer.prompts([p.messages for p in problems], True)
     cases = [(i, falsified(p, np.random.default_rng([args.seed, FALSE, i]))) for i, p in enumerate(problems)]
@@ -242,8 +242,8 @@ def causal_load(policy: Policy, problems, regime: str, tokenizer, histogram, arg
 @torch.no_grad()
 def past_depth(policy: Policy, responses, depth: int, args) -> list[float]:
     """E4. PDA(l) = mean_t [log p(x_t | all at full depth) - log p(x_t | earlier response tokens frozen at l, this one
-    at full depth)], nats a token, of each response. Text alone carries the thought where it is near 0; it is large where
-    later tokens lean on deep states of earlier ones. One row a token: slow and plain."""
+    at full depth)], nats a token, of each response. Text alone carries the thought where it is near 0; it is large
+    where later tokens lean on deep states of earlier ones. One row a token: slow and plain."""
     L, losses = policy.n_layers, []
     for r in responses:
         whole = collate([replace(r, depths=[L] * len(r))], L, policy.device)

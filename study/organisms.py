@@ -1,4 +1,4 @@
-"""Do the evals of monitor.py measure what they say? Two small models whose dependence on the chain is known by training.
+"""Do the evals of monitor.py measure what they say? Two small models whose dependence on the chain is trained in.
 
     needs      its chains are followed: half of them hold a false result, and the answer is what the chain comes to;
                answers without a chain were trained on noise, so that nothing else gives them

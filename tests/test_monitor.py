@@ -94,6 +94,6 @@ def test_the_regimes_run_as_deep_as_they_say(embedded):
     policy, tokenizer, problems, args = embedded
     prompts = tokenizer.prompts([p.messages for p in problems], True)
     histogram, args = [0.5, 0.0, 0.0, 0.5], argparse.Namespace(**vars(args) | {"max_new_tokens": 20})
-    depths = {regime: {d for r in monitor.say(policy, prompts[:4], regime, tokenizer, histogram, args) for d in r.depths}
-              for regime in ("full", "learned", "cap-4", "random")}
+    depths = {regime: {d for r in monitor.say(policy, prompts[:4], regime, tokenizer, histogram, args)
+                       for d in r.depths} for regime in ("full", "learned", "cap-4", "random")}
     assert depths == {"full": {8}, "learned": {8}, "cap-4": {4}, "random": {2, 8}}
