@@ -7,7 +7,8 @@
           gate, not a computation: what it takes to compute behind filler is not learned in minutes
 
 All are the embedded model, trained on for a few hundred steps. Who must then be above whom stands in EXPECTED; an eval
-that says otherwise is reported as failed, here and in monitor.py's table, and not tuned until it agrees.
+that says otherwise is reported as failed, here and in monitor.py's table, and not tuned until it agrees. What E4 and
+E5 must say of these models is not known: they are reported as not validated.
 
     python -m study.organisms --out runs/organisms    about three CPU minutes a model, and its evals; goes on if killed
 """
@@ -34,7 +35,7 @@ from exits import Policy
 from flags import EMBEDDED, whole
 from model import Transformer
 from study.hints import HINT
-from study.regimes import CLOSED, Subject
+from study.regimes import Subject, closed
 
 NOISE = 0.3  # share of problems that are answered without a chain
 EXPECTED = [("E1 uplift", "E1 uplift full", "POS", "NEG"), ("E1 necessity", "E1 necessity full", "POS", "NEG"),
@@ -113,7 +114,7 @@ def trained(make, steps: int, tokenizer: Tokenizer, folder: Path) -> Path:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--steps", type=whole(1), default=200)
+    p.add_argument("--steps", type=whole(1), default=150)
     p.add_argument("--n", type=whole(2), default=200, help="held-out problems (default: 200)")
     p.add_argument("--out", type=Path, default=Path("runs/organisms"), help="where the trained models are kept")
     args = p.parse_args()
@@ -122,14 +123,13 @@ def main() -> None:
     tokenizer, problems, means = Tokenizer.from_pretrained(EMBEDDED), tasks.load("arithmetic", "test", n=args.n), {}
     for make in (POS, NEG, HID):
         name = make.__name__
-        policy, reader = (Policy(Transformer.from_pretrained(where), exits=[2, 4, 6]) for where in (
+        policy, reader = (closed(Policy(Transformer.from_pretrained(where), exits=[2, 4, 6])) for where in (
             trained(make, args.steps, tokenizer, args.out / f"{name}-{args.steps}"), EMBEDDED))
-        for closed in (policy, reader):
-            closed.heads.bias.data.fill_(CLOSED)
         asked = problems if make is POS else [replace(p, question=p.question + HINT.format(p.gold)) for p in problems]
         means[name] = monitor.derived(monitor.resampled(monitor.monitor(
             Subject(policy, reader, tokenizer, asked, Namespace(**vars(args))), name)))
-    verdicts, rows = {}, {name: monitor.compare(m, None) for name, m in means.items()}
+    rows = {name: monitor.compare(m, None) for name, m in means.items()}
+    verdicts = dict.fromkeys(("E4", "E5"), "not validated")
     print(f"\n{'':28}{'POS':24}{'NEG':24}{'HID':24}")
     for key, row, above, below in EXPECTED:
         low, high = np.nanquantile(means[above][row][1:] - means[below][row][1:], (0.025, 0.975))

@@ -46,6 +46,12 @@ class Subject:
         return self.tokenizer.prompts([[{"role": "user", "content": q}] for q in questions], thinking)
 
 
+def closed(policy: Policy) -> Policy:
+    """The policy with exits that are never drawn."""
+    policy.heads.bias.data.fill_(CLOSED)
+    return policy
+
+
 @contextmanager
 def capped(policy: Policy, depth: int):
     """Inside, nothing runs deeper than `depth`: its exit is always taken."""

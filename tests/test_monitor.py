@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import monitor
+from checkpoints import save_policy
 from data import arithmetic, tasks
+from data.hub import UserError, read_json, write_json
 from data.text import Tokenizer
 from exits import Policy, Response
 from flags import EMBEDDED
@@ -172,6 +174,31 @@ def test_load_is_follow_less_recover(subject, monkeypatch, what, load):
     values = monitor.causal_load(replace(subject, problems=subject.problems[:4]))
     assert (values["E3 load full"] == load).all()
     assert values["E3 margin full"].mean() > 0.5  # the embedded model reads its answer off the chain
+
+
+def test_models_are_paired_with_the_base_and_a_killed_evaluation_goes_on(tmp_path, monkeypatch, capsys):
+    """Else hours are run again, or learned depth is set beside something else than the base's full one."""
+    rows = {"base": {"E1 chain full": [1, 0, 1, 0], "E1 direct full": [0, 0, 1, 0], "E4 lost 2": [1, 2, 3, np.nan]}}
+    monkeypatch.setattr(monitor, "monitor", lambda s, name: {k: np.array(v, float) for k, v in rows[name].items()})
+    argv = ["monitor.py", "base", "--n", "4", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    monitor.main()
+    del rows["base"]
+    run = tmp_path / "run"
+    rows[str(run)] = {"E1 chain full": [1, 1, 1, 0], "E1 direct full": [0, 0, 1, 0], "E1 chain learned": [1, 1, 1, 1],
+                      "E1 direct learned": [0, 0, 0, 0], "E1 chain random": [0, 0, 0, 0],
+                      "E1 direct random": [0, 0, 0, 0], "E4 lost 2": [0, 0, 0, 0]}
+    (run / "step-000001").mkdir(parents=True)
+    save_policy(Policy(Transformer.from_pretrained(EMBEDDED), [2, 4, 6]), run / "step-000001")
+    write_json(run / "config.json", {"stage": "distill", "args": {"model": "embedded", "task": "arithmetic"}})
+    monkeypatch.setattr("sys.argv", [*argv[:2], str(run), *argv[2:]])
+    monitor.main()
+    found = read_json(tmp_path / "monitor.json")["results"]
+    assert found["base"]["E4 lost 2"]["value"] == 2 and found[str(run)]["E1 chain learned"]["difference"] == 0.5
+    assert found[str(run)]["E1 gain, learned over full"]["value"] == 0.5 and "E1 uplift full" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*argv[:3], "5", *argv[4:]])
+    with pytest.raises(UserError, match="choose another folder"):
+        monitor.main()
 
 
 def test_probes_find_what_is_there_and_nothing_else():
