@@ -182,7 +182,7 @@ def main() -> None:
             raise UserError("--merge needs --out DIR, the folder to write")
         return parallel.rank() or write_merged(Path(args.merge), Path(args.out), args)
 
-    columns = chosen_runs(args)
+    columns = parallel.first(lambda: chosen_runs(args))
     for run in columns.values():
         flags.inherit(args, runs.read_config(run), run / "config.json")
     args = flags.settle(args, n=(200, 100))
@@ -201,6 +201,7 @@ def main() -> None:
             print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, temperature "
                   f"{args.temperature}, delta {args.delta}")
         policy = load_policy(model, run) if run else Policy(model, exit_depths(model.config.num_hidden_layers))
+        parallel.copy(policy.trained().values())  # alike already, but where a run goes on meanwhile
         print(f"  {name}: {run or args.model}")
         for label in ([] if metrics else [BASE]) + ([name] if run else []):
             base = label == BASE

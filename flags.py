@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 from data import tasks
 from data.hub import UserError, check_name, field, is_text
 
@@ -153,6 +154,12 @@ def check_device(args) -> None:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {args.device}: must be cpu, cuda or cuda:N")
+    if parallel.size() > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"--device {args.device}: every process takes a GPU of its own; use --device cuda")
+        if parallel.neighbours() > torch.cuda.device_count() > 0:
+            raise UserError(f"{parallel.neighbours()} processes here and {torch.cuda.device_count()} GPUs: lower "
+                            f"torchrun's --nproc-per-node, or use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {args.device}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA "
                         f"devices here; use --device cpu, or install a CUDA build")
