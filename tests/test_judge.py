@@ -97,7 +97,7 @@ def test_transport_errors_are_unscored_and_a_dead_endpoint_ends_the_run(stub, tm
         ask(stub, tmp_path, pairs=[("q", str(i)) for i in range(6)])
 
 
-@pytest.mark.parametrize("status, headers", [(401, ()), (404, ()), (307, (("Location", "http://127.0.0.1:9/"),))])
+@pytest.mark.parametrize("status, headers", [(401, ()), (404, ()), (302, (("Location", "http://127.0.0.1:9/"),))])
 def test_what_every_request_would_meet_ends_in_one_line(stub, tmp_path, status, headers):
     """If it fails, a wrong key or name is sent with every response, or a redirect takes the key elsewhere."""
     with pytest.raises(UserError, match=f"HTTP {status}") as raised:
