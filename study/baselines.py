@@ -94,7 +94,7 @@ def static(depth: int):
 
 def shuffled(args, like):
     """Depths drawn i.i.d. from those of other answers."""
-    pool = [d for row in like[0] for d in row["depths"]]
+    pool = [d for row in like.rows for d in row["depths"]]
     drawn = np.random.default_rng(args.seed).choice(pool, (args.n, args.max_new_tokens))
     return lambda policy: {"depths": torch.from_numpy(drawn)}
 
@@ -126,8 +126,8 @@ def plain_rl(args, seed: int):
 
 
 def compute_of(answered) -> float:
-    rows, outcomes = answered
-    return sum(sum(row["depths"]) for row in rows) / sum(len(row["depths"]) for row in rows) / outcomes[-1]
+    depths = [d for row in answered.rows for d in row["depths"]]
+    return sum(depths) / len(depths) / answered.outcomes[-1]
 
 
 def at_compute(sweep: list, compute: float) -> list[float] | None:
@@ -170,7 +170,7 @@ def main() -> None:
     comparisons = []
 
     for name, source in weights.items():
-        full = base if name == "base" else answers(args, source, "full depth", static(base[1][-1]))
+        full = base if name == "base" else answers(args, source, "full depth", static(base.outcomes[-1]))
         points.append(point(args, full, rule="full depth", weights=name))
         for rule, make, values in (("static", static, exits), ("confidence", confidence, TAUS),
                                    ("oracle", oracle, EPS)):

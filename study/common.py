@@ -21,6 +21,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -140,9 +141,14 @@ def over_seeds(args, make) -> list[Path]:
 # --------------------------------------------------------------------------------------------- answers and metrics
 
 
-def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -> tuple[list[dict], list[int]]:
-    """One answer to each held-out problem, as evaluate.py's completions but without log-probabilities, and the depths
-    that were open to it. Sampled once; later calls read the file, as long as its first line says the same.
+class Answers(NamedTuple):
+    rows: list[dict]  # one answer to each held-out problem: evaluate.py's completions without log-probabilities
+    outcomes: list[int]  # the depths that were open to it, the last one all layers
+    path: Path
+
+
+def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -> Answers:
+    """Sampled once; later calls read the file, as long as its first line says the same.
 
     source is the folder of a run or checkpoint or, for the base's weights, a tuple of exits; rule(policy) may change
     how it exits and gives further arguments of sample.generate. `how` names the rule.
@@ -158,7 +164,7 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
     if path.exists():
         first, *rows = (parse_object(line, path) for line in read_text(path).splitlines())
         if {key: first.get(key) for key in head} == head:
-            return rows, field(first, "outcomes", list, path)
+            return Answers(rows, field(first, "outcomes", list, path), path)
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(args.problems, model, tokenizer, args)
     exits = source or exit_depths(model.config.num_hidden_layers)
@@ -172,7 +178,8 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
     outcomes = policy.depth_of_outcome.tolist()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(map(as_json, [{**head, "outcomes": outcomes}, *rows])))
-    return rows, outcomes
+    judgement(path).unlink(missing_ok=True)  # of what stood there before
+    return Answers(rows, outcomes, path)
 
 
 def digest(folder: Path) -> str:
@@ -181,7 +188,7 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def base_answers(args) -> tuple[list[dict], list[int]]:
+def base_answers(args) -> Answers:
     return answers(args, (), "full depth", lambda policy: {"depths": policy.n_layers})
 
 
@@ -193,8 +200,8 @@ def total(row: dict, layers: int) -> float:
 def point(args, answered, **about) -> dict:
     """A row of the tables: the README's metrics, and the differences from the base over the same problems, each with
     half of its 95% interval."""
-    rows, outcomes = answered
-    base, L = base_answers(args)[0], outcomes[-1]
+    rows, outcomes, _ = answered
+    base, L = base_answers(args).rows, outcomes[-1]
     metrics = {**about, **measure(rows, outcomes)}
     compute, tokens = metrics["average_compute"], sum(len(row["depths"]) for row in rows)
     spread = sum((total(row, L) - compute * len(row["depths"])) ** 2 for row in rows)  # of a ratio of sums
@@ -206,7 +213,7 @@ def point(args, answered, **about) -> dict:
 
 
 def correct(answered) -> list[float]:
-    return [float(row["correct"]) for row in answered[0]]
+    return [float(row["correct"]) for row in answered.rows]
 
 
 def mean(values) -> float:
@@ -214,13 +221,22 @@ def mean(values) -> float:
     return sum(values) / len(values)
 
 
-def judged(rows: list[dict]) -> dict:
-    """Coherence scores of answers, from study/coherence.py where it is there: {} or {"coherence": …, …}."""
+def judged(args, answered: Answers) -> dict:
+    """The columns of study/coherence.py, which the base model reads: {} where that file is not there."""
     try:
-        from study.coherence import score
+        from study.coherence import COLUMNS, score
     except ImportError:
         return {}
-    return score(rows)
+    path = judgement(answered.path)
+    if not path.exists():
+        model, _ = runs.load_model(args)
+        policy = Policy(model, exit_depths(model.config.num_hidden_layers))
+        write_json(path, score(policy, answered.rows, args.micro_batch))
+    return {name: read_json(path)[name] for name in COLUMNS}
+
+
+def judgement(path: Path) -> Path:
+    return path.with_suffix(".coherence.json")
 
 
 # ------------------------------------------------------------------------------------------------ data and figures

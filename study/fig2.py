@@ -12,7 +12,7 @@ from study import common
 from study.common import answers, base_answers, correct, mean, point
 
 SHOWN = {"accuracy": "accuracy (%)", "average_compute": "average compute (% of layers)",
-         "total_compute": "total compute (full tokens a response)", "coherence": "coherence (of 10)"}
+         "total_compute": "total compute (full tokens a response)", "coherence": "coherence (0 to 1)"}
 
 
 def on_schedule(run) -> dict:
@@ -31,7 +31,7 @@ def main() -> None:
     steps = sorted(set.intersection(*map(set, found)))
 
     def measured(answered, **about):
-        return point(args, answered, **about, **common.judged(answered[0]))
+        return point(args, answered, **about, **common.judged(args, answered))
 
     base = measured(base_answers(args))
     seeds = [{"run": run.name, "steps": [measured(answers(args, of[step]), step=step) for step in steps]}

@@ -31,11 +31,11 @@ def main() -> None:
     rows, distributions = [], []
     for name, run in (found | {BASE: None}).items():
         answered, held_out = (answers(args, run), common.last(run)) if run else (base, {})
-        rows.append(point(args, answered, name=name, paper=PAPER.get(name), **common.judged(answered[0]),
+        rows.append(point(args, answered, name=name, paper=PAPER.get(name), **common.judged(args, answered),
                           token_kl=held_out.get("token_kl"), intact=held_out.get("intact")))
         if run:
             target, learned = (held_out[which]["distribution"] for which in ("target", "learned"))
-            distributions.append({"name": name, "depths": [*exits_of(checkpoint(run)), base[1][-1]], "target": target,
+            distributions.append({"name": name, "depths": [*exits_of(checkpoint(run)), base.outcomes[-1]], "target": target,
                                   "learned": learned, "positions": held_out["positions"],
                                   "total_variation": total_variation(target, learned)})
     common.save(args, "table1", "table1", rows=rows)

@@ -45,8 +45,8 @@ def kinds_of(pieces: list[str]) -> list[str]:
 
 
 def by_kind(args, answered, tokenizer) -> list[dict]:
-    (rows, outcomes), found = answered, defaultdict(list)
-    for row in rows:
+    found, outcomes = defaultdict(list), answered.outcomes
+    for row in answered.rows:
         pieces = tokenizer.pieces(row["token_ids"])
         closed = next((i for i, piece in enumerate(pieces) if "</think>" in piece), -1)
         for i, (kind, depth) in enumerate(zip(kinds_of(pieces), row["depths"], strict=True)):
