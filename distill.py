@@ -19,9 +19,9 @@ from shlex import quote
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import flags
+import parallel
 import runs
 from checkpoints import fingerprint
 from data import tasks
@@ -41,7 +41,7 @@ from exits import (
 )
 from fast.chunks import in_chunks, kl_in_place
 from fast.packing import Sequences, send
-from sample import draw, generate, uniforms
+from sample import draw, generate_shared, uniforms
 
 RESPONSES, DEPTHS, HELD_OUT = 0, 1, 2  # purposes of random numbers
 
@@ -120,7 +120,7 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
     E, outcomes = len(policy.exits), policy.depth_of_outcome
     drawn, target = torch.zeros(E + 1), torch.zeros(E + 1, device=policy.device)
     totals, count = torch.zeros(2, dtype=torch.double, device=policy.device), sum(map(len, responses))
-    for index, batch in micro_batches(policy, responses, micro_batch):
+    for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
         u_exit = torch.full((*batch.ids.shape, E), NEVER, dtype=torch.double)
         u_exit[batch.row, batch.position] = u[:, :E]
@@ -133,6 +133,8 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         batch.depths[batch.row, batch.position] = outcomes[draw(log_q, send(u[:, E], policy.device)).cpu()]
         logp_exit, _, kl_t, _ = score(policy, batch, base_h, tokens=False)
         totals += torch.stack([kl_t.sum(), -logp_exit.sum()])
+    for sums in (drawn, target, totals):
+        parallel.add(sums)
     token_kl, cross_entropy = totals.tolist()
     return {"positions": count, "token_kl": token_kl / count, "exit_cross_entropy": cross_entropy / count,
             "intact": math.exp(-token_kl / len(responses)),
@@ -196,31 +198,40 @@ def enough(kept: dict[str, list[Response]], wanted: dict[str, list], where) -> d
     return {split: kept[split][: len(asked)] for split, asked in wanted.items()}
 
 
-def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict, args) -> dict[str, list[Response]]:
-    """The base model's own answers to the training and held-out problems: sampled once at temperature 1, or taken from
-    another run's, and kept in the run's teacher.jsonl."""
+def kept_responses(run, policy: Policy, asked: dict, args) -> dict[str, list[Response]]:
+    """What the run's teacher.jsonl, or another's, holds already."""
     path = run.folder / "teacher.jsonl"
     source = path if path.exists() or not args.teacher else Path(args.teacher)
     whole = "".join(read_text(source).rpartition("\n")[:2]) if source.exists() else ""
     write_text(path, whole or as_json(about(policy.model, args)))
     kept = read_responses(path, policy.model, args)
     if args.teacher:
-        return enough(kept, prompts, args.teacher)
-    for split, asked in prompts.items():
-        done = kept[split]
-        if [r.prompt_ids for r in done] != asked[: len(done)]:
+        return enough(kept, asked, args.teacher)
+    for split, prompts in asked.items():
+        if [r.prompt_ids for r in kept[split]] != prompts[: len(kept[split])]:
             raise UserError(f"{path} holds responses to other prompts: the task's data or the chat template has "
                             f"changed; start a new run")
-        with tqdm(total=len(asked), initial=len(done), desc=f"base, {split}") as bar, adapters_off(policy):
-            stride = 4 * (args.rows or 32)  # a kill loses at most so many, but the last rows of each wait for no others
+    return kept
+
+
+def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict, args) -> dict[str, list[Response]]:
+    """The base model's own answers to the training and held-out problems: sampled once at temperature 1, or taken from
+    another run's, and kept in the run's teacher.jsonl."""
+    kept = parallel.first(lambda: kept_responses(run, policy, prompts, args))
+    for split, asked in prompts.items():
+        done = kept[split]
+        with parallel.bar(total=len(asked), initial=len(done), desc=f"base, {split}") as bar, adapters_off(policy):
+            # A kill loses at most so many, but the last rows of each wait for no others.
+            stride = 4 * (args.rows or 32) * parallel.size()
             for i in range(len(done), len(asked), stride):
-                new = generate(policy, asked[i : i + stride], max_new_tokens=args.max_new_tokens,
-                               eos_ids=tokenizer.eos_ids, depths=policy.n_layers, rows=args.rows, progress=bar,
-                               seed=(args.seed, RESPONSES, split == "test"), first_row=i)
+                new = generate_shared(policy, asked[i : i + stride], max_new_tokens=args.max_new_tokens,
+                                      eos_ids=tokenizer.eos_ids, depths=policy.n_layers, rows=args.rows, progress=bar,
+                                      seed=(args.seed, RESPONSES, split == "test"), first_row=i)
                 run.log("teacher.jsonl", [
                     {"split": split, "id": problem.id, "prompt_ids": r.prompt_ids, "token_ids": r.token_ids,
                      "finished": r.finished} for problem, r in zip(problems[split][i:], new, strict=False)])
                 done += new
+                bar.update(len(done) - bar.n)  # what other ranks have drawn
     return kept
 
 
@@ -230,7 +241,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
     E, outcomes = len(policy.exits), policy.depth_of_outcome
     sizes = [2, E + 1, E, E, E]
     sums = torch.zeros(sum(sizes), device=policy.device)
-    for index, batch in micro_batches(policy, responses, args.micro_batch):
+    for index, batch in micro_batches(policy, responses, args.micro_batch, parallel.share(len(responses))):
         base_h, lens_h = base_pass(policy, batch)
         kl_e = lens_kl(policy.model, base_h, lens_h)
         log_q = log_target(kl_e, args.kl_factor)
@@ -247,6 +258,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
         wanted, _ = hazards(p_safe, depths, policy.exits)
         total = torch.stack([token_kl.detach().sum(), -logp_exit.detach().sum()])
         sums += torch.cat([total, args.draws * log_q.exp().sum(0), learned, wanted, reached])
+    parallel.add(sums)
     total, q_sum, learned, wanted, reached = sums.cpu().split(sizes)  # together, since each copy waits for the device
     total, reached = (total / count).tolist(), reached.clamp(min=1)
     return {"loss": sum(total), "token_kl": total[0], "exit_cross_entropy": total[1], "tokens": count,
@@ -278,6 +290,9 @@ def main() -> None:
     args = flags.settle(run.args if run else args, steps=(480, 200), lr=(0.012, None), rank=(8, 16),
                         responses=(3000, 1600))
 
+    if args.responses_per_step < parallel.size():
+        raise UserError(f"--responses-per-step {args.responses_per_step}: give each of the {parallel.size()} processes "
+                        f"one")
     problems = {split: tasks.load(args.task, split, data=args.data, n=n, seed=args.seed)
                 for split, n in (("train", args.responses), ("test", args.held_out))}
     if args.task.endswith(".py"):

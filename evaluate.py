@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import flags
+import parallel
 import report
 import runs
 from checkpoints import checkpoint, exits_of, load_policy, merge, write_tensors
@@ -28,7 +28,7 @@ from data.hub import UserError, as_json, field, resolve, write_json, write_text
 from exits import Policy, Response, adapters_off, collate, exit_depths, token_logp_all
 from fast.chunks import in_chunks
 from model import Transformer
-from sample import generate
+from sample import generate_shared
 
 Z = 1.96  # 95% intervals
 BASE = "base"
@@ -59,10 +59,11 @@ def measure(rows: list[dict], outcomes: list[int]) -> dict:
 
 def answer(policy: Policy, problems, prompts, tokenizer, base: bool, args) -> tuple[list[Response], list[dict]]:
     """One response to each problem and what became of it: from the policy, or from the base model at full depth."""
-    with adapters_off(policy) if base else nullcontext(), tqdm(total=len(prompts), desc="answers", leave=False) as bar:
-        responses = generate(policy, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
-                             temperature=args.temperature, delta=args.delta, depths=policy.n_layers if base else None,
-                             seed=(args.seed,), rows=args.rows, progress=bar)
+    bar = parallel.bar(total=len(prompts), desc="answers", leave=False)
+    with bar, adapters_off(policy) if base else nullcontext():
+        responses = generate_shared(policy, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
+                                    temperature=args.temperature, delta=args.delta, seed=(args.seed,), rows=args.rows,
+                                    depths=policy.n_layers if base else None, progress=bar)
     return responses, graded(problems, responses, tokenizer)
 
 
@@ -190,14 +191,14 @@ def main() -> None:
     if args.merge:
         if not args.out:
             raise UserError("--merge needs --out DIR, the folder to write")
-        return write_merged(Path(args.merge), Path(args.out), args)
+        return parallel.rank() or write_merged(Path(args.merge), Path(args.out), args)
 
     columns = chosen_runs(args)
     for run in columns.values():
         flags.inherit(args, runs.read_config(run), run / "config.json")
     args = flags.settle(args, n=(200, 100))
     problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
-    out = Path(args.out) if args.out else runs.free_folder("evaluate")
+    out = parallel.first(lambda: Path(args.out) if args.out else runs.free_folder("evaluate"))
     if (out / "config.json").exists():
         raise UserError(f"--out {out} is a run or a checkpoint: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -219,9 +220,11 @@ def main() -> None:
                             **measure(rows, policy.depth_of_outcome.tolist())})
             completions += [{"model": label, **row} for row in rows]
             by_label[label] = rows
-            for problem, response, row in zip(shown, responses, rows, strict=False):
+            for problem, response, row in zip(shown, responses, rows, strict=False) if parallel.rank() == 0 else ():
                 problem["runs"][label] = transcript(policy, response, row, tokenizer, base, args)
 
+    if parallel.rank():
+        return
     print(table(metrics))
     runs.warn_unfinished(min(m["finished"] for m in metrics), "an unfinished one never counts as right", tokenizer,
                          args)

@@ -282,10 +282,10 @@ def collate(responses: Sequence[Response], n_layers: int, device="cpu") -> Batch
                  send(tokens, device), shared_from if len(first) < B else None)
 
 
-def micro_batches(policy: Policy, responses: Sequence[Response], size: int):
+def micro_batches(policy: Policy, responses: Sequence[Response], size: int, share: slice = slice(None)):
     """(index (n,), Batch) of at most `size` responses at a time, those of like length together; `index` are their
-    numbers in `responses`."""
-    order = sorted(range(len(responses)), key=lambda i: len(responses[i].prompt_ids) + len(responses[i]))
+    numbers in `responses`, of which it takes the `share`."""
+    order = sorted(range(len(responses))[share], key=lambda i: len(responses[i].prompt_ids) + len(responses[i]))
     for i in range(0, len(order), size):
         part = order[i : i + size]
         yield torch.tensor(part), collate([responses[j] for j in part], policy.n_layers, policy.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data import tasks
-from data.hub import UserError, check_name, field
+from data.hub import UserError, check_name, field, is_text
 
 EMBEDDED = Path(__file__).parent / "data" / "tiny"
 ABOUT = {"model": str, "revision": str, "task": str, "data": str, "thinking": bool, "max_new_tokens": int}
@@ -91,7 +91,7 @@ def replay(saved: dict, p: argparse.ArgumentParser, where) -> argparse.Namespace
         if isinstance(value, bool):
             argv.append(f"--{'' if value else 'no-'}{flag(name)}")
         elif value is not None:
-            if not isinstance(value, (str, int, float)) or "\0" in str(value):
+            if not isinstance(value, (int, float)) and not is_text(value):
                 raise UserError(f"{where}: {name} = {value!r:.60}: must be a number or a text")
             argv.append(f"--{flag(name)}={value}")
     try:

@@ -21,6 +21,7 @@ from shlex import quote
 import torch
 
 import flags
+import parallel
 import runs
 from checkpoints import load_policy
 from data import tasks
@@ -72,36 +73,40 @@ def score_responses(policy: Policy, responses: list[Response], micro_batch: int)
     return base, mean_kl.cpu(), torch.cat(drift).cpu()  # copied last, since each copy waits for the device
 
 
-def accumulate_gradient(policy: Policy, responses: list[Response], advantages: torch.Tensor, base: list, args) -> None:
-    """The gradient of rloo_loss over all responses of a step, micro-batch by micro-batch."""
+def accumulate_gradient(policy: Policy, responses: list[Response], advantages: torch.Tensor, base: list, count: int,
+                        args) -> None:
+    """What these responses add to the gradient of rloo_loss over a step's `count`, micro-batch by micro-batch."""
     parts = micro_batches(policy, responses, args.micro_batch)
     for (index, batch), base_h in zip(parts, base, strict=True):
         logp_exit, logp_token, token_kl, _ = score(policy, batch, base_h)
         lengths = per_response(torch.ones_like(token_kl), batch)
         advantage = send(advantages[index].to(token_kl.dtype), policy.device)
         rloo_loss(advantage, per_response(logp_exit + logp_token, batch),
-                  per_response(token_kl, batch) / lengths, args.beta, args.max_new_tokens, len(responses)).backward()
+                  per_response(token_kl, batch) / lengths, args.beta, args.max_new_tokens, count).backward()
 
 
-def summarise(policy: Policy, responses, grades, task, depth_share, mean_kl, rewards, drift, args) -> dict:
-    """A step's metrics; the three parts of the reward sum to it. Compute is pooled over tokens, while the reward
-    averages depth within each response."""
+def summarise(rows: list[dict], drift: torch.Tensor, outcomes: list[int], args) -> dict:
+    """A step's metrics from its completions; the three parts of the reward sum to it. Compute is pooled over tokens,
+    while the reward averages depth within each response."""
     def mean(values):
         values = list(values)
         return sum(values) / len(values)
 
-    depths = [d for r in responses for d in r.depths]
+    def share(name):
+        return mean(row[name] for row in rows)
+
+    L, depths, task = outcomes[-1], [d for row in rows for d in row["depths"]], [row["reward_task"] for row in rows]
+    groups = [set(task[i : i + args.samples]) for i in range(0, len(task), args.samples)]
     return {
-        "reward": float(rewards.mean()), "reward_task": float(task.mean()),
-        "reward_depth": -args.lam * float(depth_share.mean()), "reward_kl": -args.beta * float(mean_kl.mean()),
-        "accuracy": mean(g.strict for g in grades), "accuracy_flexible": mean(g.flexible for g in grades),
-        "average_compute": mean(depths) / policy.n_layers,
-        "total_compute": sum(depths) / policy.n_layers / len(responses),
-        "exit_rate": mean(d < policy.n_layers for d in depths),
-        "exit_histogram": {str(d): depths.count(d) / len(depths) for d in policy.depth_of_outcome.tolist()},
-        "length": mean(map(len, responses)), "finished": mean(r.finished for r in responses),
-        "groups_of_equal_task_reward": mean(len(set(group)) == 1 for group in task.view(-1, args.samples).tolist()),
-        "kl": float(mean_kl.mean()), "drift_max": float(drift.max()), "drift_mean": float(drift.mean()),
+        "reward": share("reward"), "reward_task": mean(task), "reward_depth": -args.lam * share("depth_share"),
+        "reward_kl": -args.beta * share("mean_kl"),
+        "accuracy": share("correct"), "accuracy_flexible": share("flexible"),
+        "average_compute": mean(depths) / L, "total_compute": sum(depths) / L / len(rows),
+        "exit_rate": mean(d < L for d in depths),
+        "exit_histogram": {str(d): depths.count(d) / len(depths) for d in outcomes},
+        "length": len(depths) / len(rows), "finished": share("finished"),
+        "groups_of_equal_task_reward": mean(len(group) == 1 for group in groups),
+        "kl": share("mean_kl"), "drift_max": float(drift.max()), "drift_mean": float(drift.mean()),
     }
 
 
@@ -141,6 +146,8 @@ def main() -> None:
         flags.inherit(args, runs.read_config(init), init / "config.json")
     args = flags.settle(args, steps=(200, 400), lr=(1e-3, None), prompts_per_step=(12, 4), problems=(4096, None))
 
+    if args.prompts_per_step < parallel.size():
+        raise UserError(f"--prompts-per-step {args.prompts_per_step}: give each of the {parallel.size()} processes one")
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(problems, model, tokenizer, args)
@@ -153,9 +160,11 @@ def main() -> None:
     for step in run.steps(start, policy, optimizer):
         # Roll out: k samples of each problem with stochastic exits, at temperature 1, nothing cut off.
         times = [time.perf_counter()]
-        chosen = runs.pick(len(problems), args.prompts_per_step, step, args.seed)
+        mine = parallel.share(args.prompts_per_step)  # all, but where several processes divide them
+        chosen = runs.pick(len(problems), args.prompts_per_step, step, args.seed)[mine]
         responses = generate(policy, [prompts[i] for i in chosen], samples=args.samples, rows=args.rows,
-                             max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step))
+                             max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step),
+                             first_row=mine.start * args.samples)
         asked = [problems[i] for i in chosen for _ in range(args.samples)]
         texts, grades = zip(*(runs.grade(problem, r, tokenizer)
                               for problem, r in zip(asked, responses, strict=True)), strict=True)
@@ -171,21 +180,23 @@ def main() -> None:
         times.append(time.perf_counter())
 
         # Update: one gradient step.
-        accumulate_gradient(policy, responses, advantages, base, args)
-        metrics = {"step": step, **summarise(policy, responses, grades, task, depth_share, mean_kl, rewards, drift,
-                                             args)}
-        metrics |= run.apply_gradients(optimizer, lr * runs.schedule(step, args.steps))
+        accumulate_gradient(policy, responses, advantages, base, args.prompts_per_step * args.samples, args)
+        updated = run.apply_gradients(optimizer, lr * runs.schedule(step, args.steps))
         times.append(time.perf_counter())
 
         seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
-        metrics |= {f"seconds_{name}": s for name, s in zip(("rollout", "score", "update"), seconds, strict=True)}
-        run.log("completions.jsonl", [
+        rows = parallel.gather([
             {"step": step, "id": problem.id, "sample": i % args.samples, "text": text, **asdict(r),
              "gold": problem.gold, "value": grade.value, "rule": grade.rule, "correct": grade.strict,
-             "reward_task": t, "depth_share": d, "mean_kl": m, "reward": total, "advantage": a}
+             "flexible": grade.flexible, "reward_task": t, "depth_share": d, "mean_kl": m, "reward": total,
+             "advantage": a}
             for i, (problem, text, r, grade, t, d, m, total, a) in enumerate(zip(
                 asked, texts, responses, grades, task.tolist(), depth_share.tolist(), mean_kl.tolist(),
                 rewards.tolist(), advantages.tolist(), strict=True))])
+        drift = torch.cat(parallel.gather([drift]))
+        metrics = {"step": step, **summarise(rows, drift, policy.depth_of_outcome.tolist(), args), **updated}
+        metrics |= {f"seconds_{name}": s for name, s in zip(("rollout", "score", "update"), seconds, strict=True)}
+        run.log("completions.jsonl", rows)
         run.log("metrics.jsonl", [metrics])
         if metrics["finished"] < 0.8 and not warned:
             run.bar.clear()

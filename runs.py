@@ -31,8 +31,8 @@ from shlex import quote
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+import parallel
 from checkpoints import adamw, checkpoint, checkpoints, load_policy, moments, save_policy, write_tensors
 from data.hub import UserError, as_json, field, fsync, parse_object, read_json, read_text, write_json
 from data.text import Tokenizer
@@ -58,12 +58,19 @@ class Stopped(BaseException):
 
 
 def on_signal(number: int, _) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
+    if parallel.size() == 1:  # torchrun passes one on that has come already
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
     if not Run.in_step:
         raise Stopped(number)
     Run.asked = number
-    print("\nstopping when this step is done and saved; once more stops at once", file=sys.stderr)
+    say("\nstopping when this step is done and saved; once more stops at once")
+
+
+def say(message: str) -> None:
+    """To stderr, once for all ranks."""
+    if parallel.rank() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 def run_main(main) -> None:
@@ -73,6 +80,10 @@ def run_main(main) -> None:
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         message, code = guarded(main)
+        if message and parallel.rank():  # most errors come to all ranks: then rank 0 speaks, and torchrun ends the rest
+            for number in before:
+                signal.signal(number, signal.SIG_DFL)
+            time.sleep(3)
         if message:
             print(message, file=sys.stderr, flush=True)
     except BrokenPipeError:  # nobody reads on
@@ -89,7 +100,9 @@ def run_main(main) -> None:
 def guarded(main) -> tuple[str | None, int]:
     """A main's last words and its exit code. Raises BrokenPipeError where nobody hears them."""
     try:
+        parallel.start()
         main()
+        parallel.end()
         if sys.stdout is not None:
             sys.stdout.flush()
         return None, 0
@@ -117,7 +130,7 @@ def load_model(args) -> tuple[Transformer, Tokenizer]:
         torch.set_num_threads(1)
     where = EMBEDDED if args.model == "embedded" else args.model
     tokenizer = Tokenizer.from_pretrained(where, args.revision)
-    model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype), args.device)
+    model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype), parallel.device(args.device))
     model.recompute, model.graphs = args.recompute, args.cuda_graphs
     if max(tokenizer.size, 1 + max(tokenizer.eos_ids)) > model.config.vocab_size:
         raise UserError(f"{args.model}: its tokenizer has {tokenizer.size} ids and ends responses by "
@@ -164,8 +177,8 @@ def schedule(step: int, steps: int) -> float:
 def warn_unfinished(share_finished: float, meaning: str, tokenizer: Tokenizer, args) -> None:
     if share_finished < 0.8:
         bar, shorter = "!" * 100, ", or pass --no-thinking for shorter ones" if tokenizer.can_think else ""
-        print(f"{bar}\n{1 - share_finished:.0%} of the responses are unfinished at --max-new-tokens "
-              f"{args.max_new_tokens}: {meaning}.\nRaise it{shorter}.\n{bar}", file=sys.stderr)
+        say(f"{bar}\n{1 - share_finished:.0%} of the responses are unfinished at --max-new-tokens "
+            f"{args.max_new_tokens}: {meaning}.\nRaise it{shorter}.\n{bar}")
 
 
 # ----------------------------------------------------------------------------------------------------- run folders
@@ -183,16 +196,19 @@ class Run:
     @classmethod
     def start(cls, stage: str, args: argparse.Namespace, model: Transformer, problems) -> "Run":
         """A new run in a folder of its own."""
-        folder = Path(args.out) if args.out else free_folder(stage)
-        folder.mkdir(parents=True, exist_ok=True)
-        # A run that was refused or killed before it did anything leaves these, and may be started again.
-        if any(p.name not in ("config.json", ".lock", ".partial-config.json") for p in folder.iterdir()):
-            raise UserError(f"{folder} exists and is not empty: choose another --out, or --resume {folder}")
-        run = cls(folder, args)
-        run.take()
-        args.revision = model.revision
-        run.write_config(stage, problems)
+        run, args.revision = cls(Path(), args), model.revision
+        run.folder = parallel.first(lambda: run.claim(stage, problems))
         return run
+
+    def claim(self, stage: str, problems) -> Path:
+        self.folder = Path(self.args.out) if self.args.out else free_folder(stage)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # A run that was refused or killed before it did anything leaves these, and may be started again.
+        if any(p.name not in ("config.json", ".lock", ".partial-config.json") for p in self.folder.iterdir()):
+            raise UserError(f"{self.folder} exists and is not empty: choose another --out, or --resume {self.folder}")
+        self.take()
+        self.write_config(stage, problems)
+        return self.folder
 
     @classmethod
     def resume(cls, args: argparse.Namespace, p: argparse.ArgumentParser, stage: str) -> "Run":
@@ -218,8 +234,20 @@ class Run:
             raise UserError(f"{folder} is complete: there is nothing to resume, but --steps above {before.steps} "
                             f"extends it")
         run = cls(folder, before)
-        run.take()
+        if parallel.rank() == 0:
+            run.take()
         return run
+
+    def reopen(self, stage: str, problems, step: int) -> None:
+        """For the steps from `step` on."""
+        where, ours = self.folder / "config.json", problems_hash(problems)
+        if field(read_json(where), "problems", str, where, default=ours) != ours:
+            raise UserError(f"{self.folder}: the problems of --task {self.args.task} are not those that it was started "
+                            f"with: restore them, or start a new run")
+        # Before the new --steps: a kill between leaves it resumable.
+        (self.folder / "complete.json").unlink(missing_ok=True)
+        self.write_config(stage, problems)
+        self.rewind(step)
 
     def take(self) -> None:
         """Holds the folder while this process lives."""
@@ -247,11 +275,12 @@ class Run:
         """The steps that are left, under self.bar. A checkpoint follows where it is due, and where a first Ctrl-C or
         SIGTERM asked to stop."""
         last = self.args.steps
-        with tqdm(range(start, last), initial=start, total=last, desc="steps") as self.bar:
+        with parallel.bar(iterable=range(start, last), initial=start, total=last, desc="steps") as self.bar:
             for step in self.bar:
                 Run.in_step = True
                 try:
                     yield step
+                    Run.asked = parallel.largest(Run.asked)
                     if (step + 1) % self.args.save_every == 0 or step + 1 == last or Run.asked:
                         self.save(step + 1, policy, optimizer)
                 finally:
@@ -260,6 +289,8 @@ class Run:
                     raise Stopped(Run.asked)
 
     def log(self, name: str, records: list[dict]) -> None:
+        if parallel.rank():
+            return
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(map(as_json, records))
 
@@ -289,6 +320,8 @@ class Run:
 
     def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
         """A checkpoint after `step` steps; a kill at any moment leaves the previous one in force."""
+        if parallel.rank():
+            return
         partial = self.folder / f".partial-{step:06d}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -319,6 +352,7 @@ class Run:
         """Clips the gradient to norm 1 and steps. One that isn't finite is dropped; a few in a row end the run.
         Returns what is logged."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
+        parallel.add_gradients(params)
         norm = float(torch.nn.utils.clip_grad_norm_(params, 1.0))
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
@@ -327,7 +361,7 @@ class Run:
             optimizer.step()
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-            print(f"\na step is skipped: its gradient is not finite ({self.skipped} so far)", file=sys.stderr)
+            say(f"\na step is skipped: its gradient is not finite ({self.skipped} so far)")
         if self.skipped_in_a_row == MAX_SKIPPED:
             saved = checkpoints(self.folder)
             raise UserError(f"{MAX_SKIPPED} gradients in a row were not finite; lower --lr or use --dtype float32"
@@ -336,6 +370,8 @@ class Run:
         return {"grad_norm": norm, "lr": lr, "skipped": self.skipped}
 
     def complete(self, summary: dict) -> None:
+        if parallel.rank():
+            return
         write_json(self.folder / "complete.json", summary)
 
 
@@ -366,13 +402,7 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, fresh
         raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")
     if run is None:
         return Run.start(stage, args, model, problems), policy, optimizer, start
-    where, ours = run.folder / "config.json", problems_hash(problems)
-    if field(read_json(where), "problems", str, where, default=ours) != ours:
-        raise UserError(f"{run.folder}: the problems of --task {args.task} are not those that it was started with: "
-                        f"restore them, or start a new run")
-    (run.folder / "complete.json").unlink(missing_ok=True)  # before the new --steps: a kill between leaves it resumable
-    run.write_config(stage, problems)
-    run.rewind(start)
+    parallel.first(lambda: run.reopen(stage, problems, start))
     return run, policy, optimizer, start
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+import parallel
 from data.hub import UserError
 from exits import Policy, Response, logp_depth, token_logp_all
 from fast.cache import Cache, fitting_rows
@@ -148,3 +149,12 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
         holds[ended] = -1
         if progress is not None:
             progress.update(len(ended))
+
+
+def generate_shared(policy: Policy, prompts: list[list[int]], *, samples: int = 1, first_row: int = 0,
+                    **options) -> list[Response]:
+    """generate, the prompts divided among the ranks: every rank gets all responses."""
+    mine = parallel.share(len(prompts))
+    drawn = generate(policy, prompts[mine], samples=samples, first_row=first_row + samples * mine.start,
+                     **options) if prompts[mine] else []
+    return parallel.gather(drawn)

@@ -58,7 +58,7 @@ def main() -> None:
     base, mean_kl, _ = timed("stage 2, score 4", lambda: rloo.score_responses(policy, responses, 1))
     advantages = rloo.leave_one_out(rloo.reward(torch.tensor([0.0, 1.0] * 2), 0.0, mean_kl, 0.0, 0.02).view(2, 2))
     timed("stage 2, gradient of 4", lambda: rloo.accumulate_gradient(
-        policy, responses, advantages.flatten(), base, settings))
+        policy, responses, advantages.flatten(), base, len(responses), settings))
     print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5)['grad_norm']:.3g}")
 
 

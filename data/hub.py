@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import reprlib
 import sys
 from pathlib import Path
@@ -98,6 +99,11 @@ def parse_object(text: str, where) -> dict:
     return value
 
 
+def is_text(value) -> bool:
+    """Whether it is a text that a path or a tokenizer can take: JSON can also spell NUL and half surrogate pairs."""
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+
+
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object",
          list: "a list of whole numbers"}
 
@@ -116,7 +122,7 @@ def field(record: dict, name: str, kind: type, where, low: float = -math.inf, hi
     def fits(x, *kinds):  # a bool is an int to isinstance
         return type(x) in kinds and low <= x <= high and (type(x) is int or math.isfinite(x))
 
-    sound = {int: lambda: fits(value, int), float: lambda: fits(value, int, float),
+    sound = {str: lambda: is_text(value), int: lambda: fits(value, int), float: lambda: fits(value, int, float),
              list: lambda: isinstance(value, list) and all(fits(x, int) for x in value)}
     if not sound.get(kind, lambda: isinstance(value, kind))():
         bounds = f" from {low:g} to {high:g}" if kind in (int, float, list) and math.isfinite(low) else ""

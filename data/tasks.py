@@ -26,7 +26,7 @@ from pathlib import Path
 
 from data import arithmetic, stories
 from data.grade import Grade, grade, number
-from data.hub import UserError, resolve
+from data.hub import UserError, is_text, resolve
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 ANSWER = 'Think step by step, then end with a line "ANSWER: " followed by {}.'
@@ -298,8 +298,7 @@ def _field(row: dict, name: str, where: str) -> str:
         found = ", ".join(map(str, row)) or "none"
         raise UserError(f"{where}: column {name!r} is missing (found: {found}): rename or add it")
     text = row[name]
-    if not isinstance(text, str) or not text.strip() or re.search("[\0\ud800-\udfff]", text):
-        # JSON can spell NUL and half surrogate pairs, which no tokenizer takes
+    if not is_text(text) or not text.strip():
         raise UserError(f"{where}: column {name!r} must be text, not {text!r:.60}: repair or remove the row")
     return text.strip()
 

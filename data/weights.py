@@ -74,7 +74,7 @@ def shard_paths(folder: Path) -> list[Path]:
     if index.is_file():
         shards = field(read_json(index), "weight_map", dict, index)
         names = sorted({field(shards, tensor, str, index) for tensor in shards})
-        if outside := [name for name in names if Path(name).name != name or "\0" in name]:
+        if outside := [name for name in names if Path(name).name != name]:
             raise UserError(f"{index}: shard name {outside[0]!r} points outside the folder")
     absent = [name for name in names if not (folder / name).is_file()]
     if absent or not names:

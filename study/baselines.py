@@ -16,7 +16,6 @@ layers alone: confidence also pays a product with the vocabulary at every exit, 
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,12 +24,13 @@ import runs
 from checkpoints import checkpoint, exits_of, save_policy
 from data.hub import write_json
 from distill import lens_kl
-from evaluate import paired
+from evaluate import measure, paired
 from exits import Policy, token_logits
+from monitor import random_depths
 from study import common
 from study.common import answers, correct, mean, point
 
-TAUS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
+TAUS = (0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999)
 EPS = (0.3, 0.1, 0.03, 0.01, 0.001)  # nats
 SURE, CLOSED = 30.0, -100.0  # exit logits: sigmoid(30) is 1 but for 1e-13, sigmoid(-100) and its gradient are 0
 
@@ -92,11 +92,10 @@ def static(depth: int):
     return lambda policy: {"depths": depth}
 
 
-def shuffled(args, like):
-    """Depths drawn i.i.d. from those of other answers."""
-    pool = [d for row in like.rows for d in row["depths"]]
-    drawn = np.random.default_rng(args.seed).choice(pool, (args.n, args.max_new_tokens))
-    return lambda policy: {"depths": torch.from_numpy(drawn)}
+def shuffled(args, like: common.Answers):
+    """Depths drawn i.i.d. from the histogram of other answers."""
+    histogram = list(measure(like.rows, like.outcomes)["exit_histogram"].values())
+    return lambda policy: {"depths": random_depths(policy, histogram, (args.n, args.max_new_tokens), args.seed)}
 
 
 # ------------------------------------------------------------------------------------------------------------ plain RL

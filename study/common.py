@@ -33,6 +33,7 @@ from data.hub import UserError, as_json, field, parse_object, read_json, read_te
 from evaluate import Z, graded, measure, paired
 from exits import Policy, adapters_off, exit_depths
 from sample import generate
+from study.coherence import COLUMNS, score
 
 ROOT = Path(__file__).parent.parent
 # The record on the embedded model; other models take the scripts' own defaults.
@@ -222,11 +223,7 @@ def mean(values) -> float:
 
 
 def judged(args, answered: Answers) -> dict:
-    """The columns of study/coherence.py, which the base model reads: {} where that file is not there."""
-    try:
-        from study.coherence import COLUMNS, score
-    except ImportError:
-        return {}
+    """The columns of study/coherence.py, for which the base model reads the answers; kept beside them."""
     path = judgement(answered.path)
     if not path.exists():
         model, _ = runs.load_model(args)

@@ -12,7 +12,7 @@ from study import common
 from study.common import answers, base_answers, correct, mean, point
 
 SHOWN = {"accuracy": "accuracy (%)", "average_compute": "average compute (% of layers)",
-         "total_compute": "total compute (full tokens a response)", "coherence": "coherence (0 to 1)"}
+         "total_compute": "total compute (full-depth tokens)", "coherence": "coherence (0 to 1)"}
 
 
 def on_schedule(run) -> dict:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def draw(args, data: dict, names: list[str]) -> None:
-    axes, finish = common.figure(args, "fig2", len(names), width=2.6 * len(names), height=2.6)
+    axes, finish = common.figure(args, "fig2", len(names), width=2.6 * len(names), height=2.8)
     for ax, name in zip(axes, names, strict=True):
         scale = 100 if "%" in SHOWN[name] else 1
         for seed in data["seeds"]:

@@ -80,7 +80,7 @@ def draw_verbosity(args, data: dict) -> None:
     axes, finish = common.figure(args, "verbosity", 2, height=2.6)
     rows, base = data["front"]["lambda"], data["base"]
     lambdas = sorted({row["value"] for row in rows})  # the axis is categorical, since 0 has no logarithm
-    labels = {"length": "length (tokens a response)", "total_compute": "total compute (full tokens a response)"}
+    labels = {"length": "length (tokens a response)", "total_compute": "total compute (full-depth tokens)"}
     for ax, (name, label) in zip(axes, labels.items(), strict=True):
         ax.errorbar([lambdas.index(row["value"]) for row in rows], [row[name] for row in rows],
                     [row[f"{name}_change_half"] for row in rows], fmt="o", color="C0", elinewidth=0.8)

@@ -6,7 +6,6 @@ Writes table1.json, fig4.json and fig4.png.
 """
 
 import runs
-from checkpoints import checkpoint, exits_of
 from evaluate import BASE
 from study import common
 from study.common import answers, base_answers, point
@@ -35,8 +34,8 @@ def main() -> None:
                           token_kl=held_out.get("token_kl"), intact=held_out.get("intact")))
         if run:
             target, learned = (held_out[which]["distribution"] for which in ("target", "learned"))
-            distributions.append({"name": name, "depths": [*exits_of(checkpoint(run)), base.outcomes[-1]], "target": target,
-                                  "learned": learned, "positions": held_out["positions"],
+            distributions.append({"name": name, "depths": answered.outcomes, "target": target, "learned": learned,
+                                  "positions": held_out["positions"],
                                   "total_variation": total_variation(target, learned)})
     common.save(args, "table1", "table1", rows=rows)
     common.save(args, "fig4", "table1", distributions=distributions)

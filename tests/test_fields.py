@@ -45,7 +45,7 @@ def said(monkeypatch, capsys, *command) -> str:
 @pytest.mark.parametrize("kind, value", [
     (int, "8"), (int, 8.0), (int, True), (int, 9), (int, 0), (int, 10**400), (int, [8]), (float, "1"),
     (float, math.nan), (float, math.inf), (float, 10**400), (float, True), (bool, 1), (bool, "true"), (str, 1),
-    (str, ["x"]), (dict, []),
+    (str, ["x"]), (str, "a\0b"), (str, "\ud800"), (dict, []),
     (list, 1), (list, [1, "2"]), (list, [1, 9]), (list, [True]), (list, [1.0]), (list, [[1]]),
 ])
 def test_a_field_of_the_wrong_kind_or_range_is_named(kind, value):
@@ -114,7 +114,7 @@ def test_a_config_out_of_range_is_refused(tmp_path, changes, naming):
 @pytest.mark.parametrize("index, naming", [
     ("[]", "does not hold"), ("{}", "'weight_map' is missing"), ('{"weight_map": []}', "weight_map"),
     ('{"weight_map": {"a": 3}}', "index.json: a = 3"), ('{"weight_map": {"a": "../x"}}', "outside"),
-    ('{"weight_map": {"a": "x\\u0000"}}', "outside"), ('{"weight_map": {}}', "missing"),
+    ('{"weight_map": {"a": "x\\u0000"}}', "must be a text"), ('{"weight_map": {}}', "missing"),
 ])
 def test_a_damaged_index_is_named(tmp_path, index, naming):
     """Else a traceback, or a file outside of the checkpoint."""
@@ -223,6 +223,7 @@ def test_a_missing_gpu_is_said(tmp_path, monkeypatch, capsys):
     ({"steps": "x"}, "--steps"), ({"steps": [3]}, "steps = "), ({"lam": -1}, "--lam"),
     ({"thinking": "yes"}, "--thinking"),
     ({"help": True}, "help"), ({"device": "tpu"}, "--device"), ({"task": "gsm"}, "--task"), ({"data": "a\0b"}, "data"),
+    ({"task": "\ud800"}, "task"),
     ({"steps": True}, "steps"), ({"model": {}}, "model"), ({"samples": None}, None),
 ])
 def test_a_runs_recorded_flags_are_checked_like_typed_ones(home, monkeypatch, capsys, changes, naming):
@@ -322,6 +323,7 @@ def test_misleading_words_are_gone(home, monkeypatch, capsys):
 def test_only_a_model_that_can_think_is_told_not_to(tmp_path, capsys, thinks):
     """Else SmolLM2's user is told to pass --no-thinking, and in stage 1 that unfinished responses count as wrong."""
     folder = toy_checkpoint(tmp_path / "toy", layers=2)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 262}')
     if not thinks:
         config = json.loads((folder / "tokenizer_config.json").read_text())
         config["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"

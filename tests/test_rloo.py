@@ -110,7 +110,7 @@ def test_accumulated_gradient_is_that_of_the_loss(micro_batch):
     advantages = torch.randn(6, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     args = argparse.Namespace(micro_batch=micro_batch, beta=BETA, max_new_tokens=STEPS)
     base, mean_kl, _ = rloo.score_responses(policy, with_logp(rows), micro_batch)
-    rloo.accumulate_gradient(policy, rows, advantages, base, args)
+    rloo.accumulate_gradient(policy, rows, advantages, base, len(rows), args)
     slow, logp, slow_kl = slow_scores(policy, rows)
     assert_close(mean_kl, torch.stack(slow_kl))
     loss = sum(-a * lp + BETA * kl for a, lp, kl in zip(advantages, logp, slow_kl, strict=True)) / (STEPS * 6)

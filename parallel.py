@@ -1,0 +1,101 @@
+"""Many processes, one run: `torchrun --nproc-per-node N distill.py …` (rloo.py, evaluate.py), on one machine or many.
+
+Every process, called a rank, holds the whole base model and takes its share of a step's prompts; the gradients of
+adapters and heads, a few million numbers, are added up. A random number belongs to a response's place in the whole step
+and never to a rank, so the same run on another number of ranks draws the same samples. Rank 0 alone writes and speaks.
+Without torchrun there is one rank, and nothing here does anything.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+# A rank that waits longer for the others gives up: rollouts of one step may differ by many minutes.
+PATIENCE = timedelta(hours=2)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start() -> None:
+    """Joins the other ranks: over NCCL for what lies on GPUs, over gloo for the rest."""
+    if size() > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local())
+        dist.init_process_group(timeout=PATIENCE)
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+
+
+def end() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def device(name: str) -> str:
+    """This rank's device: of several GPUs, its own."""
+    return f"cuda:{local()}" if name == "cuda" and size() > 1 else name
+
+
+def share(count: int) -> slice:
+    """This rank's part of `count` things: neighbours, so that a prompt's samples stay together."""
+    return slice(count * rank() // size(), count * (rank() + 1) // size())
+
+
+def gather(mine: list) -> list:
+    """The lists of all ranks, one after the other, on every rank."""
+    if size() == 1:
+        return mine
+    parts = [None] * size()
+    dist.all_gather_object(parts, mine)
+    return [item for part in parts for item in part]
+
+
+def first(make: Callable):
+    """What make() gives on rank 0, on every rank; the others don't call it."""
+    if size() == 1:
+        return make()
+    box = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def add(*tensors: torch.Tensor) -> None:
+    """Sums tensors of one dtype and device over the ranks, in place and in one message."""
+    if size() > 1:
+        whole = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(whole)
+        for t, total in zip(tensors, whole.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
+
+
+def add_gradients(parameters) -> None:
+    """The gradient of the whole step, from each rank's part of it; a parameter without one adds 0."""
+    if size() > 1:
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        add(*(p.grad for p in parameters))
+
+
+def bar(**about) -> tqdm:
+    """A progress bar, of rank 0's work."""
+    return tqdm(**about, disable=rank() > 0)
+
+
+def largest(value: int) -> int:
+    """The largest of the ranks' values."""
+    return max(gather([value]))
