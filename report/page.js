@@ -86,7 +86,7 @@ function plot() {  // a point a model; its name stands to the right, where names
     line("", left, y(p), right, y(p));
     make("text", "", {x: left - 8, y: y(p) + 4, "text-anchor": "end"}, percents(p));
   }
-  const sorted = data.metrics.toSorted((a, b) => b.accuracy - a.accuracy);
+  const sorted = [...data.metrics].sort((a, b) => b.accuracy - a.accuracy);
   let label = top - 15;
   for (const [i, m] of sorted.entries()) {
     const [cx, cy] = [x(m.average_compute), y(m.accuracy)];
