@@ -2,6 +2,7 @@
 
     static       every token stops at one depth
     confidence   stops at the first exit whose lens is sure of a token, max_x p(x) >= tau (as CALM does)
+    heads        stops at the first exit where the learned head says p >= C: what sampling the exits costs
     oracle       stops at the first exit whose lens is within EPS nats of this token's own final distribution: no rule,
                  for it runs all layers first, but a bound for those that guess from the lens
     random       depths drawn from the learned policy's own histogram, whatever the token is
@@ -13,6 +14,7 @@ layers alone: confidence also pays a product with the vocabulary at every exit, 
     python -m study.baselines
 """
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from study import common
 from study.common import answers, correct, mean, point
 
 TAUS = (0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999)
+PS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of an exit
 EPS = (0.3, 0.1, 0.03, 0.01, 0.001)  # nats
 SURE, CLOSED = 30.0, -100.0  # exit logits: sigmoid(30) is 1 but for 1e-13, sigmoid(-100) and its gradient are 0
 
@@ -50,9 +53,20 @@ class Confidence(nn.Module):
         return torch.where(sure, SURE, -SURE)
 
 
-def confidence(tau: float):
+class Thresholded(nn.Module):
+    """In place of a policy's heads: its own, which stop wherever p_e >= p in place of as often as p_e says."""
+
+    def __init__(self, policy: Policy, p: float):
+        super().__init__()
+        self.heads, self.p = policy.heads, p
+
+    def forward(self, h: torch.Tensor, exit_idx: int) -> torch.Tensor:  # (..., D) -> (...)
+        return torch.where(self.heads(h, exit_idx).sigmoid() >= self.p, SURE, -SURE)
+
+
+def with_heads(heads, value: float):
     def rule(policy: Policy) -> dict:
-        policy.heads = Confidence(policy, tau)
+        policy.heads = heads(policy, value)
         return {}
 
     return rule
@@ -171,20 +185,22 @@ def main() -> None:
     for name, source in weights.items():
         full = base if name == "base" else answers(args, source, "full depth", static(base.outcomes[-1]))
         points.append(point(args, full, rule="full depth", weights=name))
-        for rule, make, values in (("static", static, exits), ("confidence", confidence, TAUS),
-                                   ("oracle", oracle, EPS)):
+        mine = [whose for whose in learned if name in ("base", whose)]
+        for rule, make, values in (("static", static, exits), ("confidence", partial(with_heads, Confidence), TAUS),
+                                   ("oracle", oracle, EPS),
+                                   *([] if name == "base" else [("heads", partial(with_heads, Thresholded), PS)])):
             sweep = [answers(args, source, f"{rule} {value:g}", make(value)) for value in values]
             points += [point(args, a, rule=rule, weights=name, value=v) for a, v in zip(sweep, values, strict=True)]
-            for whose, each in learned.items():
-                mine, compute = pooled(each)
-                comparisons += against(whose, mine, at_compute([*sweep, full], compute), rule=rule, weights=name,
+            for whose in mine:
+                accuracy, compute = pooled(learned[whose])
+                comparisons += against(whose, accuracy, at_compute([*sweep, full], compute), rule=rule, weights=name,
                                        compute=compute)
-        for whose, each in learned.items():
-            if name in ("base", whose):
-                random = answers(args, source, f"random as {whose}", shuffled(args, each[0]))
-                points.append(point(args, random, rule="random", weights=name, value=whose))
-                comparisons += against(whose, correct(each[0]), correct(random), rule="random", weights=name,
-                                       compute=compute_of(each[0]))
+        for whose in mine:
+            first = learned[whose][0]
+            random = answers(args, source, f"random as {whose}", shuffled(args, first))
+            points.append(point(args, random, rule="random", weights=name, value=whose))
+            comparisons += against(whose, correct(first), correct(random), rule="random", weights=name,
+                                   compute=compute_of(first))
 
     if plain:
         closed = pooled([answers(args, run) for run in plain])[0]
