@@ -118,7 +118,7 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
     """Has it converged? On held-out base responses: the two terms of (5) at depths drawn from q, and the exits that the
     student draws in a parallel pass against the mean of q."""
     E, outcomes = len(policy.exits), policy.depth_of_outcome
-    drawn, target = torch.zeros(E + 1), torch.zeros(E + 1, device=policy.device)
+    drawn, target = torch.zeros(E + 1), policy.heads.bias.new_zeros(E + 1)
     totals, count = torch.zeros(2, dtype=torch.double, device=policy.device), sum(map(len, responses))
     for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
@@ -134,7 +134,7 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         logp_exit, _, kl_t, _ = score(policy, batch, base_h, tokens=False)
         totals += torch.stack([kl_t.sum(), -logp_exit.sum()])
     for sums in (drawn, target, totals):
-        parallel.add(sums)
+        parallel.add(sums)  # over the processes, each of which has seen its share of the responses
     token_kl, cross_entropy = totals.tolist()
     return {"positions": count, "token_kl": token_kl / count, "exit_cross_entropy": cross_entropy / count,
             "intact": math.exp(-token_kl / len(responses)),
@@ -240,7 +240,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
     count = args.draws * sum(map(len, responses))
     E, outcomes = len(policy.exits), policy.depth_of_outcome
     sizes = [2, E + 1, E, E, E]
-    sums = torch.zeros(sum(sizes), device=policy.device)
+    sums = policy.heads.bias.new_zeros(sum(sizes))
     for index, batch in micro_batches(policy, responses, args.micro_batch, parallel.share(len(responses))):
         base_h, lens_h = base_pass(policy, batch)
         kl_e = lens_kl(policy.model, base_h, lens_h)
@@ -258,7 +258,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
         wanted, _ = hazards(p_safe, depths, policy.exits)
         total = torch.stack([token_kl.detach().sum(), -logp_exit.detach().sum()])
         sums += torch.cat([total, args.draws * log_q.exp().sum(0), learned, wanted, reached])
-    parallel.add(sums)
+    parallel.add(sums)  # over the processes; apply_gradients adds the gradients
     total, q_sum, learned, wanted, reached = sums.cpu().split(sizes)  # together, since each copy waits for the device
     total, reached = (total / count).tolist(), reached.clamp(min=1)
     return {"loss": sum(total), "token_kl": total[0], "exit_cross_entropy": total[1], "tokens": count,
@@ -284,15 +284,14 @@ def main() -> None:
     p.add_argument("--teacher", help="teacher.jsonl of an earlier run: its base responses, instead of sampling anew")
     p.add_argument("--save-every", type=flags.whole(1), default=50, help="steps between checkpoints (default: 50)")
     p.add_argument("--keep", type=flags.whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
+    p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
     p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps extends")
     args = p.parse_args()
     run = runs.Run.resume(args, p, "distill") if args.resume else None
     args = flags.settle(run.args if run else args, steps=(480, 200), lr=(0.012, None), rank=(8, 16),
                         responses=(3000, 1600))
 
-    if args.responses_per_step < parallel.size():
-        raise UserError(f"--responses-per-step {args.responses_per_step}: give each of the {parallel.size()} processes "
-                        f"one")
+    runs.warn_idle("--responses-per-step", args.responses_per_step)
     problems = {split: tasks.load(args.task, split, data=args.data, n=n, seed=args.seed)
                 for split, n in (("train", args.responses), ("test", args.held_out))}
     if args.task.endswith(".py"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 from data import tasks
 from data.hub import UserError, check_name, field, is_text
 
@@ -51,8 +52,8 @@ def number(low: float, high: float, above: bool = False):
     return parse
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """The flags of all three scripts."""
+def parser(doc: str, out: str = "the run's folder (default: runs/STAGE-TIME)") -> argparse.ArgumentParser:
+    """The flags of all three scripts, and of study/."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Where help gives two "
                "values, 'A / B', the flag's default is A for the embedded model and B for any other.")
     p.add_argument("--model", help="checkpoint folder or hub id (default: the embedded one; after stage 1, its model)")
@@ -76,7 +77,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; bfloat16 on CUDA, else float32")
-    p.add_argument("--out", help="the run's folder (default: runs/STAGE-TIME)")
+    p.add_argument("--out", help=out)
     return p
 
 
@@ -153,6 +154,12 @@ def check_device(args) -> None:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {args.device}: must be cpu, cuda or cuda:N")
+    if parallel.size() > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"--device {args.device}: every process takes a GPU of its own; use --device cuda")
+        if parallel.neighbours() > torch.cuda.device_count() > 0:
+            raise UserError(f"{parallel.neighbours()} processes here and {torch.cuda.device_count()} GPUs: lower "
+                            f"torchrun's --nproc-per-node, or use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {args.device}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA "
                         f"devices here; use --device cpu, or install a CUDA build")

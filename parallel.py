@@ -13,10 +13,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 # A rank that waits longer for the others gives up: rollouts of one step may differ by many minutes.
 PATIENCE = timedelta(hours=2)
+store = None  # a few values that all ranks see
 
 
 def rank() -> int:
@@ -29,10 +31,12 @@ def size() -> int:
 
 def start() -> None:
     """Joins the other ranks: over NCCL for what lies on GPUs, over gloo for the rest."""
+    global store
     if size() > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
+        if local() < torch.cuda.device_count():
             torch.cuda.set_device(local())
-        dist.init_process_group(timeout=PATIENCE)
+        store, _, _ = next(rendezvous("env://"))
+        dist.init_process_group(store=store, rank=rank(), world_size=size(), timeout=PATIENCE)
         if rank():
             sys.stdout = open(os.devnull, "w")
 
@@ -42,8 +46,21 @@ def end() -> None:
         dist.destroy_process_group()
 
 
+def first_to_end() -> bool:
+    """Whether no rank has ended early before this one. It says why; those whose connections then break keep quiet."""
+    try:
+        return store is None or store.add("ended", 1) == 1
+    except RuntimeError:  # who kept the store is gone
+        return False
+
+
 def local() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def neighbours() -> int:
+    """Ranks on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def device(name: str) -> str:
@@ -52,7 +69,7 @@ def device(name: str) -> str:
 
 
 def share(count: int) -> slice:
-    """This rank's part of `count` things: neighbours, so that a prompt's samples stay together."""
+    """This rank's part of `count` things: neighbours, in order; none, where there are fewer things than ranks."""
     return slice(count * rank() // size(), count * (rank() + 1) // size())
 
 
@@ -89,6 +106,18 @@ def add_gradients(parameters) -> None:
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         add(*(p.grad for p in parameters))
+
+
+@torch.no_grad()
+def copy(tensors) -> None:
+    """Rank 0's values into the tensors of all ranks."""
+    for t in tensors if size() > 1 else ():
+        dist.broadcast(t, src=0)
+
+
+def alike(make: Callable) -> bool:
+    """Whether make() gives the same on all ranks."""
+    return size() == 1 or len(set(gather([make()]))) == 1
 
 
 def bar(**about) -> tqdm:

@@ -59,7 +59,8 @@ def per_response(values: torch.Tensor, batch) -> torch.Tensor:
 def score_responses(policy: Policy, responses: list[Response], micro_batch: int):
     """Before the update: the base's streams by micro-batch, which the update needs again; each response's mean token KL
     (R,); and |log-prob when sampled - here| at every generated token (N,), which must stay at rounding level."""
-    base, drift, mean_kl = [], [], torch.zeros(len(responses), dtype=torch.double, device=policy.device)
+    base, drift = [], [policy.heads.bias.new_zeros(0)]
+    mean_kl = torch.zeros(len(responses), dtype=torch.double, device=policy.device)
     for index, batch in micro_batches(policy, responses, micro_batch):
         base_h, _ = base_pass(policy, batch)
         logp_exit, logp_token, token_kl, _ = score(policy, batch, base_h)
@@ -93,13 +94,13 @@ def summarise(rows: list[dict], drift: torch.Tensor, outcomes: list[int], args) 
         return sum(values) / len(values)
 
     def share(name):
-        return mean(row[name] for row in rows)
+        return float(torch.tensor([row[name] for row in rows], dtype=torch.double).mean())
 
     L, depths, task = outcomes[-1], [d for row in rows for d in row["depths"]], [row["reward_task"] for row in rows]
     groups = [set(task[i : i + args.samples]) for i in range(0, len(task), args.samples)]
     return {
-        "reward": share("reward"), "reward_task": mean(task), "reward_depth": -args.lam * share("depth_share"),
-        "reward_kl": -args.beta * share("mean_kl"),
+        "reward": share("reward"), "reward_task": share("reward_task"),
+        "reward_depth": -args.lam * share("depth_share"), "reward_kl": -args.beta * share("mean_kl"),
         "accuracy": share("correct"), "accuracy_flexible": share("flexible"),
         "average_compute": mean(depths) / L, "total_compute": sum(depths) / L / len(rows),
         "exit_rate": mean(d < L for d in depths),
@@ -134,6 +135,7 @@ def main() -> None:
     p.add_argument("--save-every", type=flags.whole(1), default=20, help="steps between checkpoints (default: 20)")
     p.add_argument("--keep", type=flags.whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--init", help="stage-1 run to start from (default: the newest complete one)")
+    p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
     p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps extends")
     args = p.parse_args()
     run = runs.Run.resume(args, p, "rloo") if args.resume else None
@@ -141,13 +143,12 @@ def main() -> None:
         args = run.args
         init = runs.find(args.init, beside=run.folder)
     else:
-        init = stage_one(args).resolve()
+        init = parallel.first(lambda: stage_one(args).resolve())
         args.init = str(init)
         flags.inherit(args, runs.read_config(init), init / "config.json")
     args = flags.settle(args, steps=(200, 400), lr=(1e-3, None), prompts_per_step=(12, 4), problems=(4096, None))
 
-    if args.prompts_per_step < parallel.size():
-        raise UserError(f"--prompts-per-step {args.prompts_per_step}: give each of the {parallel.size()} processes one")
+    runs.warn_idle("--prompts-per-step", args.prompts_per_step)
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(problems, model, tokenizer, args)
@@ -166,17 +167,16 @@ def main() -> None:
                              max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step),
                              first_row=mine.start * args.samples)
         asked = [problems[i] for i in chosen for _ in range(args.samples)]
-        texts, grades = zip(*(runs.grade(problem, r, tokenizer)
-                              for problem, r in zip(asked, responses, strict=True)), strict=True)
+        graded = [runs.grade(problem, r, tokenizer) for problem, r in zip(asked, responses, strict=True)]
         times.append(time.perf_counter())
 
         # Score: the reward needs the KL to the base model.
         base, mean_kl, drift = score_responses(policy, responses, args.micro_batch)
-        task = torch.tensor([problem.reward(text, r.finished, grade) for problem, text, r, grade in
-                             zip(asked, texts, responses, grades, strict=True)], dtype=torch.double)
+        task = torch.tensor([problem.reward(text, r.finished, grade) for problem, r, (text, grade) in
+                             zip(asked, responses, graded, strict=True)], dtype=torch.double)
         depth_share = torch.tensor([sum(r.depths) / len(r) / policy.n_layers for r in responses], dtype=torch.double)
         rewards = reward(task, depth_share, mean_kl, args.lam, args.beta)
-        advantages = leave_one_out(rewards.view(-1, args.samples)).flatten()
+        advantages = leave_one_out(rewards.view(len(chosen), args.samples)).flatten()
         times.append(time.perf_counter())
 
         # Update: one gradient step.
@@ -190,9 +190,9 @@ def main() -> None:
              "gold": problem.gold, "value": grade.value, "rule": grade.rule, "correct": grade.strict,
              "flexible": grade.flexible, "reward_task": t, "depth_share": d, "mean_kl": m, "reward": total,
              "advantage": a}
-            for i, (problem, text, r, grade, t, d, m, total, a) in enumerate(zip(
-                asked, texts, responses, grades, task.tolist(), depth_share.tolist(), mean_kl.tolist(),
-                rewards.tolist(), advantages.tolist(), strict=True))])
+            for i, (problem, r, (text, grade), t, d, m, total, a) in enumerate(zip(
+                asked, responses, graded, task.tolist(), depth_share.tolist(), mean_kl.tolist(), rewards.tolist(),
+                advantages.tolist(), strict=True))])
         drift = torch.cat(parallel.gather([drift]))
         metrics = {"step": step, **summarise(rows, drift, policy.depth_of_outcome.tolist(), args), **updated}
         metrics |= {f"seconds_{name}": s for name, s in zip(("rollout", "score", "update"), seconds, strict=True)}

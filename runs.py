@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 import parallel
-from checkpoints import adamw, checkpoint, checkpoints, load_policy, moments, save_policy, write_tensors
+from checkpoints import adamw, checkpoint, checkpoints, fingerprint, load_policy, moments, save_policy, write_tensors
 from data.hub import UserError, as_json, field, fsync, parse_object, read_json, read_text, write_json
 from data.text import Tokenizer
 from exits import Policy, Response
@@ -44,7 +44,7 @@ RUNS = Path("runs")
 MAX_SKIPPED = 5  # steps in a row with a gradient that isn't finite before a run gives up
 ROTATE = 2**28  # bytes of completions.jsonl
 FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "save_every",
-                  "keep", "resume")
+                  "keep", "trackio", "resume")
 
 
 # ------------------------------------------------------------------------------------------------ starting, stopping
@@ -61,10 +61,11 @@ def on_signal(number: int, _) -> None:
     if parallel.size() == 1:  # torchrun passes one on that has come already
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
-    if not Run.in_step:
+    if not Run.in_steps:
         raise Stopped(number)
     Run.asked = number
-    say("\nstopping when this step is done and saved; once more stops at once")
+    say("\nstopping when this step is done and saved; " + (
+        "once more stops at once" if parallel.size() == 1 else "torchrun waits for --shutdown-timeout, 30 s"))
 
 
 def say(message: str) -> None:
@@ -80,16 +81,16 @@ def run_main(main) -> None:
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         message, code = guarded(main)
-        if message and parallel.rank():  # most errors come to all ranks: then rank 0 speaks, and torchrun ends the rest
-            for number in before:
-                signal.signal(number, signal.SIG_DFL)
-            time.sleep(3)
-        if message:
+        if message and parallel.first_to_end():
             print(message, file=sys.stderr, flush=True)
     except BrokenPipeError:  # nobody reads on
         for stream in (sys.stdout, sys.stderr):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         code = 1
+    except Exception:
+        if parallel.first_to_end():
+            raise
+        code = 1  # another rank's end, which that one has told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -148,6 +149,9 @@ def describe(args, tokenizer: Tokenizer) -> str:
 
 def prompt_ids(problems, model: Transformer, tokenizer: Tokenizer, args) -> list[list[int]]:
     """The problems' prompts. Raises UserError for one that leaves no room for a response."""
+    if not parallel.alike(lambda: (problems_hash(problems), fingerprint(model))):
+        raise UserError(f"the processes differ in --model {args.model} or in the problems of --task {args.task}: give "
+                        f"all machines the same files, and a task of your own no order of chance")
     prompts, context = tokenizer.prompts([p.messages for p in problems], args.thinking), model.config
     for problem, prompt in zip(problems, prompts, strict=True):
         if not 0 < len(prompt) <= context.max_position_embeddings - args.max_new_tokens:
@@ -181,6 +185,11 @@ def warn_unfinished(share_finished: float, meaning: str, tokenizer: Tokenizer, a
             f"{args.max_new_tokens}: {meaning}.\nRaise it{shorter}.\n{bar}")
 
 
+def warn_idle(flag: str, count: int) -> None:
+    if count < parallel.size():
+        say(f"{flag} {count}: {parallel.size() - count} of {parallel.size()} processes have nothing to do in a step")
+
+
 # ----------------------------------------------------------------------------------------------------- run folders
 
 
@@ -188,16 +197,17 @@ class Run:
     """One run's folder: what is written there, and how it is picked up again."""
 
     current: Path | None = None  # the folder in which this process writes
-    in_step, asked = False, 0  # whether a step is under way, and the signal that asked to stop after it
+    in_steps, asked = False, 0  # whether steps are under way, and the signal that asked to stop after this one
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         self.folder, self.args, self.skipped, self.skipped_in_a_row = folder, args, 0, 0
+        self.curves = None  # trackio, if asked for
 
     @classmethod
     def start(cls, stage: str, args: argparse.Namespace, model: Transformer, problems) -> "Run":
         """A new run in a folder of its own."""
         run, args.revision = cls(Path(), args), model.revision
-        run.folder = parallel.first(lambda: run.claim(stage, problems))
+        run.folder = Run.current = parallel.first(lambda: run.claim(stage, problems))
         return run
 
     def claim(self, stage: str, problems) -> Path:
@@ -234,8 +244,8 @@ class Run:
             raise UserError(f"{folder} is complete: there is nothing to resume, but --steps above {before.steps} "
                             f"extends it")
         run = cls(folder, before)
-        if parallel.rank() == 0:
-            run.take()
+        parallel.first(run.take)
+        Run.current = folder
         return run
 
     def reopen(self, stage: str, problems, step: int) -> None:
@@ -263,7 +273,14 @@ class Run:
         self.lock.truncate(0)
         self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.lock.flush()
-        Run.current = self.folder
+        if self.args.trackio:
+            try:
+                import trackio
+            except ImportError:
+                raise UserError("--trackio: it is not installed: python -m pip install trackio") from None
+            trackio.init(project=self.args.trackio, name=self.folder.name, config=vars(self.args), resume="allow",
+                         embed=False)
+            self.curves = trackio
 
     def write_config(self, stage: str, problems) -> None:
         write_json(self.folder / "config.json", {
@@ -276,23 +293,27 @@ class Run:
         SIGTERM asked to stop."""
         last = self.args.steps
         with parallel.bar(iterable=range(start, last), initial=start, total=last, desc="steps") as self.bar:
-            for step in self.bar:
-                Run.in_step = True
-                try:
+            try:
+                Run.in_steps = True
+                for step in self.bar:
                     yield step
-                    Run.asked = parallel.largest(Run.asked)
-                    if (step + 1) % self.args.save_every == 0 or step + 1 == last or Run.asked:
+                    stop = parallel.largest(Run.asked)  # by whichever process: all end after the same step
+                    if (step + 1) % self.args.save_every == 0 or step + 1 == last or stop:
                         self.save(step + 1, policy, optimizer)
-                finally:
-                    Run.in_step = False
-                if Run.asked:
-                    raise Stopped(Run.asked)
+                        stop = parallel.largest(Run.asked)  # and none before it is saved
+                    if stop:
+                        raise Stopped(stop)
+            finally:
+                Run.in_steps = False
 
     def log(self, name: str, records: list[dict]) -> None:
         if parallel.rank():
             return
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(map(as_json, records))
+        if self.curves and name == "metrics.jsonl":
+            for record in records:
+                self.curves.log(record, step=record["step"])
 
     def last_metrics(self, count: int = 1) -> list[dict]:
         """The last lines of metrics.jsonl, null where a number was not finite."""
@@ -373,6 +394,8 @@ class Run:
         if parallel.rank():
             return
         write_json(self.folder / "complete.json", summary)
+        if self.curves:
+            self.curves.finish()
 
 
 def problems_hash(problems) -> str:
@@ -400,6 +423,7 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, fresh
         optimizer = adamw(policy)
     if start > args.steps:
         raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")
+    parallel.copy(policy.trained().values())  # alike already, but where GPUs differ or the run in --init went on
     if run is None:
         return Run.start(stage, args, model, problems), policy, optimizer, start
     parallel.first(lambda: run.reopen(stage, problems, start))

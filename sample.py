@@ -89,8 +89,10 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
         if not 0 < len(prompt) <= context - max_new_tokens:
             raise UserError(f"prompt {i} has {len(prompt)} tokens: it must have one at least, and leave room for "
                             f"--max-new-tokens {max_new_tokens} in a context of {context}; shorten either")
-    if max_new_tokens < 1 or samples < 1 or not prompts:
-        raise UserError("at least 1 prompt, 1 sample and 1 new token are needed")
+    if max_new_tokens < 1 or samples < 1:
+        raise UserError("at least 1 sample and 1 new token are needed")
+    if not prompts:  # as where a step has fewer of them than there are processes
+        return []
     responses = [Response(prompt, [], [], [], []) for prompt in prompts for _ in range(samples)]
     if depths is not None:
         depths = torch.as_tensor(depths).expand(len(responses), max_new_tokens)
@@ -155,6 +157,5 @@ def generate_shared(policy: Policy, prompts: list[list[int]], *, samples: int = 
                     **options) -> list[Response]:
     """generate, the prompts divided among the ranks: every rank gets all responses."""
     mine = parallel.share(len(prompts))
-    drawn = generate(policy, prompts[mine], samples=samples, first_row=first_row + samples * mine.start,
-                     **options) if prompts[mine] else []
-    return parallel.gather(drawn)
+    return parallel.gather(generate(policy, prompts[mine], samples=samples,
+                                    first_row=first_row + samples * mine.start, **options))

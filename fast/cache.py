@@ -11,6 +11,7 @@ import os
 import torch
 import torch.nn.functional as F
 
+import parallel
 from fast.packing import send
 from model import Config, rope
 
@@ -176,5 +177,5 @@ def fitting_rows(config: Config, slots: int, like: torch.Tensor) -> int:
         held = torch.cuda.memory_reserved(like.device) - torch.cuda.memory_allocated(like.device)
         free = torch.cuda.mem_get_info(like.device)[0] + held
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // parallel.neighbours()
     return max(1, min(256, free // 2 // row_bytes(config, slots, like)))

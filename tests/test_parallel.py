@@ -1,8 +1,9 @@
-"""Several processes over gloo against one: the same samples, losses, gradients, and runs that either goes on with."""
+"""Several processes over gloo against one: the same samples, losses, gradients; any number goes on with a run."""
 
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -21,33 +21,55 @@ from sample import generate_shared
 from tests.commands import RL, ROOT, SMALL, forked, lines, run, toy_checkpoint
 from tests.toys import assert_close, toy_policy
 
-PROMPTS = [[5, 17, 42], [9, 3], [1, 2, 3, 4, 5], [60, 60], [8]]
+PROMPTS = [[5, 17, 42], [9, 3], [1, 2, 3]]  # fewer than the most ranks
 
 
 @dataclass
 class Rank:
-    """What torchrun tells a process."""
+    """What torchrun tells a process, and what the process does to itself."""
 
     rank: int
     size: int
     port: int
+    harm: str | None = None
 
     def __call__(self) -> None:
         os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": str(self.rank), "WORLD_SIZE": str(self.size),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
+                       "LOCAL_WORLD_SIZE": str(self.size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
+        if self.harm and self.rank == self.size - 1:
+            globals()[self.harm]()
 
 
-def together(size: int, *command, cwd) -> str:
-    """A command on `size` ranks; what they print."""
+def interrupted() -> None:
+    """Ctrl-C in step 1."""
+    step = distill.train_step
+
+    def train_step(policy, responses, number, args):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(policy, responses, number, args)
+
+    distill.train_step = train_step
+
+
+def broken() -> None:
+    """An error that is nobody's fault but ours, in step 1."""
+    step = distill.train_step
+    distill.train_step = lambda policy, responses, number, args: step(policy, responses, number, 1 // (1 - number)
+                                                                      and args)
+
+
+def together(size: int, *command, cwd, codes=(0,), harm=None) -> str:
+    """A command on `size` ranks; what they print. All end with one of the exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     logs = [str(Path(cwd) / f"rank{rank}") for rank in range(size)]
-    processes = [forked(command, cwd, log, Rank(rank, size, port)) for rank, log in enumerate(logs)]
+    processes = [forked(command, cwd, log, Rank(rank, size, port, harm)) for rank, log in enumerate(logs)]
     for process in processes:
         process.join(120)
     said = "".join(Path(log + suffix).read_text() for log in logs for suffix in (".out", ".err"))
-    assert [process.exitcode for process in processes] == [0] * size, said
+    assert {process.exitcode for process in processes} <= set(codes), said
     return said
 
 
@@ -64,72 +86,91 @@ def main() -> None:
         results.update({f"{name} {key}": p.grad.clone() for key, p in policy.trained().items()})
         policy.zero_grad()
 
-    metrics = distill.train_step(policy, drawn, 1, args)
-    results["metrics"] = torch.tensor([metrics["loss"], *metrics["hazard_target"], metrics["learned"]["exit_rate"]])
+    of_three = drawn[::2]  # so that the fourth rank has none
+    metrics = distill.train_step(policy, of_three, 1, args)
+    figures = [metrics["loss"], *metrics["hazard_target"], metrics["learned"]["exit_rate"]]
     gradient("stage 1")
-    measured = distill.held_out(policy, drawn, 1.0, 0, 3)
-    results["held out"] = torch.tensor([measured["token_kl"], *measured["learned"]["distribution"]])
+    measured = distill.held_out(policy, of_three, 1.0, 0, 3)
+    figures += [measured["token_kl"], measured["intact"], measured["learned"]["exit_rate"]]
+    results["figures"] = torch.tensor(figures, dtype=torch.double)
     share = parallel.share(len(PROMPTS))
-    mine, advantages = drawn[2 * share.start : 2 * share.stop], torch.arange(10.0).sin()
-    base, _, _ = rloo.score_responses(policy, mine, args.micro_batch)
+    mine, advantages = drawn[2 * share.start : 2 * share.stop], torch.arange(6.0, dtype=torch.double).sin()
+    base, mean_kl, _ = rloo.score_responses(policy, mine, args.micro_batch)
     rloo.accumulate_gradient(policy, mine, advantages[2 * share.start : 2 * share.stop], base, len(drawn), args)
     gradient("stage 2")
+    results["kl"] = torch.tensor(parallel.gather(mean_kl.tolist()), dtype=torch.double)
     if parallel.rank() == 0:
         save_file(results, sys.argv[1])
 
 
 def test_ranks_draw_the_same_samples_and_add_up_to_the_same_gradients(tmp_path):
-    """Else the number of GPUs changes what is learned: a mean of means, a sum that is missing, dice of a rank's own."""
+    """Else the number of GPUs changes what is learned: a mean of means, a sum that is missing, dice of a rank's own, or
+    a rank without a prompt that the others wait for."""
     for size in (1, 2, 4):
         together(size, "tests.test_parallel", f"{size}.safetensors", cwd=tmp_path)
     alone, *others = (load_file(tmp_path / f"{size}.safetensors") for size in (1, 2, 4))
-    assert len(alone["samples"].unique()) > 20 and (alone["samples"] < 0).any()
+    assert len(alone["samples"].unique()) > 12 and (alone["samples"] < 0).any()
     for other in others:
-        assert other.keys() == alone.keys()
+        assert other.keys() == alone.keys() and torch.equal(other["samples"], alone["samples"])
         for name, value in alone.items():
             assert value.abs().sum() > 0
-            assert_close(other[name], value, 1e-6 if name in ("metrics", "held out") else 1e-10)  # sums in float32
+            assert_close(other[name], value, 1e-10)
 
 
-def test_a_run_of_two_processes_is_that_of_one_and_either_goes_on(tmp_path):
+def test_a_run_of_two_processes_is_that_of_one_and_one_or_four_go_on(tmp_path):
     """Else a run can't move to a machine with another number of GPUs, or two processes write one file."""
     toy_checkpoint(tmp_path / "toy")
-    stage_1, stage_2 = ("distill.py", "--model", "toy", *SMALL), ("rloo.py", *RL, "--save-every", 1)
+    stage_1, stage_2 = ("distill.py", "--model", "toy", *SMALL), ("rloo.py", *RL, "--init", "one", "--save-every", 1)
     run(*stage_1, "--out", "one", cwd=tmp_path)
-    run(*stage_2, "--init", "one", "--out", "two", cwd=tmp_path)
     said = together(2, *stage_1, "--out", "one-by-2", cwd=tmp_path)
-    assert said.count("held-out responses") == 1
+    assert said.count("held-out responses") == said.count("next: python rloo.py") == 1
     assert (tmp_path / "one-by-2" / "teacher.jsonl").read_text() == (tmp_path / "one" / "teacher.jsonl").read_text()
-    for a, b in zip(*(lines(tmp_path / name / "metrics.jsonl") for name in ("one", "one-by-2")), strict=True):
-        assert a["tokens"] == b["tokens"]
-        assert_close(b["loss"], a["loss"], 1e-4)
-    together(2, *stage_2, "--init", "one", "--out", "two-by-2", cwd=tmp_path)
-    (a, *_), (b, *_) = (lines(tmp_path / name / "metrics.jsonl") for name in ("two", "two-by-2"))
-    assert_close(*([x[name] for name in ("reward", "kl", "drift_mean", "grad_norm")] for x in (a, b)), 1e-4)
-    both = [lines(tmp_path / name / "completions.jsonl")[:4] for name in ("two", "two-by-2")]
-    assert [[row["token_ids"] for row in rows] for rows in both][0] == [row["token_ids"] for row in both[1]]
-    assert [[row["sample"] for row in rows] for rows in both] == [[0, 1, 0, 1]] * 2
 
-    together(2, "rloo.py", "--resume", "two-by-2", "--steps", 3, cwd=tmp_path)
+    run(*stage_2, "--out", "two", cwd=tmp_path)
+    run("rloo.py", "--resume", "two", "--steps", 3, cwd=tmp_path)
+    together(2, *stage_2, "--out", "two-by-2", cwd=tmp_path)
+    together(4, "rloo.py", "--resume", "two-by-2", "--steps", 3, cwd=tmp_path)  # of which two have no prompt
+    for kind, names in (("one", ("loss", "tokens", "grad_norm")), ("two", ("reward", "kl", "length", "grad_norm"))):
+        alone, others = (lines(tmp_path / name / "metrics.jsonl") for name in (kind, f"{kind}-by-2"))
+        assert_close(*([[row[name] for name in ("step", *names)] for row in rows] for rows in (alone, others)), 1e-4)
+    alone, others = (lines(tmp_path / name / "completions.jsonl") for name in ("two", "two-by-2"))
+    for name in ("step", "id", "sample", "token_ids", "depths"):
+        assert [row[name] for row in alone] == [row[name] for row in others]
     run("rloo.py", "--resume", "two-by-2", "--steps", 4, cwd=tmp_path)
-    assert [row["step"] for row in lines(tmp_path / "two-by-2" / "metrics.jsonl")] == [0, 1, 2, 3]
-    both = []
-    for size in (1, 2):
-        together(size, "evaluate.py", "one", "two", "--n", 3, "--out", f"eval-{size}", cwd=tmp_path)
-        both.append(json.loads((tmp_path / f"eval-{size}" / "evaluation.json").read_text())["metrics"])
-    assert both[0] == both[1]
+
+    run("evaluate.py", "one", "two", "--n", 3, "--out", "eval-1", cwd=tmp_path)
+    together(2, "evaluate.py", "one", "two", "--n", 3, "--out", "eval-2", cwd=tmp_path)
+    alone, others = ((tmp_path / f"eval-{size}" / "completions.jsonl").read_text() for size in (1, 2))
+    assert [json.loads(line)["token_ids"] for line in alone.splitlines()] == [
+        json.loads(line)["token_ids"] for line in others.splitlines()]
 
 
-@pytest.mark.parametrize("flags, naming", [
-    (("--max-new-tokens", 4090), "--max-new-tokens 4090"), (("--responses-per-step", 1), "each of the 2 processes one"),
-])
-def test_under_torchrun_an_error_ends_all_processes_and_is_told_once(tmp_path, flags, naming):
-    """Else one process waits for ever for another that is gone, or every process repeats it."""
+def test_an_interrupt_of_one_process_ends_all_after_the_same_step_and_saves_it(tmp_path):
+    """Else they wait for the one that is gone, and the step is lost."""
     toy_checkpoint(tmp_path / "toy")
+    said = together(2, "distill.py", "--model", "toy", *SMALL, "--steps", 9, "--out", "run", cwd=tmp_path,
+                    codes=[128 + signal.SIGINT], harm="interrupted")
+    assert said.count("stopped; python distill.py --resume run goes on") == 1
+    assert (tmp_path / "run" / "step-000002").is_dir() and len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
+
+
+def test_a_fault_in_one_process_ends_all_and_is_told_once(tmp_path):
+    """Else the others wait for hours, or their broken connections bury what went wrong."""
+    toy_checkpoint(tmp_path / "toy")
+    said = together(2, "distill.py", "--model", "toy", *SMALL, cwd=tmp_path, codes=[1], harm="broken")
+    assert said.count("Traceback") == said.count("ZeroDivisionError") == 1
+
+
+def test_under_torchrun_a_bad_input_that_one_process_meets_ends_all_and_is_told_once(tmp_path):
+    """Else torchrun's way of starting and ending processes is not what the other tests take it for."""
+    toy_checkpoint(tmp_path / "toy")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes").touch()  # which only rank 0 sees: it alone makes the folder
     begin = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           str(ROOT / "distill.py"), "--model", "toy", *map(str, (*SMALL, *flags))],
+                           str(ROOT / "distill.py"), "--model", "toy", *map(str, SMALL), "--out", "taken"],
                           cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode and time.monotonic() - begin < 100
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and naming in said[0], done.stderr
+    assert len(said) == 1 and "taken exists and is not empty" in said[0], done.stderr
+    assert "Connection closed" not in done.stderr, done.stderr
