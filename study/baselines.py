@@ -28,9 +28,9 @@ from data.hub import write_json
 from distill import lens_kl
 from evaluate import measure, paired
 from exits import Policy, token_logits
-from monitor import random_depths
 from study import common
 from study.common import answers, correct, mean, point
+from study.regimes import random_depths
 
 TAUS = (0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999)
 PS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of an exit

@@ -70,10 +70,10 @@ def within(policy: Policy, regime: str):
     return capped(policy, int(regime.removeprefix("cap-"))) if regime.startswith("cap-") else nullcontext()
 
 
-def random_depths(s: Subject, shape, seed: int) -> torch.Tensor:
-    """Depths of any shape, each drawn from the subject's histogram."""
-    rng = np.random.default_rng([s.args.seed, RANDOM, seed])
-    return s.policy.depth_of_outcome[torch.from_numpy(rng.choice(len(s.histogram), size=shape, p=s.histogram))]
+def random_depths(policy: Policy, histogram, shape, seed: int) -> torch.Tensor:
+    """Depths of any shape, each drawn from a histogram (E + 1,)."""
+    rng = np.random.default_rng([seed, RANDOM])
+    return policy.depth_of_outcome[torch.from_numpy(rng.choice(len(histogram), size=shape, p=histogram))]
 
 
 def respond(s: Subject, prompts: list[list[int]], regime: str) -> list[Response]:
@@ -82,7 +82,7 @@ def respond(s: Subject, prompts: list[list[int]], regime: str) -> list[Response]
     if regime == "full":
         depths = s.policy.n_layers
     elif regime == "random":
-        depths = random_depths(s, (len(prompts), count), 0)
+        depths = random_depths(s.policy, s.histogram, (len(prompts), count), s.args.seed)
     with within(s.policy, regime):
         return generate(s.policy, prompts, max_new_tokens=count, eos_ids=s.tokenizer.eos_ids, depths=depths,
                         seed=(s.args.seed, CHAINS), rows=s.args.rows)
@@ -101,7 +101,7 @@ def streams(s: Subject, texts: list[list[int]], starts: list[int], regime: str):
             free = torch.arange(starts[i + b], len(text))
             ids[b, : len(text)], depths[b, : len(text)] = torch.tensor(text), s.policy.n_layers
             if regime == "random":
-                depths[b, free] = random_depths(s, len(free), 1 + i + b)
+                depths[b, free] = random_depths(s.policy, s.histogram, len(free), s.args.seed + 1 + i + b)
             elif regime != "full":
                 u[b, free] = uniforms((s.args.seed, DRAWS), [i + b], free.numpy(), len(s.policy.exits))
         with within(s.policy, regime):
