@@ -169,7 +169,8 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.recompute = False  # activation checkpointing: only the streams between blocks are kept for the backward
         self.graphs = False  # CUDA graphs in decoding
-        self.name, self.revision = None, None  # where the weights came from
+        self.shards = None  # fast.sharded.Shards, where every rank keeps a part of each block
+        self.name, self.revision, self.mark = None, None, None  # where the weights came from, and what tells them apart
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (B, T) -> streams h^0 (B, T, D)."""
@@ -177,11 +178,16 @@ class Transformer(nn.Module):
 
     def run(self, h: torch.Tensor, layers: range, site) -> torch.Tensor:
         """Packed streams (n, D) through some of the layers."""
-        for block in self.model.layers[layers.start : layers.stop]:
+        for layer in layers:
+            block = self.model.layers[layer]
+            if self.shards is not None:
+                self.shards.fetch(layer)
             if self.recompute and torch.is_grad_enabled():
                 h = checkpoint(block, h, site, use_reentrant=False)
             else:
                 h = block(h, site)
+            if self.shards is not None:
+                h = self.shards.in_backward(h, layer)
         return h
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 # A rank that waits longer for the others gives up: rollouts of one step may differ by many minutes.
 PATIENCE = timedelta(hours=2)
 store = None  # a few values that all ranks see
+before_meeting: Callable[[], None] = lambda: None  # with a base that is shared out, helps ranks that still run layers
 
 
 def rank() -> int:
@@ -43,6 +44,7 @@ def start() -> None:
 
 def end() -> None:
     if dist.is_initialized():
+        before_meeting()
         dist.destroy_process_group()
 
 
@@ -77,6 +79,7 @@ def gather(mine: list) -> list:
     """The lists of all ranks, one after the other, on every rank."""
     if size() == 1:
         return mine
+    before_meeting()
     parts = [None] * size()
     dist.all_gather_object(parts, mine)
     return [item for part in parts for item in part]
@@ -87,6 +90,7 @@ def first(make: Callable):
     if size() == 1:
         return make()
     box = [make() if rank() == 0 else None]
+    before_meeting()
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -94,6 +98,7 @@ def first(make: Callable):
 def add(*tensors: torch.Tensor) -> None:
     """Sums tensors of one dtype and device over the ranks, in place and in one message."""
     if size() > 1:
+        before_meeting()
         whole = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(whole)
         for t, total in zip(tensors, whole.split([t.numel() for t in tensors]), strict=True):
@@ -111,8 +116,10 @@ def add_gradients(parameters) -> None:
 @torch.no_grad()
 def copy(tensors) -> None:
     """Rank 0's values into the tensors of all ranks."""
-    for t in tensors if size() > 1 else ():
-        dist.broadcast(t, src=0)
+    if size() > 1:
+        before_meeting()
+        for t in tensors:
+            dist.broadcast(t, src=0)
 
 
 def alike(make: Callable) -> bool:

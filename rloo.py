@@ -176,7 +176,7 @@ def main() -> None:
                              zip(asked, responses, graded, strict=True)], dtype=torch.double)
         depth_share = torch.tensor([sum(r.depths) / len(r) / policy.n_layers for r in responses], dtype=torch.double)
         rewards = reward(task, depth_share, mean_kl, args.lam, args.beta)
-        advantages = leave_one_out(rewards.view(len(chosen), args.samples)).flatten()
+        advantages = leave_one_out(rewards.view(-1, args.samples)).flatten()
         times.append(time.perf_counter())
 
         # Update: one gradient step.

@@ -17,6 +17,7 @@ import copy
 import hashlib
 import math
 import shlex
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -90,9 +91,21 @@ def trained(args, name: str, script: str, *options) -> Path | None:
         begun = ["--resume", folder] if (folder / "config.json").exists() else [*args.passed, *options, "--out", folder]
         command = [sys.executable, str(ROOT / script), *map(str, begun)]
         print(f"+ {shlex.join(command[1:])}", flush=True)
-        if subprocess.run(command).returncode:
+        if call(command):
             raise UserError(f"{folder} is not complete, for the reason above: this command, repeated, goes on with it")
     return folder
+
+
+def call(command: list[str]) -> int:
+    """A command's exit code. Stopped meanwhile, it waits until the command has saved what it has."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except runs.Stopped as stopped:
+        if stopped.number == signal.SIGTERM:  # Ctrl-C in a terminal reaches both
+            process.terminate()
+        process.wait()
+        raise
 
 
 def about_the_same(args, folder: Path) -> Path:

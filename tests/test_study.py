@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import subprocess
 import sys
 
 import pytest
@@ -99,8 +98,7 @@ def settled(monkeypatch, *argv):
 def test_what_is_complete_is_skipped_and_what_was_begun_goes_on(tmp_path, monkeypatch):
     """Else a killed command starts its trainings anew, or evaluates half of one."""
     called, code = [], 0
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: called.append(command[1:]) or argparse.Namespace(
-        returncode=code, stdout=""))
+    monkeypatch.setattr(common, "call", lambda command: called.append(command[1:]) or code)
     args = settled(monkeypatch, "--runs", tmp_path, "--max-new-tokens", 9, "--no-thinking", "--n", 2)
     assert common.trained(args, "new", "distill.py", "--kl-factor", "4") == tmp_path / "new"
     (command,) = called
