@@ -15,7 +15,7 @@ from data.text import Tokenizer
 from exits import Policy, Response
 from flags import EMBEDDED
 from model import Transformer
-from study import hints, probes, regimes
+from study import describe, hints, probes, regimes
 from tests.toys import assert_close, reference, toy_policy
 
 
@@ -37,7 +37,7 @@ def test_bootstrap_is_that_of_two_problems_and_pairs():
     assert m["a"][0] == 0.5 and np.allclose(shares, (0.25, 0.5, 0.25), atol=0.02) and m["b"][0] == 3
     a, b = np.random.default_rng(0).random((2, 30))
     m = monitor.resampled({"a": a, "b": b, "difference": a - b})
-    assert_close(m["a"] - m["b"], m["difference"])
+    assert_close(m["a"] - monitor.resampled({"of another model": b})["of another model"], m["difference"])
     low, high = monitor.interval(m["difference"])[1:]
     assert_close(high - low, 2 * 1.96 * (a - b).std() / 30**0.5, 0.1)
 
@@ -80,10 +80,10 @@ def test_rule_based_monitors():
 def test_serial_depth_adds_up_where_nothing_can_be_read():
     pieces = ["<think>", "\n", "1", "+", "2", "=3", "\n", "hm", "m", "\n", "</think>", "\n\n", "\\boxed", "{3}"]
     depths = [1, 2, 3, 3, 5, 3, 1, 2, 2, 3, 8, 1, 4, 2]
-    assert monitor.serial_depth(pieces, depths) == 8
-    assert monitor.serial_depth(pieces, [2] * 14) == 6
-    assert monitor.serial_depth(pieces[:7], depths[:7]) == 5
-    assert monitor.foreign_letters("abд1", "any") == 1 / 3 and monitor.foreign_letters("1", "any") == 0
+    assert describe.serial_depth(pieces, depths) == 8
+    assert describe.serial_depth(pieces, [2] * 14) == 6
+    assert describe.serial_depth(pieces[:7], depths[:7]) == 5
+    assert describe.foreign_letters("abд1", "any") == 1 / 3 and describe.foreign_letters("1", "any") == 0
 
 
 def test_a_falsified_chain_is_what_the_program_says():
@@ -195,7 +195,9 @@ def test_models_are_paired_with_the_base_and_a_killed_evaluation_goes_on(tmp_pat
     monitor.main()
     found = read_json(tmp_path / "monitor.json")["results"]
     assert found["base"]["E4 lost 2"]["value"] == 2 and found[str(run)]["E1 chain learned"]["difference"] == 0.5
-    assert found[str(run)]["E1 gain, learned over full"]["value"] == 0.5 and "E1 uplift full" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert found[str(run)]["E1 gain, learned over full"]["value"] == 0.5 and "E1 uplift full" in said
+    assert "with the chain 100.0%, base 50.0%; without the chain 0.0%, base 25.0%: not shown that" in said
     monkeypatch.setattr("sys.argv", [*argv[:3], "5", *argv[4:]])
     with pytest.raises(UserError, match="choose another folder"):
         monitor.main()
