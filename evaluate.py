@@ -212,6 +212,7 @@ def main() -> None:
             print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, temperature "
                   f"{args.temperature}, delta {args.delta}")
         policy = load_policy(model, run) if run else Policy(model, exit_depths(model.config.num_hidden_layers))
+        runs.share_out(policy, args)
         parallel.copy(policy.trained().values())  # alike already, but where a run goes on meanwhile
         print(f"  {name}: {run or args.model}")
         for label in ([] if metrics else [BASE]) + ([name] if run else []):

@@ -72,6 +72,9 @@ def parser(doc: str, out: str = "the run's folder (default: runs/STAGE-TIME)") -
                    help="activation checkpointing, off / on: far less memory, a third more work in the update")
     p.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
                    help="decode by CUDA graphs: fewer launches, not yet measured (default: off)")
+    p.add_argument("--shard", action=argparse.BooleanOptionalAction, default=False,
+                   help="under torchrun: share the base's blocks out over the GPUs, for a model that does not fit one "
+                   "(docs/scaling.md; default: off)")
     p.add_argument("--seed", type=whole(0, 10**9), default=0,
                    help="of problems, samples, and LoRA's start (default: 0)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -163,5 +166,7 @@ def check_device(args) -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {args.device}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA "
                         f"devices here; use --device cpu, or install a CUDA build")
+    if args.shard and (parallel.size() == 1 or args.cuda_graphs):
+        raise UserError("--shard needs several processes, which torchrun starts, and no --cuda-graphs: leave it out")
     if args.cuda_graphs and device.type != "cuda":
         raise UserError(f"--cuda-graphs with --device {args.device}: only CUDA has them; leave the flag out")

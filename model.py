@@ -9,6 +9,7 @@ Attention does, and asks its `site`, which knows where each row stands. The plai
 sequences, causal attention. Those for frozen positions and for the cache are in fast/.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -189,6 +190,10 @@ class Transformer(nn.Module):
             if self.shards is not None:
                 h = self.shards.in_backward(h, layer)
         return h
+
+    def rollout(self):
+        """While responses are sampled: a base that is shared out is whole meanwhile, where it fits."""
+        return nullcontext() if self.shards is None else self.shards.rollout()
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor:
         """The read-out W_U norm(h) that every exit and every lens shares: (..., D) -> (..., V)."""

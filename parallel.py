@@ -19,7 +19,7 @@ from tqdm import tqdm
 # A rank that waits longer for the others gives up: rollouts of one step may differ by many minutes.
 PATIENCE = timedelta(hours=2)
 store = None  # a few values that all ranks see
-before_meeting: Callable[[], None] = lambda: None  # with a base that is shared out, helps ranks that still run layers
+helper = None  # fast.sharded.Shards, where ranks share the base out
 
 
 def rank() -> int:
@@ -73,6 +73,12 @@ def device(name: str) -> str:
 def share(count: int) -> slice:
     """This rank's part of `count` things: neighbours, in order; none, where there are fewer things than ranks."""
     return slice(count * rank() // size(), count * (rank() + 1) // size())
+
+
+def before_meeting() -> None:
+    """With a base that is shared out, helps the ranks that still run layers."""
+    if helper is not None:
+        helper.finish()
 
 
 def gather(mine: list) -> list:

@@ -163,9 +163,10 @@ def main() -> None:
         times = [time.perf_counter()]
         mine = parallel.share(args.prompts_per_step)  # all, but where several processes divide them
         chosen = runs.pick(len(problems), args.prompts_per_step, step, args.seed)[mine]
-        responses = generate(policy, [prompts[i] for i in chosen], samples=args.samples, rows=args.rows,
-                             max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step),
-                             first_row=mine.start * args.samples)
+        with model.rollout():
+            responses = generate(policy, [prompts[i] for i in chosen], samples=args.samples, rows=args.rows,
+                                 max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step),
+                                 first_row=mine.start * args.samples)
         asked = [problems[i] for i in chosen for _ in range(args.samples)]
         graded = [runs.grade(problem, r, tokenizer) for problem, r in zip(asked, responses, strict=True)]
         times.append(time.perf_counter())

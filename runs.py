@@ -43,8 +43,8 @@ from model import Transformer
 RUNS = Path("runs")
 MAX_SKIPPED = 5  # steps in a row with a gradient that isn't finite before a run gives up
 ROTATE = 2**28  # bytes of completions.jsonl
-FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "save_every",
-                  "keep", "trackio", "resume")
+FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "shard",
+                  "save_every", "keep", "trackio", "resume")
 
 
 # ------------------------------------------------------------------------------------------------ starting, stopping
@@ -131,13 +131,23 @@ def load_model(args) -> tuple[Transformer, Tokenizer]:
         torch.set_num_threads(1)
     where = EMBEDDED if args.model == "embedded" else args.model
     tokenizer = Tokenizer.from_pretrained(where, args.revision)
-    model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype), parallel.device(args.device))
+    device = "cpu" if args.shard else parallel.device(args.device)  # from where share_out takes it
+    model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype), device)
     model.recompute, model.graphs = args.recompute, args.cuda_graphs
     if max(tokenizer.size, 1 + max(tokenizer.eos_ids)) > model.config.vocab_size:
         raise UserError(f"{args.model}: its tokenizer has {tokenizer.size} ids and ends responses by "
                         f"{tokenizer.eos_ids[:4]}, but the model knows {model.config.vocab_size}: they don't belong "
                         f"together")
     return model, tokenizer
+
+
+def share_out(policy: Policy, args) -> Policy:
+    """With --shard, leaves every process a part of the base's blocks."""
+    if args.shard:
+        from fast.sharded import Shards
+        policy.model.mark = fingerprint(policy.model)  # later its values are in no one place
+        Shards(policy, parallel.device(args.device))
+    return policy
 
 
 def describe(args, tokenizer: Tokenizer) -> str:
@@ -365,7 +375,7 @@ class Run:
     def load(self, model: Transformer) -> tuple[Policy, torch.optim.Optimizer, int]:
         folder = checkpoint(self.folder)
         where = folder / "state.json"
-        state, policy = read_json(where), load_policy(model, folder)
+        state, policy = read_json(where), share_out(load_policy(model, folder), self.args)
         self.skipped = field(state, "skipped", int, where, 0, 10**7, default=0)
         return policy, adamw(policy, folder), field(state, "step", int, where, 0, 10**7)
 
@@ -419,7 +429,7 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, fresh
     if run and checkpoints(run.folder):
         policy, optimizer, start = run.load(model)
     else:
-        policy, start = fresh(), 0
+        policy, start = share_out(fresh(), args), 0
         optimizer = adamw(policy)
     if start > args.steps:
         raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")

@@ -157,5 +157,6 @@ def generate_shared(policy: Policy, prompts: list[list[int]], *, samples: int = 
                     **options) -> list[Response]:
     """generate, the prompts divided among the ranks: every rank gets all responses."""
     mine = parallel.share(len(prompts))
-    return parallel.gather(generate(policy, prompts[mine], samples=samples,
-                                    first_row=first_row + samples * mine.start, **options))
+    with policy.model.rollout():
+        drawn = generate(policy, prompts[mine], samples=samples, first_row=first_row + samples * mine.start, **options)
+    return parallel.gather(drawn)

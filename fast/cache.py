@@ -170,12 +170,15 @@ def row_bytes(config: Config, slots: int, like: torch.Tensor) -> int:
     return slots * Cache.numbers(config) * like.element_size()
 
 
+def free_memory(like: torch.Tensor) -> int:
+    """Bytes that are free now where `like` lies, for this process."""
+    if like.is_cuda:
+        held = torch.cuda.memory_reserved(like.device) - torch.cuda.memory_allocated(like.device)
+        return torch.cuda.mem_get_info(like.device)[0] + held
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // parallel.neighbours()
+
+
 def fitting_rows(config: Config, slots: int, like: torch.Tensor) -> int:
     """Cache rows in half of the memory that is free now, at most 256. The rest is for prefill, read-out, and a copy of
     half of the rows when the last of them end."""
-    if like.is_cuda:
-        held = torch.cuda.memory_reserved(like.device) - torch.cuda.memory_allocated(like.device)
-        free = torch.cuda.mem_get_info(like.device)[0] + held
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // parallel.neighbours()
-    return max(1, min(256, free // 2 // row_bytes(config, slots, like)))
+    return max(1, min(256, free_memory(like) // 2 // row_bytes(config, slots, like)))

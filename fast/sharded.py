@@ -1,16 +1,16 @@
-"""A base model that does not fit one GPU: every rank keeps a share of each block and gathers a block when it runs it.
+"""A base model that does not fit one GPU: every rank keeps a part of each block, and gathers a block to run it.
 
-FSDP2 (`fully_shard`) does the sharing and gathering. It is given the frozen base alone: adapters and heads, a few million
-numbers, stay whole on every rank, so gradients, optimizer and checkpoints are those of parallel.py. Embedding, last norm
-and read-out stay whole, too.
+FSDP2 (`fully_shard`) does the parting and gathering. It is given the frozen base alone: adapters and heads, a few
+million numbers, stay whole on every rank, so gradients, optimizer and checkpoints are those of parallel.py. Embedding,
+last norm and read-out stay whole, too.
 
-Gathering is a collective, and ranks run different layers: their tokens exit at different depths, their responses end at
-different times, they have different numbers of micro-batches. So they take turns. Before a block runs, forward or
-backward, every rank says which layer it wants next; all gather the deepest of these, and those that wanted it run it. The
-deepest, so that a pass that has begun is finished and all meet again at layer 0. A rank that wants none, because it has
-come to where the ranks meet anyway, helps until none wants any. So at least one rank gets on at every turn, and none
-waits for ever. Gathering every block for every token is slow: where the base fits while nothing else is held, a rollout
-has it whole. The plain way is a base on every rank.
+Gathering needs all ranks at once, and ranks run different layers: their tokens exit at different depths, their
+responses end at different times, they have different numbers of micro-batches. So they take turns. Before a block runs,
+forward or backward, every rank says which layer it wants next; all gather the deepest of these, and those that wanted it
+run it. The deepest, so that a pass that has begun ends first and all begin the next one together. A rank that has come
+to where the ranks meet anyway wants none, and helps until none wants any. So every turn takes at least one rank on, and
+none waits for ever. To gather every block for every token is slow: where the base fits while nothing else is held,
+rollouts have it whole. The plain way is a whole base on every rank.
 """
 
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import parallel
-from checkpoints import fingerprint
+from fast.cache import free_memory
 
 NONE = -1
 
@@ -44,8 +44,8 @@ class Shards:
     """The blocks of a policy's base, shared out."""
 
     def __init__(self, policy, device):
+        parallel.before_meeting()  # of another policy's blocks
         model, self.held, self.whole = policy.model, None, False
-        model.mark = fingerprint(model)  # its values are in no one place from here on
         device = torch.device(device)
         trained, mesh = set(policy.trained().values()), init_device_mesh(device.type, (parallel.size(),))
         self.blocks = list(model.model.layers)
@@ -55,7 +55,8 @@ class Shards:
         for p in policy.parameters():
             if not hasattr(p, "device_mesh"):  # what is not shared out
                 p.data = p.data.to(device)
-        policy.device, model.shards, parallel.before_meeting = device, self, self.finish
+        self.like, policy.device = model.lm_head.weight, device
+        model.shards, parallel.helper = self, self
 
     def turn(self, wanted: int) -> int:
         """Gathers the deepest layer that any rank wants, and names it."""
@@ -77,6 +78,28 @@ class Shards:
         """Helps the others until none wants a layer."""
         while self.turn(NONE) != NONE:
             pass
+        if self.held is not None:
+            self.blocks[self.held].reshard()
+
+    def fits(self) -> bool:
+        """Whether this rank has room for the whole base, and for as much again."""
+        return free_memory(self.like) > 2 * self.bytes
+
+    @contextmanager
+    def rollout(self):
+        """Inside, every rank has all blocks whole and takes no turns, if that fits on all of them."""
+        self.finish()
+        self.whole = all(parallel.gather([self.fits()]))
+        for block in self.blocks if self.whole else ():
+            block.set_reshard_after_forward(False)
+            block.unshard()
+        try:
+            yield
+        finally:
+            for block in self.blocks if self.whole else ():
+                block.set_reshard_after_forward(True)
+                block.reshard()
+            self.whole = False
 
     def in_backward(self, h: torch.Tensor, layer: int) -> torch.Tensor:
         return Fetch.apply(h, self, layer) if h.requires_grad else h
