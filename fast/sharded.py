@@ -6,11 +6,11 @@ last norm and read-out stay whole, too.
 
 Gathering needs all ranks at once, and ranks run different layers: their tokens exit at different depths, their
 responses end at different times, they have different numbers of micro-batches. So they take turns. Before a block runs,
-forward or backward, every rank says which layer it wants next; all gather the deepest of these, and those that wanted it
-run it. The deepest, so that a pass that has begun ends first and all begin the next one together. A rank that has come
-to where the ranks meet anyway wants none, and helps until none wants any. So every turn takes at least one rank on, and
-none waits for ever. To gather every block for every token is slow: where the base fits while nothing else is held,
-rollouts have it whole. The plain way is a whole base on every rank.
+forward or backward, every rank says which layer it wants next; all gather the deepest of these, and those that wanted
+it run it. The deepest, so that a pass that has begun ends first and all begin the next one together. A rank that has
+come to where the ranks meet anyway wants none, and helps until none wants any. So every turn takes at least one rank
+on, and none waits for ever. To gather every block for every token is slow: where the base fits while nothing else is
+held, rollouts have it whole. The plain way is a whole base on every rank.
 """
 
 from contextlib import contextmanager
@@ -44,7 +44,8 @@ class Shards:
     """The blocks of a policy's base, shared out."""
 
     def __init__(self, policy, device):
-        parallel.before_meeting()  # of another policy's blocks
+        parallel.before_meeting()  # with another policy's blocks, which are then let go
+        parallel.helper = None
         model, self.held, self.whole = policy.model, None, False
         device = torch.device(device)
         trained, mesh = set(policy.trained().values()), init_device_mesh(device.type, (parallel.size(),))
