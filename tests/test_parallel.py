@@ -11,12 +11,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import distill
+import flags
 import parallel
 import rloo
+from data.hub import UserError
 from sample import generate_shared
 from tests.commands import RL, ROOT, SMALL, forked, lines, run, toy_checkpoint
 from tests.toys import assert_close, toy_policy
@@ -162,6 +165,16 @@ def test_a_fault_in_one_process_ends_all_and_is_told_once(tmp_path):
     toy_checkpoint(tmp_path / "toy")
     said = together(2, "distill.py", "--model", "toy", *SMALL, cwd=tmp_path, codes=[1], harm="broken")
     assert said.count("Traceback") == said.count("ZeroDivisionError") == 1
+
+
+@pytest.mark.parametrize("device, naming", [("cuda:1", "a GPU of its own"), ("cuda", "2 processes here and 1 GPUs")])
+def test_processes_that_would_share_a_gpu_are_refused(device, naming, monkeypatch):
+    """Else NCCL says so, late and in its own words."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match=naming):
+        flags.check_device(argparse.Namespace(device=device, shard=False, cuda_graphs=False))
 
 
 def test_under_torchrun_a_bad_input_that_one_process_meets_ends_all_and_is_told_once(tmp_path):
