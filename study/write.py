@@ -113,10 +113,10 @@ def fronts(data: dict) -> list[str]:
             "",
             "![Accuracy against average compute](figures/fronts.png)"]
     if front["lambda"]:
-        longest = max(front["lambda"], key=lambda r: r["length_change"])
-        text += ["", "Does a price on depth make texts longer? The longest are at λ = "
-                 f"{longest['value']:g}: {change(longest, 'length') or '0'} tokens a response, " + verdict(
-                     longest["length_change"], longest["length_change_half"], "significantly longer than the base's",
+        dearest = max(front["lambda"], key=lambda r: r["value"])
+        text += ["", f"Does a price on depth make texts longer? At λ = {dearest['value']:g}: "
+                 f"{change(dearest, 'length') or '0'} tokens a response, " + verdict(
+                     dearest["length_change"], dearest["length_change_half"], "significantly longer than the base's",
                      "shorter than the base's", "no significant difference from the base") + ".", "",
                  "![Length and total compute against λ](figures/verbosity.png)", "",
                  "![Where tokens leave over the steps of stage 2](figures/histogram.png)"]
