@@ -156,7 +156,8 @@ def baselines(data: dict) -> list[str]:
             about(data, f"; {data['runs']['stage 2']} seeds of stage 2, {data['runs']['plain RL']} of plain RL"),
             "A sweep is read at the learned policy's compute by mixing the two settings around it; differences are "
             "over the same problems and not corrected for their number. Compute counts layers alone; a threshold on "
-            "the lens also pays a product with the vocabulary at every exit. Adapters of stage 2 are seed 0's.", "",
+            "the lens also pays a product with the vocabulary at every exit. On stage 2's weights it is "
+            "seed 0 against seed 0.", "",
             "Does a learned exit beat a threshold, and is accuracy more than plain RL's? "
             + ". ".join(answer[0].upper() + answer[1:] for answer in answers) + ".",
             *table(["learned", "against", "average compute", "accuracy", "the other's", "difference, points"],
