@@ -227,6 +227,7 @@ class Run:
         if any(p.name not in ("config.json", ".lock", ".partial-config.json") for p in self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is not empty: choose another --out, or --resume {self.folder}")
         self.take()
+        Run.current = self.folder  # named by an error, also on the way from here
         self.write_config(stage, problems)
         return self.folder
 
