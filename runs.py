@@ -282,6 +282,7 @@ class Run:
         self.lock.truncate(0)
         self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.lock.flush()
+        Run.current = self.folder
 
     def write_config(self, stage: str, problems) -> None:
         write_json(self.folder / "config.json", {
