@@ -284,6 +284,7 @@ def main() -> None:
     p.add_argument("--teacher", help="teacher.jsonl of an earlier run: its base responses, instead of sampling anew")
     p.add_argument("--save-every", type=flags.whole(1), default=50, help="steps between checkpoints (default: 50)")
     p.add_argument("--keep", type=flags.whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
+    p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
     p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps extends")
     args = p.parse_args()
     run = runs.Run.resume(args, p, "distill") if args.resume else None

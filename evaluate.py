@@ -64,12 +64,17 @@ def answer(policy: Policy, problems, prompts, tokenizer, base: bool, args) -> tu
         responses = generate_shared(policy, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
                                     temperature=args.temperature, delta=args.delta, seed=(args.seed,), rows=args.rows,
                                     depths=policy.n_layers if base else None, progress=bar)
+    return responses, graded(problems, responses, tokenizer)
+
+
+def graded(problems, responses: list[Response], tokenizer) -> list[dict]:
+    """What became of one response to each problem: a row of completions.jsonl."""
     rows = []
     for problem, response in zip(problems, responses, strict=True):
         text, grade = runs.grade(problem, response, tokenizer)
         rows.append({"id": problem.id, "text": text, **asdict(response), "gold": problem.gold, "value": grade.value,
                      "rule": grade.rule, "correct": grade.strict, "flexible": grade.flexible})
-    return responses, rows
+    return rows
 
 
 @torch.no_grad()
@@ -105,13 +110,19 @@ def table(metrics: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def paired(before, after) -> tuple[float, float]:
+    """Mean difference and half of its 95% interval, taken problem by problem, which halves the interval of accuracies.
+    Of a single problem the half is 1."""
+    gain = torch.tensor(list(after)).double() - torch.tensor(list(before)).double()
+    return float(gain.mean()), Z * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 1.0
+
+
 def headline(base: dict, other: dict, base_rows: list[dict], rows: list[dict]) -> str:
-    """What happened, in one sentence. The difference is taken problem by problem, which halves its interval."""
-    gain = torch.tensor([b["correct"] - a["correct"] for a, b in zip(base_rows, rows, strict=True)]).double()
-    half = Z * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 1.0
-    inside = "no significant difference" if abs(float(gain.mean())) <= half else "a significant difference"
+    """What happened, in one sentence."""
+    gain, half = paired([row["correct"] for row in base_rows], [row["correct"] for row in rows])
+    inside = "no significant difference" if abs(gain) <= half else "a significant difference"
     return (f"{other['name']}: {other['accuracy']:.1%} against the base's {base['accuracy']:.1%} "
-            f"({100 * float(gain.mean()):+.1f} ± {100 * half:.1f} points on the same {len(rows)} problems: {inside}), "
+            f"({100 * gain:+.1f} ± {100 * half:.1f} points on the same {len(rows)} problems: {inside}), "
             f"running {other['average_compute']:.0%} of its layers")
 
 

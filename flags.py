@@ -52,8 +52,8 @@ def number(low: float, high: float, above: bool = False):
     return parse
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """The flags of all three scripts."""
+def parser(doc: str, out: str = "the run's folder (default: runs/STAGE-TIME)") -> argparse.ArgumentParser:
+    """The flags of all three scripts, and of study/."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Where help gives two "
                "values, 'A / B', the flag's default is A for the embedded model and B for any other.")
     p.add_argument("--model", help="checkpoint folder or hub id (default: the embedded one; after stage 1, its model)")
@@ -80,7 +80,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; bfloat16 on CUDA, else float32")
-    p.add_argument("--out", help="the run's folder (default: runs/STAGE-TIME)")
+    p.add_argument("--out", help=out)
     return p
 
 

@@ -135,6 +135,7 @@ def main() -> None:
     p.add_argument("--save-every", type=flags.whole(1), default=20, help="steps between checkpoints (default: 20)")
     p.add_argument("--keep", type=flags.whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--init", help="stage-1 run to start from (default: the newest complete one)")
+    p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
     p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps extends")
     args = p.parse_args()
     run = runs.Run.resume(args, p, "rloo") if args.resume else None

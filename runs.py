@@ -44,7 +44,7 @@ RUNS = Path("runs")
 MAX_SKIPPED = 5  # steps in a row with a gradient that isn't finite before a run gives up
 ROTATE = 2**28  # bytes of completions.jsonl
 FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "shard",
-                  "save_every", "keep", "resume")
+                  "save_every", "keep", "trackio", "resume")
 
 
 # ------------------------------------------------------------------------------------------------ starting, stopping
@@ -211,6 +211,7 @@ class Run:
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         self.folder, self.args, self.skipped, self.skipped_in_a_row = folder, args, 0, 0
+        self.curves = None  # trackio, if asked for
 
     @classmethod
     def start(cls, stage: str, args: argparse.Namespace, model: Transformer, problems) -> "Run":
@@ -226,6 +227,7 @@ class Run:
         if any(p.name not in ("config.json", ".lock", ".partial-config.json") for p in self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is not empty: choose another --out, or --resume {self.folder}")
         self.take()
+        Run.current = self.folder  # named by an error, also on the way from here
         self.write_config(stage, problems)
         return self.folder
 
@@ -283,6 +285,14 @@ class Run:
         self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.lock.flush()
         Run.current = self.folder
+        if self.args.trackio:
+            try:
+                import trackio
+            except ImportError:
+                raise UserError("--trackio: it is not installed: python -m pip install trackio") from None
+            trackio.init(project=self.args.trackio, name=self.folder.name, config=vars(self.args), resume="allow",
+                         embed=False)
+            self.curves = trackio
 
     def write_config(self, stage: str, problems) -> None:
         write_json(self.folder / "config.json", {
@@ -313,6 +323,9 @@ class Run:
             return
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(map(as_json, records))
+        if self.curves and name == "metrics.jsonl":
+            for record in records:
+                self.curves.log(record, step=record["step"])
 
     def last_metrics(self, count: int = 1) -> list[dict]:
         """The last lines of metrics.jsonl, null where a number was not finite."""
@@ -393,6 +406,8 @@ class Run:
         if parallel.rank():
             return
         write_json(self.folder / "complete.json", summary)
+        if self.curves:
+            self.curves.finish()
 
 
 def problems_hash(problems) -> str:

@@ -41,7 +41,7 @@ class Tokenizer:
         self._template, self._template_file = template, template_file
         self.eos_ids = eos_ids
         self.size = 1 + max(hf.get_vocab().values(), default=-1)
-        self._render([], True)  # names a template that can't even be compiled
+        self.render([], True)  # names a template that can't even be compiled
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, revision: str | None = None) -> "Tokenizer":
@@ -77,7 +77,7 @@ class Tokenizer:
             hidden.append(found[0])
             return f"{mark}<{len(hidden) - 1}>"
 
-        texts = self._render([[{**m, "content": self._control.sub(hide, m["content"])} for m in messages]
+        texts = self.render([[{**m, "content": self._control.sub(hide, m["content"])} for m in messages]
                               for messages in conversations], enable_thinking)
         prompts = []
         for text in texts:
@@ -93,7 +93,7 @@ class Tokenizer:
         messages = [{"role": "user", "content": "."}]
         return self.prompt_ids(messages, True) != self.prompt_ids(messages, False)
 
-    def _render(self, conversations: list[list[dict[str, str]]], enable_thinking: bool) -> list[str]:
+    def render(self, conversations: list[list[dict[str, str]]], enable_thinking: bool) -> list[str]:
         def work() -> list[str]:
             template = compile_template(self._template)
             texts = []

@@ -61,6 +61,44 @@ function histogram(metric) {
   return el("table", "", el("caption", "", prose(metric.name)), el("tbody", "", ...rows));
 }
 
+function ticks(values) {  // round numbers, six at most, that enclose them
+  const low = Math.min(...values), high = Math.max(...values);
+  const step = [.01, .02, .05, .1, .2].find(s => Math.ceil(high / s) - Math.floor(low / s) <= 5) ?? .5;
+  const end = Math.ceil(high / step - 1e-6), first = Math.max(0, Math.min(end - 1, Math.floor(low / step + 1e-6)));
+  return Array.from({length: Math.max(end, first + 1) - first + 1}, (_, i) => (first + i) * step);
+}
+function plot() {  // a point a model; its name stands to the right, where names can't meet
+  const svg = $("plot"), [left, right, top, bottom] = [44, 300, 10, 220], percents = p => Math.round(100 * p) + "%";
+  const make = (tag, name, attributes, text) => {
+    const node = document.createElementNS(svg.namespaceURI, tag);
+    for (const [key, value] of Object.entries({class: name, ...attributes})) node.setAttribute(key, value);
+    if (text != null) node.textContent = text;
+    svg.append(node);
+  };
+  const line = (name, x1, y1, x2, y2) => make("line", name, {x1, y1, x2, y2});
+  if (!data.metrics.length) return;
+  const xs = ticks(data.metrics.map(m => m.average_compute));
+  const ys = ticks(data.metrics.flatMap(m => [m.accuracy_low, m.accuracy_high]));
+  const at = (p, all, from, to) => from + (p - all[0]) / (all.at(-1) - all[0]) * (to - from);
+  const x = p => at(p, xs, left, right), y = p => at(p, ys, bottom, top);
+  for (const p of xs) make("text", "", {x: x(p), y: bottom + 20, "text-anchor": "middle"}, percents(p));
+  for (const p of ys) {
+    line("", left, y(p), right, y(p));
+    make("text", "", {x: left - 8, y: y(p) + 4, "text-anchor": "end"}, percents(p));
+  }
+  const sorted = [...data.metrics].sort((a, b) => b.accuracy - a.accuracy);
+  let label = top - 15;
+  for (const [i, m] of sorted.entries()) {
+    const [cx, cy] = [x(m.average_compute), y(m.accuracy)];
+    label = Math.max(label + 15, Math.min(cy, bottom - 15 * (sorted.length - 1 - i)));
+    line("leader", cx, cy, right + 12, label);
+    line("interval", cx, y(m.accuracy_low), cx, y(m.accuracy_high));
+    make("circle", "", {cx, cy, r: 4.5});
+    const name = prose(m.name), short = name.length > 22 ? name.slice(0, 10) + "…" + name.slice(-11) : name;
+    make("text", "name", {x: right + 16, y: label + 4}, short);
+  }
+}
+
 const told = new WeakMap();  // a token's span -> [its run, its index there]
 function token(run, id, t) {
   const span = el("span", "d" + depths.indexOf(run.depths[t]), inText(data.strings[id]));
@@ -82,14 +120,21 @@ function response(run) {
   return node;
 }
 function problem({id, question, gold, runs}) {
-  return el("article", "", el("small", "", prose(id)), el("p", "question", prose(question)),
+  const node = el("article", "", el("small", "", prose(id)), el("p", "question", prose(question)),
     el("p", "", "Gold answer ", el("b", "", prose(gold))), el("div", "responses", ...runs.map(response)));
+  const verdicts = new Set([...node.querySelectorAll(".response")].map(({dataset}) => dataset.verdict));
+  Object.assign(node.dataset, {changed: verdicts.size > 1, words: `${id} ${question} ${gold}`.toLowerCase()});
+  return node;
 }
 
 function filter() {
   const responses = [...document.querySelectorAll(".response")];
-  for (const node of responses)
-    node.hidden = ["run", "verdict"].some(key => $(key).value && $(key).value !== node.dataset[key]);
+  const [run, verdict, words] = ["run", "verdict", "words"].map(name => $(name).value);
+  for (const node of responses) {
+    const its = node.dataset, problem = node.closest("article").dataset;
+    node.hidden = run && run !== its.run || !problem.words.includes(words.trim().toLowerCase())
+      || verdict && (verdict === "changed" ? problem.changed === "false" : verdict !== its.verdict);
+  }
   for (const card of document.querySelectorAll("article"))
     card.hidden = !card.querySelector(".response:not([hidden])");
   $("count").textContent = `${responses.filter(node => !node.hidden).length} of ${responses.length} responses`;
@@ -152,6 +197,7 @@ document.head.append(el("style", "", ...colours(depths.length).map(([ground, ink
   `.d${k} { background: ${ground}; color: ${ink}; }
    .only${k} .tokens span:not(.d${k}) { background: none; color: var(--dim); }\n`)));
 $("results").append(results());
+plot();
 $("histograms").append(...data.metrics.map(histogram));
 $("depths").append(...depths.map(depthButton));
 const names = new Set(data.problems.flatMap(({runs}) => runs.map(run => run.name)));
@@ -160,7 +206,7 @@ $("problems").append(...data.problems.map(problem));
 filter();
 
 const focused = () => told.has(document.activeElement) ? document.activeElement : null;
-$("filters").addEventListener("change", filter);
+$("filters").addEventListener("input", filter);
 document.addEventListener("mouseover", e => show(told.has(e.target) ? e.target : focused()));
 document.addEventListener("focusin", () => show(focused()));
 document.addEventListener("focusout", () => show(null));

@@ -32,7 +32,8 @@ EXITS, L, E = (1, 2), 4, 2  # few layers, since an op on the device costs 0.1 ms
 PROMPTS = [[3, 5, 7, 9], [1, 2], [8], [4, 4, 4], [20, 21, 22, 23, 24, 25]]
 RAGGED = list(range(0, 61, 7))  # so many ids end a response that few reach the limit
 MIXED = torch.tensor([1, 2, 4])[torch.arange(10 * 7).view(10, 7) * 5 % 3]
-FLAGS = argparse.Namespace(keep=2, micro_batch=3, kl_factor=1.0, seed=0, draws=1, beta=0.02, max_new_tokens=7)
+FLAGS = argparse.Namespace(keep=2, shard=False, micro_batch=3, kl_factor=1.0, seed=0, draws=1, beta=0.02,
+                           max_new_tokens=7)
 
 
 def both(function):

@@ -4,8 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from bench import harness
+from checkpoints import load_policy
+from data.hub import UserError
+from data.text import Tokenizer
+from model import Transformer
+from sample import generate
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--model", str(ROOT / "data" / "tiny"), "--repeats", "1", "--threads", "1"]
@@ -57,3 +65,34 @@ def test_targets_and_loss_equal_the_naive_tables(bench):
     record = bench("train", "--memory", "40")
     assert record["40"]["seconds"] > 0
     assert max(record[name] for name in ("lens KL", "token KL", "gradient")) < 1e-5
+
+
+def test_harness_gets_what_the_sampler_writes(trained):
+    """If it fails, lm-evaluation-harness scores other texts than ours, at other depths, or a task's settings that we
+    lack are ignored. The stand-ins for its requests have what it documents: args = (context, settings)."""
+    (folder,) = trained.glob("runs/rloo-*")
+    policy, tokenizer = load_policy(Transformer.from_pretrained(trained / "toy"), folder), Tokenizer.from_pretrained(
+        trained / "toy")
+    args = SimpleNamespace(max_new_tokens=9, delta=0.5, seed=3, rows=None, thinking=True, model="toy")
+    lm = harness.Exits(policy, tokenizer, args, base=False)
+    chats = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
+    contexts = [lm.apply_chat_template(chat) for chat in chats]
+    assert [tokenizer.encode(context) for context in contexts] == tokenizer.prompts(chats)
+
+    def ask(**settings):
+        return lm.generate_until([SimpleNamespace(args=(context, settings)) for context in contexts])
+
+    wanted = generate(policy, tokenizer.prompts(chats), max_new_tokens=9, temperature=0.0, delta=0.5,
+                      eos_ids=tokenizer.eos_ids, seed=(3,))
+    texts = [tokenizer.decode(r.token_ids[:-1] if r.finished else r.token_ids) for r in wanted]
+    assert ask(do_sample=False) == texts and lm.used == [d for r in wanted for d in r.depths]
+    stop = next(text for text in texts if len(text) > 1)[1]
+    assert ask(do_sample=False, until=[stop, ""]) == [text.split(stop)[0] for text in texts]
+    assert ask(do_sample=True, temperature=1.0) != texts
+    assert max(len(tokenizer.encode(text)) for text in ask(do_sample=False, max_gen_toks=1)) <= 1
+    with pytest.raises(UserError, match="top_p"):
+        ask(do_sample=True, top_p=0.9)
+    with pytest.raises(UserError, match="ranks"):
+        lm.loglikelihood([])
+    with pytest.raises(UserError, match="begins the answer"):
+        lm.apply_chat_template(chats[0], add_generation_prompt=False)

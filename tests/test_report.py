@@ -20,7 +20,7 @@ HOSTILE = [
     *("\x00", "\x07", "\x1b[31m", "\r", "\x7f", "\x85", "\t", "\n", "\n\n", " ", "", "\u2028", "\u2029"),
     *("\u202e", "\ufeff", "\ud83d", "\udc00 tail", "\ufffd\ufffd", "語", "مرحبا", " 👩‍👧", "\uffff"),
 ]
-VOID = {"meta"}
+VOID = {"meta", "input"}
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(not BROWSER, reason="needs Chromium")
 
@@ -256,10 +256,11 @@ def test_filters_leave_what_they_name(tmp_path):
     record = make_record()
     record["problems"] += copy.deepcopy(record["problems"])
     record["problems"][1]["runs"]["plain"]["finished"] = False
+    record["problems"][1]["id"] = "gsm8k/test/1"
     got = browse(tmp_path, record, """
         const choose = (name, value) => {
             d.getElementById(name).value = value;
-            d.getElementById(name).dispatchEvent(new w.Event("change", {bubbles: true}));
+            d.getElementById(name).dispatchEvent(new w.Event("input", {bubbles: true}));
         };
         const drawn = name => [...d.querySelectorAll(name)].filter(node => node.getClientRects().length);
         const left = () => [drawn("article").length, drawn(".response h3").map(h3 => h3.textContent),
@@ -270,6 +271,8 @@ def test_filters_leave_what_they_name(tmp_path):
         choose("verdict", "wrong"), results.push(left());
         choose("run", "plain"), results.push(left());
         choose("verdict", "unfinished"), results.push(left());
+        choose("run", ""), choose("verdict", "changed"), choose("words", " GSM8K/"), results.push(left());
+        choose("words", "no such"), results.push(left()), choose("words", ""), choose("verdict", "");
         const button = d.querySelectorAll("#depths button")[1];
         button.click(), results.push(marked(), button.getAttribute("aria-pressed"));
         button.click(), results.push(marked(), button.getAttribute("aria-pressed"));
@@ -277,7 +280,29 @@ def test_filters_leave_what_they_name(tmp_path):
     base, cut, marked = "base✗ wrong", "plain… unfinished · plain", 2 * (4 * "d3" + "d0d1d2d3")
     assert got == [[2, [base, "plain✓ correct · plain", base, cut], "4 of 4 responses"], marked,
                    [2, [base, base], "2 of 4 responses"], [0, [], "0 of 4 responses"], [1, [cut], "1 of 4 responses"],
+                   [1, [base, cut], "2 of 4 responses"], [0, [], "0 of 4 responses"],
                    "d1d1", "true", marked, "false"]
+
+
+@needs_browser
+def test_plot_stands_for_the_numbers(tmp_path):
+    """If it fails, the figure that a reader remembers says something else than the table; or names cover each other."""
+    record = make_record()
+    metrics = [record["metrics"][0] | {"name": f"<b>{i}</b>", "accuracy": 0.6 + i / 1000, "accuracy_low": 0.55,
+                                       "accuracy_high": 0.65, "average_compute": 1 - i / 20} for i in range(12)]
+    ticks, points, names, same = browse(tmp_path, record | {"metrics": metrics}, """
+        const all = name => [...d.querySelectorAll("#plot " + name)], box = node => node.getBBox();
+        return [all("text:not(.name)").map(node => node.textContent),
+                all("circle").map(node => [node.getAttribute("cx"), node.getAttribute("cy")].map(Number)),
+                all(".name").map(node => [node.textContent, box(node).y, box(node).y + box(node).height]),
+                [[1, 1], [0, 0]].map(w.ticks)];""")
+    assert ticks == ["40%", "60%", "80%", "100%", "55%", "60%", "65%"] and same == [[0.99, 1.0], [0.0, 0.01]]
+    for (x, y), metric in zip(points, sorted(metrics, key=lambda m: -m["accuracy"]), strict=True):
+        assert x == pytest.approx(44 + (metric["average_compute"] - 0.4) / 0.6 * 256)
+        assert y == pytest.approx(220 - (metric["accuracy"] - 0.55) / 0.1 * 210)
+    assert [name for name, _, _ in names] == [f"<b>{i}</b>" for i in reversed(range(12))]
+    assert all(below[1] >= above[1] + 14.9 for above, below in zip(names, names[1:], strict=False))
+    assert names[0][1] > 0 and names[-1][2] < 250
 
 
 @needs_browser

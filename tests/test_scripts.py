@@ -91,6 +91,27 @@ def test_evaluate_compares_all_three_and_writes_its_files(trained):
     assert "stage 2" in done.stdout and "<html" in (trained / "eval" / "page.html").read_text()
 
 
+def _recorder():
+    import types
+    rows = []
+    sys.modules["trackio"] = types.SimpleNamespace(
+        init=lambda **given: rows.append([given["project"], given["name"]]), finish=lambda: print("curves", rows),
+        log=lambda row, step: rows.append([step, row["step"], "reward" in row]))
+
+
+def _absent():
+    sys.modules["trackio"] = None
+
+
+def test_metrics_are_live_curves_too(trained, tmp_path):
+    """If it fails, --trackio shows nothing, or a run learns only after its first step that it isn't installed."""
+    done = run("rloo.py", *RL, "--trackio", "depth", "--out", tmp_path / "live", cwd=trained, before=_recorder)
+    assert "curves [['depth', 'live'], [0, 0, True], [1, 1, True]]" in done.stdout
+    done = run("rloo.py", *RL, "--trackio", "depth", "--out", tmp_path / "no", cwd=trained, before=_absent, ok=False)
+    assert "pip install trackio" in done.stderr and done.returncode == 2
+    assert not (tmp_path / "no" / "metrics.jsonl").exists()
+
+
 def test_merge_writes_a_plain_checkpoint_with_the_adapters_in_it(trained):
     """The merged folder loads as a base model and computes what base + LoRA computes at full depth."""
     (folder,) = trained.glob("runs/rloo-*")

@@ -1,0 +1,108 @@
+"""GSM8K and the other generation tasks of lm-evaluation-harness, with exits on (python -m pip install lm-eval).
+
+    python bench/harness.py RUN --tasks gsm8k_cot_zeroshot --limit 100
+    python bench/harness.py base --model MODEL --tasks …      the base model at full depth
+
+Prompts go through the checkpoint's chat template, and a response counts from after its thoughts. Sampling is the
+task's, mostly argmax, with exits drawn as trained. The harness scores by its own rules, not by those of evaluate.py.
+Tasks that rank given answers are refused: they would have to be read at some depth, and full depth shows no exit.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import flags  # noqa: E402
+import runs  # noqa: E402
+from checkpoints import load_policy  # noqa: E402
+from data.hub import UserError, write_text  # noqa: E402
+from exits import Policy, exit_depths  # noqa: E402
+from sample import generate  # noqa: E402
+
+try:
+    import lm_eval
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+except ImportError:
+    lm_eval, LM, TaskManager = None, object, None
+
+
+class Exits(LM):
+    """A policy as the harness wants a model: text in, text out."""
+
+    def __init__(self, policy: Policy, tokenizer, args, base: bool):
+        super().__init__()
+        self.policy, self.tokenizer, self.args = policy, tokenizer, args
+        self.depths, self.used = policy.n_layers if base else None, []  # used: the depths of all tokens
+
+    tokenizer_name = property(lambda self: str(self.args.model))
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+        if not add_generation_prompt:
+            raise UserError("the task begins the answer itself, which is not implemented: choose another")
+        return self.tokenizer.render([chat_history], self.args.thinking)[0]
+
+    def generate_until(self, requests) -> list[str]:
+        groups = {}  # how to sample -> requests
+        for i, request in enumerate(requests):
+            how = dict(request.args[1])
+            how.pop("until", None)
+            tokens, sampled = how.pop("max_gen_toks", self.args.max_new_tokens), how.pop("do_sample", None)
+            temperature = how.pop("temperature", float(bool(sampled)))
+            temperature = 0.0 if sampled is False else temperature
+            if how:
+                raise UserError(f"the task samples with {how}, which is not implemented: choose another")
+            groups.setdefault((tokens, temperature), []).append(i)
+        texts = [""] * len(requests)
+        for (tokens, temperature), group in groups.items():
+            responses = generate(self.policy, [self.tokenizer.encode(requests[i].args[0]) for i in group],
+                                 max_new_tokens=tokens, temperature=temperature, eos_ids=self.tokenizer.eos_ids,
+                                 delta=self.args.delta, depths=self.depths, seed=(self.args.seed,), rows=self.args.rows)
+            for i, r in zip(group, responses, strict=True):
+                text = self.tokenizer.decode(r.token_ids[:-1] if r.finished else r.token_ids)
+                text = text.rpartition("</think>")[2]
+                for stop in requests[i].args[1].get("until", ()):
+                    text = text.partition(stop)[0] if stop else text
+                texts[i] = text
+                self.used += r.depths
+        return texts
+
+    def loglikelihood(self, requests):
+        raise UserError("the task ranks given answers, which shows no exit: choose one that generates")
+
+    loglikelihood_rolling = loglikelihood
+
+
+def main() -> None:
+    p = flags.parser(__doc__)
+    p.add_argument("run", help="a run's folder, or 'base'")
+    p.add_argument("--tasks", nargs="+", required=True, help="the harness's names")
+    p.add_argument("--include-path", help="folder of further tasks, as YAML files")
+    p.add_argument("--limit", type=flags.whole(1), help="problems of each task (default: all)")
+    p.add_argument("--delta", type=flags.number(-1e4, 1e4), default=0.0, help="added to every exit logit (default: 0)")
+    args = p.parse_args()
+    if lm_eval is None:
+        raise UserError("lm-evaluation-harness is not installed: python -m pip install lm-eval")
+    base = args.run == "base"
+    if not base:
+        flags.inherit(args, runs.read_config(Path(args.run)), Path(args.run) / "config.json")
+    args = flags.settle(args)
+    model, tokenizer = runs.load_model(args)
+    policy = Policy(model, exit_depths(model.config.num_hidden_layers)) if base else load_policy(model, args.run)
+    lm = Exits(policy, tokenizer, args, base)
+    found = lm_eval.simple_evaluate(lm, tasks=args.tasks, limit=args.limit, apply_chat_template=True,
+                                    task_manager=TaskManager(include_path=args.include_path), random_seed=args.seed,
+                                    bootstrap_iters=0)
+    compute = sum(lm.used) / len(lm.used) / policy.n_layers
+    for task, scores in found["results"].items():
+        print(f"{task}: " + ", ".join(f"{name} {score:.4f}" for name, score in scores.items()
+                                      if isinstance(score, float)) + f"; average compute {compute:.3f}")
+    if args.out:
+        write_text(Path(args.out), json.dumps({"args": vars(args), "average_compute": compute, **{
+            name: found[name] for name in ("results", "samples")}}, indent=1, default=str) + "\n")
+        print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

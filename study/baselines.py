@@ -1,0 +1,220 @@
+"""Does a learned exit beat simpler ones, and does it cost or gain accuracy beside reinforcement learning without exits?
+
+    static       every token stops at one depth
+    confidence   stops at the first exit whose lens is sure of a token, max_x p(x) >= tau (as CALM does)
+    heads        stops at the first exit where the learned head says p >= C: what sampling the exits costs
+    oracle       stops at the first exit whose lens is within EPS nats of this token's own final distribution: no rule,
+                 for it runs all layers first, but a bound for those that guess from the lens
+    random       depths drawn from the learned policy's own histogram, whatever the token is
+    plain RL     stage 2 from the base with the exits closed: same steps, seeds, rate and rank, lambda 0
+
+Same prompts, problems, random numbers and read-out; on the base's weights, and on trained adapters. Compute counts
+layers alone: confidence also pays a product with the vocabulary at every exit, which is not in these figures.
+
+    python -m study.baselines
+"""
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import runs
+from checkpoints import checkpoint, exits_of, save_policy
+from data.hub import write_json
+from distill import lens_kl
+from evaluate import measure, paired
+from exits import Policy, token_logits
+from study import common
+from study.common import answers, correct, mean, point
+from study.regimes import random_depths
+
+TAUS = (0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
+PS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of an exit
+EPS = (0.3, 0.1, 0.03, 0.01, 0.001)  # nats
+SURE, CLOSED = 30.0, -100.0  # exit logits: sigmoid(30) is 1 but for 1e-13, sigmoid(-100) and its gradient are 0
+
+
+# ------------------------------------------------------------------------------------------------------- exit rules
+
+
+class Confidence(nn.Module):
+    """In place of a policy's heads: an exit logit of ±30 for "the lens's likeliest token has probability >= tau"."""
+
+    def __init__(self, policy: Policy, tau: float):
+        super().__init__()
+        self.lens, self.tau = (lambda h: token_logits(policy.model, h)), tau
+
+    def forward(self, h: torch.Tensor, exit_idx: int) -> torch.Tensor:  # (..., D) -> (...)
+        sure = self.lens(h).softmax(-1).amax(-1) >= self.tau
+        return torch.where(sure, SURE, -SURE)
+
+
+class Thresholded(nn.Module):
+    """In place of a policy's heads: its own, which stop wherever p_e >= p in place of as often as p_e says."""
+
+    def __init__(self, policy: Policy, p: float):
+        super().__init__()
+        self.heads, self.p = policy.heads, p
+
+    def forward(self, h: torch.Tensor, exit_idx: int) -> torch.Tensor:  # (..., D) -> (...)
+        return torch.where(self.heads(h, exit_idx).sigmoid() >= self.p, SURE, -SURE)
+
+
+def with_heads(heads, value: float):
+    def rule(policy: Policy) -> dict:
+        policy.heads = heads(policy, value)
+        return {}
+
+    return rule
+
+
+class Peek:
+    """A cache for a pass that leaves no trace: what it wrote is not counted as there, and is written again."""
+
+    def __init__(self, cache):
+        self.cache, self.filled = cache, cache.filled.clone()
+
+    def run(self, *args):
+        return self.cache.run(*args)
+
+    def end(self, h) -> None:
+        self.cache.filled, self.cache.site = self.filled, None
+
+
+def oracle(eps: float):
+    def rule(policy: Policy) -> dict:
+        plain = policy.forward
+
+        def forward(ids, depths, u, delta, cache):
+            """Twice through: all layers, to see where the lens is near enough; then as many as that says."""
+            full = plain(ids, depths, place=Peek(cache))
+            kl_e = lens_kl(policy.model, full.h[:, 0], [h[:, 0] for h in full.streams])  # (R, E)
+            first = F.pad(kl_e <= eps, (0, 1), value=True).int().argmax(-1).cpu()
+            return plain(ids, depths.minimum(policy.depth_of_outcome[first][:, None]), place=cache)
+
+        policy.forward = forward
+        return {}
+
+    return rule
+
+
+def static(depth: int):
+    return lambda policy: {"depths": depth}
+
+
+def shuffled(args, like: common.Answers):
+    """Depths drawn i.i.d. from the histogram of other answers."""
+    histogram = list(measure(like.rows, like.outcomes)["exit_histogram"].values())
+    return lambda policy: {"depths": random_depths(policy, histogram, (args.n, args.max_new_tokens), args.seed)}
+
+
+# ------------------------------------------------------------------------------------------------------------ plain RL
+
+
+def closed_start(args):
+    """A stage-1 folder that has learned nothing: fresh adapters of s1's rank, and exits that never open."""
+    source, folder = common.stage_one(args), Path(args.runs) / "closed"
+    if source is None or (folder / "complete.json").exists():
+        return source and folder
+    config = runs.read_config(source)
+    model, _ = runs.load_model(args)
+    policy = Policy(model, exits_of(checkpoint(source)), config["args"]["rank"])
+    torch.nn.init.constant_(policy.heads.bias, CLOSED)
+    (folder / "step-000000").mkdir(parents=True, exist_ok=True)
+    save_policy(policy, folder / "step-000000")
+    write_json(folder / "config.json", config)
+    write_json(folder / "complete.json", {"closed": True})
+    return folder
+
+
+def plain_rl(args, seed: int):
+    return common.stage_two(args, f"closed-{seed}", 0.0, seed, closed_start(args))
+
+
+# ------------------------------------------------------------------------------------------------------- comparing
+
+
+def compute_of(answered) -> float:
+    depths = [d for row in answered.rows for d in row["depths"]]
+    return sum(depths) / len(depths) / answered.outcomes[-1]
+
+
+def at_compute(sweep: list, compute: float) -> list[float] | None:
+    """Each problem's accuracy under a sweep of answers at a given average compute: between the two settings around it,
+    mixed in the ratio that gives that compute. None outside of the sweep."""
+    found = sorted(((compute_of(answered), correct(answered)) for answered in sweep), key=lambda pair: pair[0])
+    for (low, before), (high, after) in pairwise(found):
+        if low <= compute <= high and low < high:
+            share = (compute - low) / (high - low)
+            return [(1 - share) * x + share * y for x, y in zip(before, after, strict=True)]
+    return None
+
+
+def pooled(answered: list) -> tuple[list[float], float]:
+    """Accuracy of each problem, and average compute, as means over runs."""
+    return [mean(values) for values in zip(*map(correct, answered), strict=True)], mean(map(compute_of, answered))
+
+
+def against(name: str, mine: list[float], other: list[float] | None, **about) -> list[dict]:
+    """A comparison, in accuracy over the same problems; none where the other has no such compute."""
+    if other is None:
+        return []
+    change, half = paired(other, mine)
+    return [{"of": name, **about, "accuracy": mean(mine), "other": mean(other), "change": change, "half": half}]
+
+
+def main() -> None:
+    args = common.arguments(__doc__)
+    s1 = common.stage_one(args)
+    if s1 is None:
+        return
+    exits, base = exits_of(checkpoint(s1)), common.base_answers(args)
+    rl = common.over_seeds(args, lambda seed: common.rl_run(args, 0.1, seed))
+    plain = common.over_seeds(args, lambda seed: plain_rl(args, seed))
+    weights = {"base": tuple(exits), "stage 1": s1, **({"stage 2": rl[0]} if rl else {})}
+    learned = {name: [answers(args, run) for run in found] for name, found in (("stage 1", [s1]), ("stage 2", rl))
+               if found}
+    points = [point(args, each[0], rule="learned", weights=name) for name, each in learned.items()]
+    points += [point(args, answers(args, run), rule="plain RL", weights=run.name) for run in plain]
+    comparisons = []
+
+    for name, source in weights.items():
+        full = base if name == "base" else answers(args, source, "full depth", static(base.outcomes[-1]))
+        points.append(point(args, full, rule="full depth", weights=name))
+        mine = [whose for whose in learned if name in ("base", whose)]
+        for rule, make, values in (("static", static, exits), ("confidence", partial(with_heads, Confidence), TAUS),
+                                   ("oracle", oracle, EPS),
+                                   *([] if name == "base" else [("heads", partial(with_heads, Thresholded), PS)])):
+            sweep = [answers(args, source, f"{rule} {value:g}", make(value)) for value in values]
+            points += [point(args, a, rule=rule, weights=name, value=v) for a, v in zip(sweep, values, strict=True)]
+            for whose in mine:
+                # Seed 0's adapters against seed 0 alone: the mean over seeds would be compared with one seed's luck.
+                accuracy, compute = pooled(learned[whose] if name == "base" else learned[whose][:1])
+                comparisons += against(whose, accuracy, at_compute([*sweep, full], compute), rule=rule, weights=name,
+                                       compute=compute)
+        for whose in mine:
+            first = learned[whose][0]
+            random = answers(args, source, f"random as {whose}", shuffled(args, first))
+            points.append(point(args, random, rule="random", weights=name, value=whose))
+            comparisons += against(whose, correct(first), correct(random), rule="random", weights=name,
+                                   compute=compute_of(first))
+
+    if plain:
+        closed = pooled([answers(args, run) for run in plain])[0]
+        comparisons += against("plain RL", closed, correct(base), rule="full depth", weights="base", compute=1.0)
+        for whose, each in learned.items():
+            comparisons += against(whose, pooled(each)[0], closed, rule="plain RL", weights="plain RL",
+                                   compute=pooled(each)[1])
+    for whose, each in learned.items():
+        comparisons += against(whose, pooled(each)[0], correct(base), rule="full depth", weights="base",
+                               compute=pooled(each)[1])
+    common.save(args, "baselines", "baselines", points=points, comparisons=comparisons,
+                runs={"stage 2": len(rl), "plain RL": len(plain)})
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

@@ -1,0 +1,289 @@
+"""What the study's commands share: runs that are trained once, answers that are sampled once, intervals, figures.
+
+Under --runs lie the runs, as distill.py and rloo.py write them, and answers/, what each said to the held-out problems:
+
+    kl-F           stage 1 at KL factor F, from one set of base responses
+    s1             the stage-1 run that stage 2 starts from: exits after every layer, trained longer (on other models
+                   than the embedded one it is kl-1)
+    rl-LAM-SEED    stage 2 from it;  closed-SEED: stage 2 without exits, from the base (study.baselines)
+    …-TASK         the same on another task (study.crossdomain)
+
+What is complete is not made again, what was begun goes on; so every command can be killed and repeated. Each writes
+docs/data/NAME.json and docs/figures/NAME.png, and `python -m study.write` the text around them.
+"""
+
+import argparse
+import copy
+import hashlib
+import math
+import shlex
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+import flags
+import runs
+from checkpoints import checkpoint, load_policy
+from data import tasks
+from data.hub import UserError, as_json, field, parse_object, read_json, read_text, write_json, write_text
+from evaluate import Z, graded, measure, paired
+from exits import Policy, adapters_off, exit_depths
+from sample import generate
+from study.coherence import COLUMNS, score
+
+ROOT = Path(__file__).parent.parent
+# The record on the embedded model; other models take the scripts' own defaults.
+RECORD_1 = "--kl-factor 16 --exit-every 1 --rank 16 --steps 3000 --responses 24000 --lr 0.01 --held-out 200"
+RECORD_2 = "--steps 150 --lr 0.0015 --save-every 30"
+FACTORS = ((16, 64, 4, 2, 1, 0.5, 0.25), (1, 4, 2, 0.5, 0.25))  # the first run's base responses serve the others
+PASSED = ("model", "revision", "task", "data", "thinking", "max_new_tokens", "rows", "micro_batch", "recompute",
+          "cuda_graphs", "device", "dtype")  # flags that go to the trainings
+
+
+# ------------------------------------------------------------------------------------------------ flags and runs
+
+
+def arguments(doc: str, more=None):
+    """The flags of a command, settled, with its held-out problems; more(parser) adds its own."""
+    p = flags.parser(doc, out="folder of data/ and figures/ (default: docs)")
+    p.add_argument("--runs", default="runs/study", help="folder of the runs (default: runs/study)")
+    p.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="train the runs that are "
+                   "missing (default: on); without, what needs them is left out")
+    p.add_argument("--stage1", default="", help="further flags of every distill.py, in one text")
+    p.add_argument("--stage2", default="", help="further flags of every rloo.py, in one text")
+    p.add_argument("--seeds", type=flags.whole(1), default=5, help="of stage 2 at lambda 0.1 (default: 5)")
+    p.add_argument("--n", type=flags.whole(2), help="held-out problems, 600 / 100")
+    p.add_argument("--temperature", type=flags.number(0, 1e4), default=1.0, help="of the tokens (default: 1)")
+    if more:
+        more(p)
+    args = p.parse_args()
+    given = {name: value for name in PASSED if (value := getattr(args, name)) is not None}
+    args.passed = [f"--{'' if value else 'no-'}{flags.flag(name)}" if isinstance(value, bool) else
+                   f"--{flags.flag(name)}={value}" for name, value in given.items()]
+    return with_problems(flags.settle(args, n=(600, 100)))
+
+
+def on_task(args, task: str):
+    """The same settings on another task."""
+    args = copy.copy(args)
+    args.task, args.data = task, None
+    args.passed = [text for text in args.passed if not text.startswith(("--task=", "--data="))] + [f"--task={task}"]
+    return with_problems(args)
+
+
+def with_problems(args):
+    args.problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
+    return args
+
+
+def trained(args, name: str, script: str, *options) -> Path | None:
+    """The folder of a complete run, trained now, or taken up again, if it has to be; None where --no-train forbids."""
+    folder = Path(args.runs) / name
+    if not (folder / "complete.json").exists():
+        if not args.train:
+            print(f"{folder} is not complete: left out", file=sys.stderr)
+            return None
+        begun = ["--resume", folder] if (folder / "config.json").exists() else [*args.passed, *options, "--out", folder]
+        command = [sys.executable, str(ROOT / script), *map(str, begun)]
+        print(f"+ {shlex.join(command[1:])}", flush=True)
+        if call(command):
+            raise UserError(f"{folder} is not complete, for the reason above: this command, repeated, goes on with it")
+    return folder
+
+
+def call(command: list[str]) -> int:
+    """A command's exit code. Stopped meanwhile, it waits until the command has saved what it has."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except runs.Stopped as stopped:
+        if stopped.number == signal.SIGTERM:  # Ctrl-C in a terminal reaches both
+            process.terminate()
+        process.wait()
+        raise
+
+
+def about_the_same(args, folder: Path) -> Path:
+    """Refuses a run about another model or task than the study's."""
+    for name in ("model", "task"):
+        here, wanted = runs.read_config(folder)["args"].get(name), getattr(args, name)
+        if here != wanted:
+            raise UserError(f"{folder} has {name} {here!r:.80}, and this study {wanted!r:.80}: choose another --runs")
+    return folder
+
+
+def kl_run(args, factor: float) -> Path | None:
+    first = FACTORS[args.model != "embedded"][0]
+    options = [] if factor == first else ["--teacher", (kl_run(args, first) or Path()) / "teacher.jsonl"]
+    folder = trained(args, f"kl-{factor:g}", "distill.py", "--kl-factor", f"{factor:g}", *options,
+                     *shlex.split(args.stage1))
+    return folder and about_the_same(args, folder)
+
+
+def stage_one(args, suffix: str = "") -> Path | None:
+    """The run that stage 2 starts from."""
+    if args.model != "embedded" and not suffix:
+        return kl_run(args, 1)
+    record = RECORD_1.split() if args.model == "embedded" else ()
+    folder = trained(args, f"s1{suffix}", "distill.py", *record, *shlex.split(args.stage1))
+    return folder and about_the_same(args, folder)
+
+
+def stage_two(args, name: str, lam: float, seed: int, init: Path | None) -> Path | None:
+    if init is None:
+        return None
+    record = RECORD_2.split() if args.model == "embedded" else ()
+    folder = trained(args, name, "rloo.py", "--init", init, "--lam", f"{lam:g}", "--seed", seed, *record, "--keep", 999,
+                     *shlex.split(args.stage2))
+    return folder and about_the_same(args, folder)
+
+
+def rl_run(args, lam: float = 0.1, seed: int = 0, suffix: str = "") -> Path | None:
+    return stage_two(args, f"rl-{lam:g}-{seed}{suffix}", lam, seed, stage_one(args, suffix))
+
+
+def over_seeds(args, make) -> list[Path]:
+    """The runs make(seed) that there are."""
+    return [folder for seed in range(args.seeds) if (folder := make(seed))]
+
+
+# --------------------------------------------------------------------------------------------- answers and metrics
+
+
+class Answers(NamedTuple):
+    rows: list[dict]  # one answer to each held-out problem: evaluate.py's completions without log-probabilities
+    outcomes: list[int]  # the depths that were open to it, the last one all layers
+    path: Path
+
+
+def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -> Answers:
+    """Sampled once; later calls read the file, as long as its first line says the same.
+
+    source is the folder of a run or checkpoint or, for the base's weights, a tuple of exits; rule(policy) may change
+    how it exits and gives further arguments of sample.generate. `how` names the rule.
+    """
+    base = isinstance(source, tuple)
+    folder = None if base else source if (source / "exit_config.json").exists() else checkpoint(source)
+    label = "base" if base else folder.parent.name + f"-{folder.name}"
+    head = {"weights": list(source) if base else digest(folder), "how": how, "n": args.n, "delta": delta,
+            "temperature": args.temperature, "problems": runs.problems_hash(args.problems),
+            **{name: getattr(args, name) for name in ("model", "revision", "thinking", "max_new_tokens", "seed")}}
+    name = f"{label}.{how}.{Path(args.task).stem}.n{args.n}.t{args.temperature:g}.d{delta:g}.jsonl".replace(" ", "-")
+    path = Path(args.runs) / "answers" / name
+    if path.exists():
+        first, *rows = (parse_object(line, path) for line in read_text(path).splitlines())
+        if {key: first.get(key) for key in head} == head:
+            return Answers(rows, field(first, "outcomes", list, path), path)
+    model, tokenizer = runs.load_model(args)
+    prompts = runs.prompt_ids(args.problems, model, tokenizer, args)
+    exits = source or exit_depths(model.config.num_hidden_layers)
+    policy = Policy(model, exits) if base else load_policy(model, folder)
+    with tqdm(total=len(prompts), desc=path.stem) as bar, adapters_off(policy) if base else nullcontext():
+        responses = generate(policy, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
+                             temperature=args.temperature, delta=delta, seed=(args.seed,), rows=args.rows, progress=bar,
+                             **(rule(policy) if rule else {}))
+    rows = [{key: value for key, value in row.items() if not key.startswith("logp_")}
+            for row in graded(args.problems, responses, tokenizer)]
+    outcomes = policy.depth_of_outcome.tolist()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(map(as_json, [{**head, "outcomes": outcomes}, *rows])))
+    judgement(path).unlink(missing_ok=True)  # of what stood there before
+    return Answers(rows, outcomes, path)
+
+
+def digest(folder: Path) -> str:
+    """Tells a checkpoint from another of the same name."""
+    files = (folder / name for name in ("adapter_model.safetensors", "exit_heads.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def base_answers(args) -> Answers:
+    return answers(args, (), "full depth", lambda policy: {"depths": policy.n_layers})
+
+
+def total(row: dict, layers: int) -> float:
+    """sum_t l_t / L of one response."""
+    return sum(row["depths"]) / layers
+
+
+def point(args, answered, **about) -> dict:
+    """A row of the tables: the README's metrics, and the differences from the base over the same problems, each with
+    half of its 95% interval."""
+    rows, outcomes, _ = answered
+    base, L = base_answers(args).rows, outcomes[-1]
+    metrics = {**about, **measure(rows, outcomes)}
+    compute, tokens = metrics["average_compute"], sum(len(row["depths"]) for row in rows)
+    spread = sum((total(row, L) - compute * len(row["depths"])) ** 2 for row in rows)  # of a ratio of sums
+    metrics["average_compute_half"] = Z * math.sqrt(spread) / tokens
+    for name, value in (("accuracy", lambda row: row["correct"]), ("length", lambda row: len(row["depths"])),
+                        ("total_compute", lambda row: total(row, L))):
+        metrics[f"{name}_change"], metrics[f"{name}_change_half"] = paired(map(value, base), map(value, rows))
+    return metrics
+
+
+def correct(answered) -> list[float]:
+    return [float(row["correct"]) for row in answered.rows]
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def judged(args, answered: Answers) -> dict:
+    """The columns of study/coherence.py, for which the base model reads the answers; kept beside them."""
+    path = judgement(answered.path)
+    if not path.exists():
+        model, _ = runs.load_model(args)
+        policy = Policy(model, exit_depths(model.config.num_hidden_layers))
+        write_json(path, score(policy, answered.rows, args.micro_batch))
+    return {name: read_json(path)[name] for name in COLUMNS}
+
+
+def judgement(path: Path) -> Path:
+    return path.with_suffix(".coherence.json")
+
+
+# ------------------------------------------------------------------------------------------------ data and figures
+
+
+def save(args, name: str, command: str, **data) -> dict:
+    """Writes docs/data/NAME.json and returns what it holds."""
+    path = Path(args.out or "docs") / "data" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"command": f"python -m study.{command}", "model": args.model, "task": args.task, "n": args.n,
+             "temperature": args.temperature, "commit": runs.commit(), **data}
+    write_json(path, found)
+    print(f"wrote {path}")
+    return found
+
+
+def figure(args, name: str, columns: int = 1, rows: int = 1, width: float = 7, height: float = 3.4):
+    """(axes, finish): empty axes that share a plain style, and what writes them to docs/figures/NAME.png."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need matplotlib: python -m pip install -r requirements.txt") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.2,
+                         "lines.markersize": 4, "legend.frameon": False, "legend.fontsize": 8})
+    drawing, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+
+    def finish():
+        path = Path(args.out or "docs") / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawing.savefig(path, dpi=110)
+        plt.close(drawing)
+        print(f"wrote {path}")
+
+    return axes.flatten().tolist(), finish
+
+
+def last(folder: Path) -> dict:
+    return read_json(folder / "complete.json")

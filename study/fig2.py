@@ -1,0 +1,68 @@
+"""The paper's Figure 2: stage 2 over its steps, several seeds, every checkpoint on the same held-out problems.
+
+Writes fig2.json and fig2.png: a light line a seed, their mean in bold, the base model dashed.
+
+    python -m study.fig2
+"""
+
+import runs
+from checkpoints import checkpoint, checkpoints
+from evaluate import paired
+from study import common
+from study.common import answers, base_answers, correct, mean, point
+
+SHOWN = {"accuracy": "accuracy (%)", "average_compute": "average compute (% of layers)",
+         "total_compute": "total compute (full-depth tokens)", "coherence": "coherence (0 to 1)"}
+
+
+def on_schedule(run) -> dict:
+    """A run's checkpoints by step, but for those that an interruption left between."""
+    every = runs.read_config(run)["args"]["save_every"]
+    steps = {int(folder.name.removeprefix("step-")): folder for folder in checkpoints(run)}
+    return {step: folder for step, folder in steps.items() if step % every == 0 or step == max(steps)}
+
+
+def main() -> None:
+    args = common.arguments(__doc__)
+    s1, rl = common.stage_one(args), common.over_seeds(args, lambda seed: common.rl_run(args, 0.1, seed))
+    if not rl:
+        return
+    found = [{0: checkpoint(s1)} | on_schedule(run) for run in rl]
+    steps = sorted(set.intersection(*map(set, found)))
+
+    def measured(answered, **about):
+        return point(args, answered, **about, **common.judged(args, answered))
+
+    base = measured(base_answers(args))
+    seeds = [{"run": run.name, "steps": [measured(answers(args, of[step]), step=step) for step in steps]}
+             for run, of in zip(rl, found, strict=True)]
+    ended = [mean(values) for values in zip(*(correct(answers(args, of[steps[-1]])) for of in found), strict=True)]
+    names = [name for name in SHOWN if name in base]
+    data = common.save(
+        args, "fig2", "fig2", base=base, seeds=seeds, change_from_base=paired(correct(base_answers(args)), ended),
+        change_from_stage_1=paired(correct(answers(args, found[0][0])), ended),
+        mean=[{"step": step, **{name: mean(seed["steps"][i][name] for seed in seeds) for name in names}}
+              for i, step in enumerate(steps)])
+    draw(args, data, names)
+
+
+def draw(args, data: dict, names: list[str]) -> None:
+    axes, finish = common.figure(args, "fig2", len(names), width=2.6 * len(names), height=2.8)
+    for ax, name in zip(axes, names, strict=True):
+        scale = 100 if "%" in SHOWN[name] else 1
+        for seed in data["seeds"]:
+            ax.plot(*line(seed["steps"], name, scale), color="C0", alpha=0.35, linewidth=0.8)
+        label = f"mean of {len(data['seeds'])} seeds"
+        ax.plot(*line(data["mean"], name, scale), color="C0", linewidth=2.2, label=label)
+        ax.axhline(scale * data["base"][name], color="0.3", linestyle="--", label="base model")
+        ax.set(xlabel="step of stage 2", ylabel=SHOWN[name])
+    axes[0].legend()
+    finish()
+
+
+def line(rows: list[dict], name: str, scale: float):
+    return [row["step"] for row in rows], [scale * row[name] for row in rows]
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

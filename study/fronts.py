@@ -1,0 +1,107 @@
+"""Accuracy against compute: what lambda, the KL factor and the inference offset delta trade, beside the baselines'.
+
+Writes fronts.json and three figures: fronts.png (with baselines.json, where study.baselines has made it), verbosity.png
+(does a price on depth make texts longer?) and histogram.png (where tokens leave, over the steps of stage 2).
+
+    python -m study.fronts
+"""
+
+from pathlib import Path
+
+import runs
+from data.hub import parse_object, read_json, read_text
+from study import common
+from study.common import answers, point
+
+LAMBDAS = (0, 0.03, 0.1, 0.3, 1)
+DELTAS = (-4, -2, -1, 0, 1, 2)
+
+
+def main() -> None:
+    args = common.arguments(__doc__)
+    s1, front = common.stage_one(args), {"lambda": [], "kl_factor": [], "delta stage 1": [], "delta stage 2": []}
+    for lam in LAMBDAS:
+        for seed in range(args.seeds if lam == 0.1 else 1):
+            if run := common.rl_run(args, lam, seed):
+                front["lambda"].append(point(args, answers(args, run), value=lam, seed=seed))
+    for factor in sorted(common.FACTORS[args.model != "embedded"]):
+        if run := common.kl_run(args, factor):
+            front["kl_factor"].append(point(args, answers(args, run), value=factor))
+    for name, run in (("delta stage 1", s1), ("delta stage 2", common.rl_run(args))):
+        for delta in DELTAS if run else ():
+            front[name].append(point(args, answers(args, run, delta=delta), value=delta))
+    training = [{"step": m["step"], **{name: m[name] for name in ("exit_histogram", "average_compute", "length")}}
+                for run in [common.rl_run(args)] if run
+                for m in (parse_object(text, run) for text in read_text(run / "metrics.jsonl").splitlines())]
+    data = common.save(args, "fronts", "fronts", base=point(args, common.base_answers(args)), front=front,
+                       training=training)
+    simpler = Path(args.out or "docs") / "data" / "baselines.json"
+    draw_fronts(args, data, read_json(simpler)["points"] if simpler.exists() else [])
+    if front["lambda"]:
+        draw_verbosity(args, data)
+        draw_histogram(args, training)
+
+
+def draw_fronts(args, data: dict, simpler: list[dict]) -> None:
+    def curve(ax, rows, label, **style):
+        rows = sorted(rows, key=lambda row: row["average_compute"])
+        if rows:
+            ax.plot([100 * row["average_compute"] for row in rows], [100 * row["accuracy"] for row in rows],
+                    label=label, **style)
+
+    def of(rule, weights):
+        return [p for p in simpler if (p["rule"], p["weights"]) == (rule, weights)]
+
+    axes, finish = common.figure(args, "fronts", 2 if simpler else 1, width=7.5 if simpler else 4)
+    front = data["front"]
+    for ax in axes:
+        curve(ax, [data["base"]], "base model", color="k", marker="*", markersize=9, linestyle="")
+        curve(ax, front["lambda"], "stage 2: λ = 0 to 1", color="C3", marker="o", linestyle="")
+        curve(ax, front["delta stage 2"], "stage 2, λ = 0.1: δ swept", color="C3", linestyle="-", marker=".")
+        ax.set(xlabel="average compute (% of layers)", ylabel="accuracy (%)", ylim=(0, None))
+    curve(axes[0], front["delta stage 1"], "stage 1 (s1): δ swept", color="C0", marker=".")
+    curve(axes[0], front["kl_factor"], "stage 1: κ swept", color="C2", marker="s", linestyle=":")
+    for rule, weights, style in (
+            ("confidence", "base", dict(color="C1", marker="^")),
+            ("confidence", "stage 2", dict(color="C1", marker="^", linestyle=":", markerfacecolor="w")),
+            ("oracle", "base", dict(color="0.5", marker="v")), ("oracle", "stage 2", dict(color="0.5", marker="v",
+                                                                                         linestyle=":")),
+            ("static", "base", dict(color="C4", marker="x")), ("random", "stage 2", dict(color="C5", marker="D",
+                                                                                       linestyle="")),
+            ("plain RL", None, dict(color="C6", marker="P", linestyle=""))) if simpler else ():
+        rows = of(rule, weights) if weights else [p for p in simpler if p["rule"] == rule]
+        curve(axes[1], rows, f"{rule}, {weights}" if weights else rule, **style)
+    for ax in axes:
+        ax.legend(fontsize=7)
+    finish()
+
+
+def draw_verbosity(args, data: dict) -> None:
+    axes, finish = common.figure(args, "verbosity", 2, height=2.6)
+    rows, base = data["front"]["lambda"], data["base"]
+    lambdas = sorted({row["value"] for row in rows})  # the axis is categorical, since 0 has no logarithm
+    labels = {"length": "length (tokens a response)", "total_compute": "total compute (full-depth tokens)"}
+    for ax, (name, label) in zip(axes, labels.items(), strict=True):
+        ax.errorbar([lambdas.index(row["value"]) for row in rows], [row[name] for row in rows],
+                    [row[f"{name}_change_half"] for row in rows], fmt="o", color="C0", elinewidth=0.8)
+        ax.axhline(base[name], color="0.3", linestyle="--", label="base model")
+        ax.set_xticks(range(len(lambdas)), [f"{lam:g}" for lam in lambdas])
+        ax.set(xlabel="λ, price of depth", ylabel=label, ylim=(0, None))
+    axes[0].legend(loc="lower left")
+    finish()
+
+
+def draw_histogram(args, training: list[dict]) -> None:
+    (ax,), finish = common.figure(args, "histogram", width=5)
+    depths = list(training[0]["exit_histogram"])
+    shades = [str(0.15 + 0.75 * i / (len(depths) - 1)) for i in range(len(depths))]
+    ax.stackplot([m["step"] for m in training],
+                 [[100 * m["exit_histogram"][depth] for m in training] for depth in depths], colors=shades,
+                 labels=depths, linewidth=0)
+    ax.set(xlabel="step of stage 2", ylabel="tokens (%)", ylim=(0, 100), xlim=(0, training[-1]["step"]))
+    ax.legend(title="depth", loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    finish()
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

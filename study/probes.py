@@ -1,0 +1,107 @@
+"""E5 of monitor.py: what linear probes find in the streams that are kept, each at the depth its token stopped at.
+
+Decodable is not used: a state may know of later tokens because they follow from the same text (arXiv 2404.00859). What
+is used, E4 says.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from exits import collate
+from study.regimes import Subject, answers_of
+
+AHEAD = (2, 3, 4, 5)
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def standard(x: torch.Tensor, fit: torch.Tensor) -> torch.Tensor:
+    """Features (n, D) less their mean, over their deviation, both taken where `fit` (n,), and a constant."""
+    some = x[fit]
+    return torch.cat([(x - some.mean(0)) / some.std(0).clamp(min=1e-6), x.new_ones(len(x), 1)], 1)
+
+
+def softmax_probe(x: torch.Tensor, labels: torch.Tensor, fit: torch.Tensor, steps: int = 40) -> torch.Tensor:
+    """-log p (n,) of labels (n,) 0..C-1 by a linear softmax probe on x (n, D), trained where `fit`."""
+    x, C = standard(x, fit), int(labels.max()) + 1
+    W = torch.zeros(x.shape[1], C, requires_grad=True)
+    optimizer = torch.optim.LBFGS([W], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x[fit] @ W, labels[fit]) + 1e-4 * W.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return F.cross_entropy(x @ W, labels, reduction="none")
+
+
+def ridge_guess(x: torch.Tensor, labels: torch.Tensor, fit: torch.Tensor) -> torch.Tensor:
+    """The class (n,) that ridge regression to one-hot labels gives, trained where `fit`."""
+    x = standard(x, fit)
+    some, wanted = x[fit], F.one_hot(labels, int(labels.max()) + 1).to(x.dtype)[fit]
+    return (x @ torch.linalg.solve(some.T @ some + x.shape[1] * torch.eye(x.shape[1]), some.T @ wanted)).argmax(-1)
+
+
+@torch.no_grad()
+def kept_streams(s: Subject, responses) -> list[torch.Tensor]:
+    """Of each response, the streams (T, D) that predicted its tokens, at the depths they stopped at."""
+    found = []
+    for i in range(0, len(responses), 64):
+        batch = collate(responses[i : i + 64], s.policy.n_layers, s.policy.device)
+        h = s.policy(batch.ids, batch.depths).h[batch.predicting].float().cpu()
+        found += h.split([len(r) for r in responses[i : i + 64]])
+    return found
+
+
+def future_gain(s: Subject, responses, h: list[torch.Tensor]) -> dict:
+    """I_k = NLL(x_{t+k} | embeddings of x_{t-1}, x_t, x_{t+1}) - NLL(x_{t+k} | h_t), in nats; h_t is what predicts
+    x_{t+1}. The baseline has that one, too, so that the next token alone is no foresight. Probes learn from every
+    second problem, the others are scored."""
+    values, n, E = {}, len(responses), s.policy.model.model.embed_tokens.weight.detach().float().cpu()
+    for k in AHEAD:
+        states, nearby, labels, owner = [], [], [], []
+        for i, (r, rows) in enumerate(zip(responses, h, strict=True)):
+            text = torch.tensor([*r.prompt_ids[-2:], *r.token_ids])  # text[j + 1] is read where h[j] stands
+            at = torch.arange(len(r) - k + 1)
+            states.append(rows[at])
+            nearby.append(torch.cat([E[text[at + j]] for j in range(3)], 1))
+            labels.append(text[at + 1 + k])
+            owner.append(torch.full((len(at),), i))
+        states, nearby, labels, owner = map(torch.cat, (states, nearby, labels, owner))
+        fit = owner % 2 == 0
+        known = torch.isin(labels, labels[fit])  # a token never met in training tells nothing about a probe
+        states, nearby, labels, owner, fit = (x[known] for x in (states, nearby, labels, owner, fit))
+        labels = labels.unique(return_inverse=True)[1]
+        gain = softmax_probe(nearby, labels, fit) - softmax_probe(states, labels, fit)
+        values[f"E5 future gain {k}"] = [float(gain[owner == i].mean()) if i % 2 else np.nan for i in range(n)]
+    return values
+
+
+def foreknowledge(s: Subject, responses, h: list[torch.Tensor]) -> dict:
+    """K(f) = accuracy of probing the first digit of the model's own answer from the state at the share f of its
+    thoughts, less the same with shuffled labels. Read it beside E2: knowledge in the state before it is in the text."""
+    values, n = {}, len(responses)
+    answers = answers_of(s, responses)
+    there = torch.tensor([a is not None and a[0].isdecimal() for a in answers])
+    labels = torch.tensor([int(a[0]) if ok else 0 for a, ok in zip(answers, there.tolist(), strict=True)])
+    order = torch.from_numpy(np.random.default_rng(s.args.seed).permutation(n))
+    (close,) = s.tokenizer.encode("</think>")
+    ends = [r.token_ids.index(close) if close in r.token_ids else len(r) - 1 for r in responses]
+    for f in FRACTIONS:
+        x = torch.stack([rows[int(f * end)] for rows, end in zip(h, ends, strict=True)])
+        right = []
+        for target in (labels, labels[order]):
+            guess, half = torch.zeros(n, dtype=torch.long), torch.arange(n) % 2 == 0
+            for fit in (half, ~half):  # each half is guessed by the other's probe
+                guess = torch.where(fit, guess, ridge_guess(x, target, fit & there))
+            right.append((guess == target).double())
+        values[f"E5 answer known at {round(100 * f)}"] = np.where(there, right[0] - right[1], np.nan)
+    return values
+
+
+def probes(s: Subject, responses) -> dict:
+    h = kept_streams(s, responses)
+    return future_gain(s, responses, h) | foreknowledge(s, responses, h)

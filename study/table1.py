@@ -1,0 +1,65 @@
+"""The paper's Table 1 and Figure 4: what the KL factor of (4) buys and costs, and whether exits follow their target.
+
+Writes table1.json, fig4.json and fig4.png.
+
+    python -m study.table1
+"""
+
+import runs
+from evaluate import BASE
+from study import common
+from study.common import answers, base_answers, point
+
+PAPER = {"0.25": (1.1, 0.59, 0.224), "0.5": (5.5, 0.49, 0.081), "1": (7.5, 0.47, 0.064), "2": (8.4, 0.43, 0.053),
+         "4": (8.5, 0.37, 0.046), BASE: (8.9, 0.0, 0.0)}  # coherence of 10, exit rate, layer savings
+
+
+def total_variation(p: list[float], q: list[float]) -> float:
+    """Half of the sum of |p - q|: the share of tokens that would have to leave elsewhere."""
+    return sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2
+
+
+def main() -> None:
+    args = common.arguments(__doc__)
+    factors = sorted(common.FACTORS[args.model != "embedded"])
+    found = {f"{factor:g}": run for factor in factors if (run := common.kl_run(args, factor))}
+    if args.model == "embedded" and (s1 := common.stage_one(args)):
+        found["s1"] = s1
+    base = base_answers(args)
+
+    rows, distributions = [], []
+    for name, run in (found | {BASE: None}).items():
+        answered, held_out = (answers(args, run), common.last(run)) if run else (base, {})
+        rows.append(point(args, answered, name=name, paper=PAPER.get(name), **common.judged(args, answered),
+                          token_kl=held_out.get("token_kl"), intact=held_out.get("intact")))
+        if run:
+            target, learned = (held_out[which]["distribution"] for which in ("target", "learned"))
+            distributions.append({"name": name, "depths": answered.outcomes, "target": target, "learned": learned,
+                                  "positions": held_out["positions"],
+                                  "total_variation": total_variation(target, learned)})
+    common.save(args, "table1", "table1", rows=rows)
+    common.save(args, "fig4", "table1", distributions=distributions)
+    draw(args, distributions)
+
+
+def draw(args, distributions: list[dict]) -> None:
+    columns = min(4, len(distributions))
+    axes, finish = common.figure(args, "fig4", columns, -(-len(distributions) // columns), 7.5, 3.6)
+    for ax, d in zip(axes, distributions, strict=False):
+        at = range(len(d["depths"]))
+        for shift, which, color in ((-0.2, "target", "0.65"), (0.2, "learned", "C0")):
+            ax.bar([x + shift for x in at], [100 * share for share in d[which]], 0.4, color=color, label=which)
+        ax.set_xticks(at, d["depths"])
+        ax.set_title(f"κ = {d['name']}" if d["name"] != "s1" else "s1 (κ = 16)", fontsize=9)
+    axes[0].legend()
+    for ax in axes[len(distributions):]:
+        ax.axis("off")
+    for ax in axes[::columns]:
+        ax.set_ylabel("tokens (%)")
+    for ax in axes[-columns:]:
+        ax.set_xlabel("depth (layers run)")
+    finish()
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

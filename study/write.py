@@ -1,0 +1,226 @@
+"""Writes the study's part of docs/results.md from docs/data/*.json, so that no figure in the text can drift.
+
+What stands between the two marks is replaced; all else in the file stays. A command that has not been run leaves its
+section out.
+
+    python -m study.write
+"""
+
+import argparse
+import textwrap
+from pathlib import Path
+
+import runs
+from data.hub import UserError, read_json, read_text, write_text
+
+BEGIN, END = "<!-- study: written by python -m study.write -->\n", "<!-- /study -->\n"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f}%"
+
+
+def accuracy(row: dict) -> str:
+    return f"{percent(row['accuracy'])} ({100 * row['accuracy_low']:.0f}–{100 * row['accuracy_high']:.0f})"
+
+
+def signed(change: float, half: float, scale: float = 100, digits: int = 1) -> str:
+    """A difference with half of its 95% interval; in points, unless scale is 1."""
+    return f"{scale * change:+.{digits}f} ± {scale * half:.{digits}f}".replace("-", "−")
+
+
+def change(row: dict, name: str = "accuracy") -> str:
+    return signed(row[f"{name}_change"], row[f"{name}_change_half"], 100 if name == "accuracy" else 1)
+
+
+def verdict(difference: float, half: float, more: str, less: str, same: str) -> str:
+    return same if abs(difference) <= half else more if difference > 0 else less
+
+
+def table(head: list[str], rows: list[list]) -> list[str]:
+    return ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
+            *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
+def about(data: dict, also: str = "") -> str:
+    return (f"`{data['command']}`: {data['model']}, {Path(data['task']).name}, the same {data['n']} held-out problems, "
+            f"temperature {data['temperature']:g}{also}.")
+
+
+# -------------------------------------------------------------------------------------------------------- sections
+
+
+def table1(data: dict) -> list[str]:
+    names = {"s1": "16, s1", "base": "base"}
+    rows = [[names.get(r["name"], r["name"]), f"{r['coherence']:.3f}", f"{r['perplexity']:.3f}",
+             percent(r["exit_rate"]), percent(r["layer_savings"]), accuracy(r),
+             *(("", "") if r["token_kl"] is None else (change(r), f"{r['token_kl']:.4f}")),
+             f"{r['paper'][0]}, {r['paper'][1]:.0%}, {r['paper'][2]:.1%}" if r["paper"] else ""] for r in data["rows"]]
+    return ["### Table 1: the KL factor", "", about(data, "; one seed of stage 1 each"),
+            "s1 has an exit after every layer and was trained longer. Coherence is study/coherence.py's, from 0 to 1, "
+            "and not the paper's judge's of 10: compare it down the column.",
+            *table(["KL factor", "coherence", "perplexity to the base", "exit rate", "layer savings",
+                    "accuracy (95% interval)", "change from the base, points", "held-out token KL, nats",
+                    "paper: coherence, exit rate, savings"], rows)]
+
+
+def fig4(data: dict) -> list[str]:
+    found = data["distributions"]
+    worst = max(found, key=lambda d: d["total_variation"])
+    rows = [[d["name"], d["positions"], f"{d['total_variation']:.4f}", *(
+        " ".join(f"{depth}: {percent(x)}" for depth, x in zip(d["depths"], d[which], strict=True))
+        for which in ("target", "learned"))] for d in found]
+    return ["### Figure 4: do exits follow their target?", "",
+            f"`{data['command']}`. On held-out base responses, in one parallel pass. The total variation distance, the "
+            f"share of tokens that would have to leave elsewhere, is at most {worst['total_variation']:.4f} (KL factor "
+            f"{worst['name']}).", "", "![Target and learned exit distributions](figures/fig4.png)",
+            *table(["KL factor", "positions", "total variation", "target", "learned"], rows)]
+
+
+def fig2(data: dict) -> list[str]:
+    seeds, base, (start, *_, end) = data["seeds"], data["base"], data["mean"]
+    ends = [seed["steps"][-1] for seed in seeds]
+    low, high = (pick(ends, key=lambda r: r["accuracy"])["accuracy"] for pick in (min, max))
+    told = [f"At step {end['step']} the mean accuracy is {percent(end['accuracy'])} (single seeds {percent(low)} to "
+            f"{percent(high)})"]
+    for key, other in (("change_from_base", f"the base's {percent(base['accuracy'])}"),
+                       ("change_from_stage_1", f"stage 1's {percent(start['accuracy'])}")):
+        told.append(f"{signed(*data[key])} points from {other}, " + verdict(*data[key], "significantly above",
+                                                                        "significantly below", "not significant"))
+    rows = [[r["step"], percent(r["accuracy"]), percent(r["average_compute"]), f"{r['total_compute']:.1f}",
+             f"{r['coherence']:.3f}"] for r in data["mean"]]
+    rows.append(["base", accuracy(base), percent(base["average_compute"]), f"{base['total_compute']:.1f}",
+                 f"{base['coherence']:.3f}"])
+    return [f"### Figure 2: stage 2 over its steps, {len(seeds)} seeds", "", about(data, "; λ = 0.1, one start (s1)"),
+            "; ".join(told) + ". The intervals are over problems, for these seeds. The paper reports 47% → 55–60% and "
+            "compute 98% → 95% on Qwen3-4B.",
+            "", "![Accuracy, compute and coherence over the steps](figures/fig2.png)",
+            *table(["step", "accuracy, mean of seeds", "average compute", "total compute, full-depth tokens",
+                    "coherence"], rows)]
+
+
+def fronts(data: dict) -> list[str]:
+    front, base = data["front"], data["base"]
+    rows = [[what, f"{r['value']:g}".replace("-", "−") + (f", seed {r['seed']}" if "seed" in r else ""),
+             percent(r["average_compute"]), accuracy(r), change(r), f"{r['length']:.1f}", change(r, "length"),
+             f"{r['total_compute']:.1f}", change(r, "total_compute")]
+            for what, key in (("λ", "lambda"), ("δ on stage 1 (s1)", "delta stage 1"),
+                              ("δ on stage 2, λ = 0.1, seed 0", "delta stage 2"))
+            for r in sorted(front[key], key=lambda r: r["value"])]
+    rows.append(["base", "", "100%", accuracy(base), "", f"{base['length']:.1f}", "", f"{base['total_compute']:.1f}",
+                 ""])
+    text = ["### What λ, κ and δ trade", "", about(data, "; one seed each unless named"), "Changes are from the base.",
+            "",
+            "![Accuracy against average compute](figures/fronts.png)"]
+    if front["lambda"]:
+        dearest = max(front["lambda"], key=lambda r: r["value"])
+        text += ["", f"Does a price on depth make texts longer? At λ = {dearest['value']:g}: "
+                 f"{change(dearest, 'length') or '0'} tokens a response, " + verdict(
+                     dearest["length_change"], dearest["length_change_half"], "significantly longer than the base's",
+                     "shorter than the base's", "no significant difference from the base") + ".", "",
+                 "![Length and total compute against λ](figures/verbosity.png)", "",
+                 "![Where tokens leave over the steps of stage 2](figures/histogram.png)"]
+    return text + table(["swept", "value", "average compute", "accuracy (95% interval)", "change, points",
+                         "length, tokens", "change", "total compute, full-depth tokens", "change"], rows)
+
+
+def baselines(data: dict) -> list[str]:
+    found = {(c["of"], c["rule"], c["weights"]): c for c in data["comparisons"]}
+    labels = {"static": "static exit", "heads": "its own heads, thresholded", "confidence": "confidence threshold",
+              "oracle": "KL oracle (sees all layers)", "random": "random exits",
+              "plain RL": "RLOO without exits", "full depth": "base at full depth"}
+
+    def row(c: dict) -> list:
+        on = "" if c["rule"] in ("plain RL", "full depth") else f", {c['weights']}'s weights"
+        return [c["of"], labels[c["rule"]] + on, percent(c["compute"]), percent(c["accuracy"]), percent(c["other"]),
+                signed(c["change"], c["half"])]
+
+    answers = []
+    for whose in ("stage 1", "stage 2"):
+        for rule, weights, other in (("confidence", "base", "a confidence threshold on the base"),
+                                     ("confidence", whose, "a confidence threshold on its own adapters"),
+                                     ("heads", whose, "its own heads, thresholded where they sample")):
+            if c := found.get((whose, rule, weights)):
+                answers.append(f"{whose}'s exits against {other}: {signed(c['change'], c['half'])} points, " + verdict(
+                    c["change"], c["half"], "the learned, sampled exit is better", "the threshold is better",
+                    "no significant difference"))
+    if c := found.get(("stage 2", "plain RL", "plain RL")):
+        answers.append(f"stage 2 against RLOO without exits: {signed(c['change'], c['half'])} points, " + verdict(
+            c["change"], c["half"], "above plain RL", "below plain RL", "no significant difference from plain RL"))
+    sweeps = {}
+    for p in data["points"]:
+        value = "" if p.get("value") is None else f"{p['value']}: "
+        sweeps.setdefault((p["rule"], p["weights"]), []).append(
+            f"{value}{percent(p['accuracy'])} at {percent(p['average_compute'])}")
+    return ["### Baselines at equal compute", "",
+            about(data, f"; {data['runs']['stage 2']} seeds of stage 2, {data['runs']['plain RL']} of plain RL"),
+            "A sweep is read at the learned policy's compute by mixing the two settings around it; differences are "
+            "over the same problems and not corrected for their number. Compute counts layers alone; a threshold on "
+            "the lens also pays a product with the vocabulary at every exit. On stage 2's weights it is "
+            "seed 0 against seed 0.", "",
+            "Does a learned exit beat a threshold, and is accuracy more than plain RL's? "
+            + ". ".join(answer[0].upper() + answer[1:] for answer in answers) + ".",
+            *table(["learned", "against", "average compute", "accuracy", "the other's", "difference, points"],
+                   [row(c) for c in data["comparisons"]]),
+            "Every setting, as accuracy at average compute; intervals are in data/baselines.json.",
+            *table(["rule", "weights", "setting: accuracy at compute"],
+                   [[rule, weights, "; ".join(found)] for (rule, weights), found in sweeps.items()])]
+
+
+def crossdomain(data: dict) -> list[str]:
+    rows = [[c["stage"], c.get("trained", ""), c["tested"], accuracy(c), change(c) if "trained" in c else "",
+             percent(c["average_compute"]), percent(c["exit_rate"]), percent(c["finished"])] for c in data["cells"]]
+    return ["### Cross-domain: train on one task, test on the other", "",
+            f"`{data['command']}`: {data['n']} held-out problems of each task, temperature {data['temperature']:g}, "
+            "one seed. The change is from the base on the task tested.",
+            *table(["", "trained on", "tested on", "accuracy (95% interval)", "change, points", "average compute",
+                    "exit rate", "finished"], rows)]
+
+
+def tokens(data: dict) -> list[str]:
+    text = ["### Which tokens leave early?", "",
+            about(data) + " Depth is that of the pass that predicts the token. No intervals: tokens of one response "
+            "are not independent."]
+    for name, run in data["runs"].items():
+        kinds = {(k["part"], k["kind"]): k for k in run["kinds"]}
+        order = sorted((k for k in run["kinds"] if k["part"] == "all" and k["kind"] != "all"),
+                       key=lambda k: k["average_compute"])
+        shown = order + [kinds[part, "all"] for part in ("thoughts", "answer", "all") if (part, "all") in kinds]
+        text += ["", f"{name[0].upper()}{name[1:]} ({run['run']}), the earliest first:",
+                 *table(["token", "count", "share", "exit rate", "average compute"], [
+                     [data["meaning"].get(k["kind"], f"all, {k['part']}" if k["part"] != "all" else "all"), k["tokens"],
+                      percent(k["share"]), percent(k["exit_rate"]), percent(k["average_compute"])] for k in shown])]
+    return text
+
+
+SECTIONS = (table1, fig4, fig2, fronts, baselines, crossdomain, tokens)
+
+
+def written(folder: Path) -> str:
+    """The study's part, from the JSON that there is in docs/data."""
+    found = [(section, folder / "data" / f"{section.__name__}.json") for section in SECTIONS]
+    lines = ["## The study", "", "Generated from docs/data/*.json, which also name the commit. Intervals are 95%: a "
+             "share's is Wilson's, a change's is over the same problems. A row is one seed unless it says more."]
+    for section, path in found:
+        if path.exists():
+            lines += ["", *section(read_json(path))]
+    lines = [line if line[:1] in ("|", "#", "!") else textwrap.fill(line, 118, break_on_hyphens=False)
+             for line in lines]
+    return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", default="docs", help="folder of results.md and data/ (default: docs)")
+    folder = Path(p.parse_args().out)
+    path = folder / "results.md"
+    text = read_text(path)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"{path}: the lines {BEGIN.strip()} and {END.strip()} must stand in it, once and in this order")
+    before, rest = text.split(BEGIN)
+    write_text(path, before + BEGIN + written(folder) + END + rest.split(END)[1])
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

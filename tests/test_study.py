@@ -1,0 +1,238 @@
+"""The study: exit rules against the reference, runs and answers made once, text that says what the JSON says."""
+
+import argparse
+import json
+import sys
+
+import pytest
+
+from checkpoints import checkpoint, load_policy
+from data.hub import UserError
+from evaluate import paired
+from model import Transformer
+from sample import generate
+from study import baselines, common, fig2, table1, tokens, write
+from tests.chance import assert_frequencies
+from tests.toys import PROMPTS, L, assert_close, reference, toy_policy
+
+
+def chosen(policy, rule, wanted):
+    """Draws responses under a rule; each depth and log-probability must be what wanted(p_token (E + 1, V)) and the
+    reference say. Returns all depths."""
+    slow, depths = reference(policy), []
+    drawn = generate(policy, PROMPTS, max_new_tokens=9, eos_ids=[0, 1, 2], seed=(3,), **rule(policy))
+    for r in drawn:
+        before = [L] * (len(r.prompt_ids) - 1)
+        for t, token in enumerate(r.token_ids):
+            _, p = slow.policy([*r.prompt_ids, *r.token_ids[:t]], before + r.depths[:t])
+            assert r.depths[t] == slow.outcomes[[*wanted(p[:-1], p[-1]), True].index(True)]
+            assert_close(r.logp_token[t], p[slow.outcomes.index(r.depths[t]), token].log())
+        depths += r.depths
+    return depths
+
+
+def test_confidence_stops_at_the_first_exit_whose_lens_is_sure():
+    """A lens without its norm, of another exit, or read past the exit would be another baseline than CALM's."""
+    policy = toy_policy(2).double()
+    tau = 0.32
+    found = chosen(policy, baselines.with_heads(baselines.Confidence, tau),
+                   lambda lenses, final: (lenses.amax(-1) >= tau).tolist())
+    assert set(found) == {2, 4, 6}
+
+
+def test_the_oracle_stops_at_the_first_exit_that_its_own_final_layer_confirms():
+    """And its look ahead leaves no trace in the cache: else every later token attends to keys of another depth."""
+    policy, eps = toy_policy(2).double(), 0.5
+
+    def near(lenses, final):
+        return ((final * (final / lenses).log()).sum(-1) <= eps).tolist()
+
+    assert set(chosen(policy, baselines.oracle(eps), near)) == {2, 4, 6}
+
+
+def test_thresholded_heads_stop_where_their_probability_says_so():
+    """p >= C at the first exit reached, whatever the dice."""
+    policy, slow = toy_policy(2).double(), reference(toy_policy(2).double())
+    drawn = generate(policy, PROMPTS, max_new_tokens=9, eos_ids=[], **baselines.with_heads(
+        baselines.Thresholded, 0.4)(policy))
+    for r in drawn:
+        for t in range(len(r)):
+            p, _ = slow.policy([*r.prompt_ids, *r.token_ids[:t]], [L] * (len(r.prompt_ids) - 1) + r.depths[:t])
+            assert r.depths[t] == slow.outcomes[[*(p >= 0.4).tolist(), True].index(True)]
+    assert len({d for r in drawn for d in r.depths}) > 1
+
+
+def test_random_exits_keep_the_histogram_and_nothing_else():
+    """The control for 'the heads learned no more than how often to leave'."""
+    rows = [{"depths": [2] * 5 + [6] * 3, "correct": 0, "flexible": 0, "finished": 1}, {
+        "depths": [4, 4], "correct": 1, "flexible": 1, "finished": 1}]
+    args = argparse.Namespace(n=3, max_new_tokens=2000, seed=1)
+    depths = baselines.shuffled(args, common.Answers(rows, [2, 4, 6], None))(toy_policy())["depths"]
+    assert depths.shape == (3, 2000)
+    assert_frequencies([(depths == depth).sum() for depth in (2, 4, 6)], [0.5, 0.2, 0.3])
+    together = ((depths[:, 1:] == 2) & (depths[:, :-1] == 2)).double().mean()
+    assert abs(together - 0.25) < 0.03
+
+
+def test_a_sweep_is_read_between_its_settings():
+    """Equal compute, by hand: compute 0.25 and 0.75 mixed one to three is 0.625."""
+    def swept(depth, right):
+        rows = [{"depths": [depth] * length, "correct": x} for length, x in zip((3, 5), right, strict=True)]
+        return common.Answers(rows, [2, 8], None)
+
+    sweep = [swept(6, (1, 1)), swept(2, (0, 1)), swept(8, (1, 1))]
+    assert baselines.at_compute(sweep, 0.625) == [0.75, 1.0]
+    assert baselines.at_compute(sweep, 0.2) is None
+    (c,) = baselines.against("it", [1.0, 1.0], baselines.at_compute(sweep, 0.625), rule="x")
+    assert (c["change"], c["half"]) == paired([0.75, 1.0], [1.0, 1.0]) and c["change"] == 0.125
+
+
+# ------------------------------------------------------------------------------------------------ runs and answers
+
+
+def settled(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["study", *map(str, argv)])
+    return common.arguments("")
+
+
+def test_what_is_complete_is_skipped_and_what_was_begun_goes_on(tmp_path, monkeypatch):
+    """Else a killed command starts its trainings anew, or evaluates half of one."""
+    called, code = [], 0
+    monkeypatch.setattr(common, "call", lambda command: called.append(command[1:]) or code)
+    args = settled(monkeypatch, "--runs", tmp_path, "--max-new-tokens", 9, "--no-thinking", "--n", 2)
+    assert common.trained(args, "new", "distill.py", "--kl-factor", "4") == tmp_path / "new"
+    (command,) = called
+    assert command[0].endswith("distill.py") and command[-4:] == ["--kl-factor", "4", "--out", str(tmp_path / "new")]
+    assert {"--max-new-tokens=9", "--no-thinking"} < set(command)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{}")
+    common.trained(args, "begun", "rloo.py", "--lam", "1")
+    assert called[1][1:] == ["--resume", str(tmp_path / "begun")]
+    code = 2
+    with pytest.raises(UserError, match="begun is not complete"):
+        common.trained(args, "begun", "rloo.py")
+    (tmp_path / "begun" / "complete.json").write_text("{}")
+    common.trained(args, "begun", "rloo.py")
+    args.train = False
+    assert common.trained(args, "new", "rloo.py") is None and len(called) == 3
+
+
+def test_answers_are_sampled_once_and_anew_for_other_weights(home, monkeypatch):
+    """A stale answer would be reported for a run that never gave it."""
+    monkeypatch.chdir(home)
+    args = settled(monkeypatch, "--model", "toy", "--task", "arithmetic", "--runs", home, "--n", 3,
+                   "--max-new-tokens", 12)
+    made = []
+    monkeypatch.setattr(common, "generate", lambda *a, **k: made.append(k["delta"]) or generate(*a, **k))
+    first = common.answers(args, home / "one")
+    assert common.answers(args, home / "one") == first and len(made) == 1
+    assert first.outcomes == [2, 4] and "logp_exit" not in first.rows[0]
+    common.answers(args, home / "one", delta=1.5)
+    common.answers(args, checkpoint(home / "two"))
+    assert made == [0.0, 1.5, 0.0]
+    assert common.judged(args, first) == common.judged(args, first)
+    (head := checkpoint(home / "one") / "exit_heads.safetensors").write_bytes(
+        (checkpoint(home / "two") / head.name).read_bytes())
+    common.answers(args, home / "one")
+    assert len(made) == 4 and not common.judgement(first.path).exists()
+    assert common.about_the_same(args, home / "one")
+    args.task = "stories"
+    with pytest.raises(UserError, match="another --runs"):
+        common.about_the_same(args, home / "one")
+
+
+def test_a_point_compares_with_the_base_over_the_same_problems(home, monkeypatch):
+    """The base against itself differs by nothing; a static exit at half of the layers has half of the compute."""
+    monkeypatch.chdir(home)
+    args = settled(monkeypatch, "--model", "toy", "--task", "arithmetic", "--runs", home, "--n", 3,
+                   "--max-new-tokens", 12)
+    itself = common.point(args, common.base_answers(args))
+    assert (itself["accuracy_change"], itself["length_change_half"], itself["average_compute"]) == (0, 0, 1)
+    half = common.point(args, common.answers(args, (2,), "static 2", baselines.static(2)), rule="static")
+    assert half["average_compute"] == 0.5 and half["average_compute_half"] == 0 and half["rule"] == "static"
+    change = half["total_compute"] - itself["total_compute"]
+    assert half["total_compute_change"] == pytest.approx(change)
+
+
+def test_plain_rl_starts_from_the_base_with_exits_that_never_open(home, monkeypatch):
+    """An exit now and then, or adapters of stage 1, and it is no plain RL."""
+    monkeypatch.chdir(home)
+    args = settled(monkeypatch, "--model", "toy", "--task", "arithmetic", "--runs", home, "--n", 2,
+                   "--max-new-tokens", 12)
+    monkeypatch.setattr(common, "stage_one", lambda args: home / "one")
+    folder = baselines.closed_start(args)
+    policy = load_policy(Transformer.from_pretrained(home / "toy"), folder)
+    assert policy.exits == load_policy(Transformer.from_pretrained(home / "toy"), home / "one").exits
+    assert all((a.lora_B == 0).all() and (a.lora_A != 0).any() for a in policy.adapters)
+    drawn = generate(policy, PROMPTS, max_new_tokens=5, eos_ids=[])
+    assert {d for r in drawn for d in r.depths} == {4} and min(x for r in drawn for x in r.logp_exit) > -1e-40
+
+
+def test_checkpoints_of_an_interruption_are_not_shown(tmp_path):
+    """Else two seeds have no steps in common."""
+    (tmp_path / "config.json").write_text('{"stage": "rloo", "args": {"save_every": 30}}')
+    for step in (30, 47, 60, 70):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    assert list(fig2.on_schedule(tmp_path)) == [30, 60, 70]
+
+
+def test_total_variation_is_half_of_the_sum():
+    """By hand."""
+    assert table1.total_variation([0.5, 0.25, 0.25], [0.25, 0.25, 0.5]) == 0.25
+
+
+def test_kinds_of_tokens():
+    """A digit copied and a digit computed must not fall into one row."""
+    pieces = ["<think>", "\n", "First", " An", "ne", " gives", " the", " eggs", ":", " ", "1", "7", "+", "2", "=", "1",
+              "9", "\n", "</think>", "\n\n", "\\boxed", "{", "1", "9", "}", "<|im_end|>"]
+    wanted = ("control blank ordinal name rest word function word punctuation blank number number operator number "
+              "operator result result blank control blank word punctuation boxed boxed punctuation control").split()
+    assert tokens.kinds_of(pieces) == wanted
+
+
+# ------------------------------------------------------------------------------------------------------- the text
+
+
+def test_the_text_says_what_the_json_says_and_leaves_out_what_was_not_run(tmp_path, monkeypatch):
+    """A table without its run is a fake; a figure that differs from its data is an error; and what others wrote around
+    the study has to stay."""
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "results.md"
+    path.write_text(f"before\n{write.BEGIN}old\n{write.END}after\n")
+    cell = {"n": 600, "accuracy": 0.6133, "accuracy_low": 0.573, "accuracy_high": 0.651, "accuracy_change": -0.0267,
+            "accuracy_change_half": 0.011, "average_compute": 0.7234, "exit_rate": 0.4321, "finished": 0.998}
+    (tmp_path / "data" / "crossdomain.json").write_text(json.dumps({
+        "command": "python -m study.crossdomain", "model": "embedded", "task": "arithmetic", "n": 600,
+        "temperature": 1.0, "cells": [{"stage": "base", "tested": "stories", **cell},
+                                      {"stage": "stage 1", "trained": "arithmetic", "tested": "stories", **cell}]}))
+    monkeypatch.setattr(sys, "argv", ["write", "--out", str(tmp_path)])
+    for _ in range(2):
+        write.main()
+        text = path.read_text()
+    assert text.startswith("before\n" + write.BEGIN) and text.endswith(write.END + "after\n") and "old" not in text
+    assert "| stage 1 | arithmetic | stories | 61.3% (57–65) | −2.7 ± 1.1 | 72.3% | 43.2% | 99.8% |" in text
+    assert "Table 1" not in text and "600 held-out problems" in text
+    path.write_text("no marks")
+    with pytest.raises(UserError, match="must stand in it"):
+        write.main()
+
+
+@pytest.mark.parametrize("change, half, wanted", [(0.03, 0.01, "above plain"), (-0.03, 0.01, "below plain"),
+                                                  (0.01, 0.03, "no significant difference from plain")])
+def test_the_verdict_follows_the_interval(change, half, wanted):
+    """A text that says 'beats' whatever was measured."""
+    comparison = {"of": "stage 2", "rule": "plain RL", "weights": "plain RL", "compute": 0.7, "accuracy": 0.6,
+                  "other": 0.6 - change, "change": change, "half": half}
+    text = "\n".join(write.baselines({"command": "c", "model": "m", "task": "t", "n": 9, "temperature": 1.0,
+                                      "points": [], "comparisons": [comparison],
+                                      "runs": {"stage 2": 5, "plain RL": 5}}))
+    assert wanted in text
+
+
+def test_figures_are_small(tmp_path):
+    """Pages that load at once, and a repository that stays light."""
+    pytest.importorskip("matplotlib")
+    args = argparse.Namespace(out=tmp_path)
+    table1.draw(args, [{"name": name, "depths": [1, 2, 3], "target": [0.2, 0.3, 0.5], "learned": [0.3, 0.3, 0.4]}
+                       for name in ("1", "16", "s1")])
+    assert 2000 < (tmp_path / "figures" / "fig4.png").stat().st_size < 80_000
