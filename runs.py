@@ -284,6 +284,7 @@ class Run:
         self.lock.truncate(0)
         self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.lock.flush()
+        Run.current = self.folder
         if self.args.trackio:
             try:
                 import trackio
