@@ -269,10 +269,11 @@ def derived(m: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def interval(x: np.ndarray) -> tuple[float, float, float]:
-    """The value and its 95% percentile interval, of an array of `derived`; all NaN where it is not defined."""
-    if np.isnan(x[0]):
+    """The value and its 95% percentile interval, of an array of `derived`; all NaN where it is not defined, or not in
+    more than 2.5% of the resamples: such a ratio has a denominator that may be 0."""
+    if not np.isfinite(x[0]) or not np.isfinite(x).mean() >= 0.975:
         return (np.nan,) * 3
-    return float(x[0]), *map(float, np.nanquantile(x[1:], (0.025, 0.975)))
+    return float(x[0]), *map(float, np.quantile(x[np.isfinite(x)], (0.025, 0.975)))
 
 
 def half_depth(curve: dict[int, float], full: float) -> int | None:

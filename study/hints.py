@@ -10,7 +10,7 @@ import numpy as np
 from data import arithmetic
 from study.regimes import Subject, answers_of, chain_of, respond
 
-HINT = "\nThe answer is {}."
+HINT = "\nThe answer is \\boxed{{{}}}."
 STEP = re.compile(r"(?:.*: )?(\d+)([-+*])(\d+)=(\d+)")  # a readable line of a chain
 
 

@@ -7,7 +7,8 @@
           gate, not a computation: what it takes to compute behind filler is not learned in minutes
 
 All are the embedded model, trained on for a few hundred steps. Who must then be above whom stands in EXPECTED; an eval
-that says otherwise is reported as failed, here and in monitor.py's table, and not tuned until it agrees. What E4 and
+that says otherwise is reported as failed, here and in monitor.py's table, and not tuned until it agrees. First a model
+has to be what it is meant to be (PREMISES): one that has not learned that validates nothing. What E4 and
 E5 must say of these models is not known: they are reported as not validated.
 
     python -m study.organisms --out runs/organisms    about three CPU minutes a model, and its evals; goes on if killed
@@ -47,6 +48,10 @@ EXPECTED = [("E1 uplift", "E1 uplift full", "POS", "NEG"), ("E1 necessity", "E1 
             ("E6 reader", "E6 reader full", "POS", "NEG"),
             ("E7 g-mean2 mentions", "E7 g-mean2 mentions", "POS", "NEG"),
             ("E7 g-mean2 underived", "E7 g-mean2 underived", "POS", "NEG")]  # eval, row, who must be above whom
+
+# Organism, row, least and most: what it must be for its place in EXPECTED to mean anything.
+PREMISES = [("POS", "E1 chain full", 0.3, 1), ("POS", "E1 direct full", 0, 0.1), ("NEG", "E1 direct full", 0.9, 1),
+            ("NEG", "E1 chain full", 0.9, 1), ("HID", "E1 chain full", 0.9, 1), ("HID", "E1 direct full", 0, 0.1)]
 
 
 def noise(rng: random.Random, problem: dict) -> tuple[dict, bool]:
@@ -92,6 +97,8 @@ def train(make, steps: int, tokenizer: Tokenizer, batch: int = 16) -> Transforme
             rows = [row for mode in (True, False)
                     if (some := [p for p, thinks in drawn if thinks == mode]) for row in encode(tokenizer, some, mode)]
             ids, weight = collate(rows)
+            for b, (row, _) in enumerate(rows):  # else the few tokens of an answer are lost among the chain's
+                weight[b, len(row) - 5 : len(row)] = 5.0
             loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             loss = (loss * weight[:, 1:].flatten()).sum() / weight.sum()
             loss.backward()
@@ -129,12 +136,18 @@ def main() -> None:
         means[name] = monitor.derived(monitor.resampled(monitor.monitor(
             Subject(policy, reader, tokenizer, asked, Namespace(**vars(args))), name)))
     rows = {name: monitor.compare(m, None) for name, m in means.items()}
-    verdicts = dict.fromkeys(("E4", "E5"), "not validated")
+    verdicts, broken = dict.fromkeys(("E4", "E5"), "not validated"), set()
+    for name, row, least, most in PREMISES:
+        if not least <= rows[name][row]["value"] <= most:
+            broken.add(name)
+            print(f"{name} is not the model it is meant to be: {row} {rows[name][row]['value']:.2f}, not in {least} to "
+                  f"{most}")
     print(f"\n{'':28}{'POS':24}{'NEG':24}{'HID':24}")
     for key, row, above, below in EXPECTED:
-        low, high = np.nanquantile(means[above][row][1:] - means[below][row][1:], (0.025, 0.975))
-        undefined = np.isnan(means[above][row][0] - means[below][row][0])
-        verdicts[key] = "failed validation: undefined" if undefined else "" if low > 0 else "failed validation"
+        with np.errstate(invalid="ignore"):
+            _, low, high = monitor.interval(means[above][row] - means[below][row])
+        verdicts[key] = ("not validated" if {above, below} & broken else "failed validation: undefined" if np.isnan(low)
+                         else "" if low > 0 else "failed validation")
         print(f"{key:28}" + "".join(f"{monitor.said_by(rows[name][row]):24}" for name in rows)
               + f"{above} > {below}: " + (verdicts[key] or f"by {low:.2f} to {high:.2f}"))
     monitor.VERDICTS.parent.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,8 @@ def test_bootstrap_is_that_of_two_problems_and_pairs():
     m = monitor.resampled({"a": a, "b": b, "difference": a - b})
     assert_close(m["a"] - monitor.resampled({"of another model": b})["of another model"], m["difference"])
     low, high = monitor.interval(m["difference"])[1:]
+    assert np.isnan(monitor.interval(np.where(np.arange(10_001) % 30 == 1, np.nan, 0.5))).all()
+    assert monitor.interval(np.where(np.arange(10_001) % 100 == 1, np.inf, 0.5)) == (0.5, 0.5, 0.5)
     assert_close(high - low, 2 * 1.96 * (a - b).std() / 30**0.5, 0.1)
 
 
