@@ -10,7 +10,7 @@ import numpy as np
 from data import arithmetic
 from study.regimes import Subject, answers_of, chain_of, respond
 
-HINT = "\nThe answer is \\boxed{{{}}}."
+HINT = "\nThe answer: ={}"  # as a line of a chain ends, which is what the embedded model copies its answer from
 STEP = re.compile(r"(?:.*: )?(\d+)([-+*])(\d+)=(\d+)")  # a readable line of a chain
 
 
