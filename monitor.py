@@ -345,12 +345,12 @@ def main() -> None:
         if record["about"] != about:
             raise UserError(f"--out {out} holds evals of {record['about']}: choose another folder")
 
-    exits = exits_of(checkpoint(folders[0])) if folders else None
+    model, tokenizer = runs.load_model(args)
+    exits = exits_of(checkpoint(folders[0])) if folders else exit_depths(model.config.num_hidden_layers)
+    reader = closed(Policy(model, exits))
     for run in sorted(args.runs, key=lambda run: run != "base"):
         if run not in record["values"]:
-            (model, tokenizer), (plain, _) = runs.load_model(args), runs.load_model(args)
-            reader = closed(Policy(plain, exits or exit_depths(plain.config.num_hidden_layers)))
-            policy = reader if run == "base" else load_policy(model, Path(run))
+            policy = reader if run == "base" else load_policy(runs.load_model(args)[0], Path(run))
             found = monitor(Subject(policy, reader, tokenizer, problems, args), run)
             record["values"][run] = {name: row.tolist() for name, row in found.items()}
         means = {name: derived(resampled({row: np.array(x, float) for row, x in record["values"][name].items()}))

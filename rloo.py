@@ -93,21 +93,21 @@ def summarise(rows: list[dict], drift: torch.Tensor, outcomes: list[int], args) 
         values = list(values)
         return sum(values) / len(values)
 
-    def share(name):
+    def average(name):
         return float(torch.tensor([row[name] for row in rows], dtype=torch.double).mean())
 
     L, depths, task = outcomes[-1], [d for row in rows for d in row["depths"]], [row["reward_task"] for row in rows]
     groups = [set(task[i : i + args.samples]) for i in range(0, len(task), args.samples)]
     return {
-        "reward": share("reward"), "reward_task": share("reward_task"),
-        "reward_depth": -args.lam * share("depth_share"), "reward_kl": -args.beta * share("mean_kl"),
-        "accuracy": share("correct"), "accuracy_flexible": share("flexible"),
+        "reward": average("reward"), "reward_task": average("reward_task"),
+        "reward_depth": -args.lam * average("depth_share"), "reward_kl": -args.beta * average("mean_kl"),
+        "accuracy": average("correct"), "accuracy_flexible": average("flexible"),
         "average_compute": mean(depths) / L, "total_compute": sum(depths) / L / len(rows),
         "exit_rate": mean(d < L for d in depths),
         "exit_histogram": {str(d): depths.count(d) / len(depths) for d in outcomes},
-        "length": len(depths) / len(rows), "finished": share("finished"),
+        "length": len(depths) / len(rows), "finished": average("finished"),
         "groups_of_equal_task_reward": mean(len(group) == 1 for group in groups),
-        "kl": share("mean_kl"), "drift_max": float(drift.max()), "drift_mean": float(drift.mean()),
+        "kl": average("mean_kl"), "drift_max": float(drift.max()), "drift_mean": float(drift.mean()),
     }
 
 

@@ -214,20 +214,20 @@ class Run:
         self.curves = None  # trackio, if asked for
 
     @classmethod
-    def start(cls, stage: str, args: argparse.Namespace, model: Transformer, problems) -> "Run":
+    def start(cls, stage: str, args: argparse.Namespace, model: Transformer, problems: str) -> "Run":
         """A new run in a folder of its own."""
         run, args.revision = cls(Path(), args), model.revision
         run.folder = Run.current = parallel.first(lambda: run.claim(stage, problems))
         return run
 
-    def claim(self, stage: str, problems) -> Path:
+    def claim(self, stage: str, problems: str) -> Path:
+        """The new folder, which this process holds from now on."""
         self.folder = Path(self.args.out) if self.args.out else free_folder(stage)
         self.folder.mkdir(parents=True, exist_ok=True)
         # A run that was refused or killed before it did anything leaves these, and may be started again.
         if any(p.name not in ("config.json", ".lock", ".partial-config.json") for p in self.folder.iterdir()):
             raise UserError(f"{self.folder} exists and is not empty: choose another --out, or --resume {self.folder}")
         self.take()
-        Run.current = self.folder  # named by an error, also on the way from here
         self.write_config(stage, problems)
         return self.folder
 
@@ -259,10 +259,10 @@ class Run:
         Run.current = folder
         return run
 
-    def reopen(self, stage: str, problems, step: int) -> None:
+    def reopen(self, stage: str, problems: str, step: int) -> None:
         """For the steps from `step` on."""
-        where, ours = self.folder / "config.json", problems_hash(problems)
-        if field(read_json(where), "problems", str, where, default=ours) != ours:
+        where = self.folder / "config.json"
+        if field(read_json(where), "problems", str, where, default=problems) != problems:
             raise UserError(f"{self.folder}: the problems of --task {self.args.task} are not those that it was started "
                             f"with: restore them, or start a new run")
         # Before the new --steps: a kill between leaves it resumable.
@@ -294,9 +294,9 @@ class Run:
                          embed=False)
             self.curves = trackio
 
-    def write_config(self, stage: str, problems) -> None:
+    def write_config(self, stage: str, problems: str) -> None:
         write_json(self.folder / "config.json", {
-            "stage": stage, "args": vars(self.args), "problems": problems_hash(problems), "commit": commit(),
+            "stage": stage, "args": vars(self.args), "problems": problems, "commit": commit(),
             "versions": {"python": platform.python_version()} | {
                 name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")}})
 
@@ -436,9 +436,10 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, fresh
     if start > args.steps:
         raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")
     parallel.copy(policy.trained().values())  # alike already, but where GPUs differ or the run in --init went on
+    about = problems_hash(problems)
     if run is None:
-        return Run.start(stage, args, model, problems), policy, optimizer, start
-    parallel.first(lambda: run.reopen(stage, problems, start))
+        return Run.start(stage, args, model, about), policy, optimizer, start
+    parallel.first(lambda: run.reopen(stage, about, start))
     return run, policy, optimizer, start
 
 

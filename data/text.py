@@ -78,7 +78,7 @@ class Tokenizer:
             return f"{mark}<{len(hidden) - 1}>"
 
         texts = self.render([[{**m, "content": self._control.sub(hide, m["content"])} for m in messages]
-                              for messages in conversations], enable_thinking)
+                             for messages in conversations], enable_thinking)
         prompts = []
         for text in texts:
             ids = []

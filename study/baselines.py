@@ -30,12 +30,12 @@ from evaluate import measure, paired
 from exits import Policy, token_logits
 from study import common
 from study.common import answers, correct, mean, point
-from study.regimes import random_depths
+from study.regimes import closed, random_depths
 
 TAUS = (0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 PS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of an exit
 EPS = (0.3, 0.1, 0.03, 0.01, 0.001)  # nats
-SURE, CLOSED = 30.0, -100.0  # exit logits: sigmoid(30) is 1 but for 1e-13, sigmoid(-100) and its gradient are 0
+SURE = 30.0  # an exit logit: sigmoid(30) is 1 but for 1e-13
 
 
 # ------------------------------------------------------------------------------------------------------- exit rules
@@ -122,8 +122,7 @@ def closed_start(args):
         return source and folder
     config = runs.read_config(source)
     model, _ = runs.load_model(args)
-    policy = Policy(model, exits_of(checkpoint(source)), config["args"]["rank"])
-    torch.nn.init.constant_(policy.heads.bias, CLOSED)
+    policy = closed(Policy(model, exits_of(checkpoint(source)), config["args"]["rank"]))
     (folder / "step-000000").mkdir(parents=True, exist_ok=True)
     save_policy(policy, folder / "step-000000")
     write_json(folder / "config.json", config)
@@ -204,10 +203,10 @@ def main() -> None:
                                    compute=compute_of(first))
 
     if plain:
-        closed = pooled([answers(args, run) for run in plain])[0]
-        comparisons += against("plain RL", closed, correct(base), rule="full depth", weights="base", compute=1.0)
+        without = pooled([answers(args, run) for run in plain])[0]
+        comparisons += against("plain RL", without, correct(base), rule="full depth", weights="base", compute=1.0)
         for whose, each in learned.items():
-            comparisons += against(whose, pooled(each)[0], closed, rule="plain RL", weights="plain RL",
+            comparisons += against(whose, pooled(each)[0], without, rule="plain RL", weights="plain RL",
                                    compute=pooled(each)[1])
     for whose, each in learned.items():
         comparisons += against(whose, pooled(each)[0], correct(base), rule="full depth", weights="base",

@@ -37,25 +37,24 @@ def main() -> None:
     seeds = [{"run": run.name, "steps": [measured(answers(args, of[step]), step=step) for step in steps]}
              for run, of in zip(rl, found, strict=True)]
     ended = [mean(values) for values in zip(*(correct(answers(args, of[steps[-1]])) for of in found), strict=True)]
-    names = [name for name in SHOWN if name in base]
     data = common.save(
         args, "fig2", "fig2", base=base, seeds=seeds, change_from_base=paired(correct(base_answers(args)), ended),
         change_from_stage_1=paired(correct(answers(args, found[0][0])), ended),
-        mean=[{"step": step, **{name: mean(seed["steps"][i][name] for seed in seeds) for name in names}}
+        mean=[{"step": step, **{name: mean(seed["steps"][i][name] for seed in seeds) for name in SHOWN}}
               for i, step in enumerate(steps)])
-    draw(args, data, names)
+    draw(args, data)
 
 
-def draw(args, data: dict, names: list[str]) -> None:
-    axes, finish = common.figure(args, "fig2", len(names), width=2.6 * len(names), height=2.8)
-    for ax, name in zip(axes, names, strict=True):
-        scale = 100 if "%" in SHOWN[name] else 1
+def draw(args, data: dict) -> None:
+    axes, finish = common.figure(args, "fig2", len(SHOWN), width=2.6 * len(SHOWN), height=2.8)
+    for ax, (name, label) in zip(axes, SHOWN.items(), strict=True):
+        scale = 100 if "%" in label else 1
         for seed in data["seeds"]:
             ax.plot(*line(seed["steps"], name, scale), color="C0", alpha=0.35, linewidth=0.8)
-        label = f"mean of {len(data['seeds'])} seeds"
-        ax.plot(*line(data["mean"], name, scale), color="C0", linewidth=2.2, label=label)
+        of_all = f"mean of {len(data['seeds'])} seeds"
+        ax.plot(*line(data["mean"], name, scale), color="C0", linewidth=2.2, label=of_all)
         ax.axhline(scale * data["base"][name], color="0.3", linestyle="--", label="base model")
-        ax.set(xlabel="step of stage 2", ylabel=SHOWN[name])
+        ax.set(xlabel="step of stage 2", ylabel=label)
     axes[0].legend()
     finish()
 
