@@ -242,4 +242,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runs.run_main(main)
+    runs.run_main(main, shares=True)

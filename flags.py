@@ -79,7 +79,8 @@ def parser(doc: str, out: str = "the run's folder (default: runs/STAGE-TIME)") -
                    help="of problems, samples, and LoRA's start (default: 0)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base; bfloat16 on CUDA, else float32")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default: bfloat16 on "
+                   "CUDA, else float32, since a CPU that only emulates bfloat16 is slower with it)")
     p.add_argument("--out", help=out)
     return p
 

@@ -74,13 +74,14 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def run_main(main) -> None:
-    """Runs a script's main. A bad input ends in one line on stderr and exit code 2, an interrupt in one that says how
-    to go on; whatever else goes wrong is a fault of ours and shows its traceback."""
+def run_main(main, shares: bool = False) -> None:
+    """Runs a script's main, which `shares` its work among torchrun's processes or refuses to be several. A bad input
+    ends in one line on stderr and exit code 2, an interrupt in one that says how to go on; whatever else goes wrong is
+    a fault of ours and shows its traceback."""
     Run.current, Run.asked = None, 0
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        message, code = guarded(main)
+        message, code = guarded(main, shares)
         if message and parallel.first_to_end():
             print(message, file=sys.stderr, flush=True)
     except BrokenPipeError:  # nobody reads on
@@ -98,10 +99,12 @@ def run_main(main) -> None:
         sys.exit(code)
 
 
-def guarded(main) -> tuple[str | None, int]:
+def guarded(main, shares: bool) -> tuple[str | None, int]:
     """A main's last words and its exit code. Raises BrokenPipeError where nobody hears them."""
     try:
         parallel.start()
+        if parallel.size() > 1 and not shares:
+            raise UserError(f"{Path(sys.argv[0]).name} can't share its work among processes: run it without torchrun")
         main()
         parallel.end()
         if sys.stdout is not None:
@@ -250,8 +253,8 @@ class Run:
                                 f"new run")
             if value is not None and name != "resume":
                 setattr(before, name, value)
-        done = folder / "complete.json"
-        if done.exists() and before.steps <= field(config["args"], "steps", int, where):
+        done, planned = folder / "complete.json", field(config["args"], "steps", int, where)
+        if done.exists() and before.steps <= planned:
             raise UserError(f"{folder} is complete: there is nothing to resume, but --steps above {before.steps} "
                             f"extends it")
         run = cls(folder, before)
@@ -262,7 +265,11 @@ class Run:
     def reopen(self, stage: str, problems: str, step: int) -> None:
         """For the steps from `step` on."""
         where = self.folder / "config.json"
-        if field(read_json(where), "problems", str, where, default=problems) != problems:
+        recorded = read_json(where)
+        for name, value in recorded["args"].items():
+            if value is None and name not in FREE_ON_RESUME and getattr(self.args, name) is not None:
+                raise UserError(f"{where}: {name} is null, and every run records it: restore it, or start a new run")
+        if field(recorded, "problems", str, where, default=problems) != problems:
             raise UserError(f"{self.folder}: the problems of --task {self.args.task} are not those that it was started "
                             f"with: restore them, or start a new run")
         # Before the new --steps: a kill between leaves it resumable.

@@ -271,6 +271,17 @@ def test_resume_refuses_what_differs(home, flags, naming):
     assert (home / "two" / "complete.json").exists() and (home / "two" / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["steps", "max_new_tokens", "prompts_per_step"])
+def test_resume_refuses_a_lost_flag(home, name):
+    """Else the run goes on under the defaults."""
+    (home / "two" / "complete.json").unlink()
+    where = home / "two" / "config.json"
+    saved = json.loads(where.read_text())
+    saved["args"][name] = None
+    where.write_text(json.dumps(saved))
+    refused("rloo.py", "--resume", "two", home=home, naming=name)
+
+
 def test_resume_takes_what_it_may_and_extends(home):
     """Else a run that should go on longer, or on another machine, has to start again."""
     run("rloo.py", "--resume", "two", "--steps", 3, "--micro-batch", 1, "--save-every", 1, "--lam", 0.1, "--init",
