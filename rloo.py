@@ -25,7 +25,7 @@ import parallel
 import runs
 from checkpoints import load_policy
 from data import tasks
-from data.hub import UserError
+from data.hub import UserError, field
 from exits import Policy, Response, base_pass, micro_batches, score
 from fast.packing import send
 from sample import generate
@@ -141,7 +141,7 @@ def main() -> None:
     run = runs.Run.resume(args, p, "rloo") if args.resume else None
     if run:
         args = run.args
-        init = runs.find(args.init, beside=run.folder)
+        init = runs.find(field(vars(args), "init", str, run.folder / "config.json"), beside=run.folder)
     else:
         init = parallel.first(lambda: stage_one(args).resolve())
         args.init = str(init)
