@@ -266,6 +266,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
             "hazard_learned": (learned / reached).tolist(), "hazard_target": (wanted / reached).tolist()}
 
 
+@parallel.shared
 def main() -> None:
     p = flags.parser(__doc__)
     p.add_argument("--kl-factor", type=flags.number(0, 1e6, above=True), default=1.0,
@@ -336,4 +337,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runs.run_main(main, shares=True)
+    runs.run_main(main)

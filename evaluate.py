@@ -177,6 +177,7 @@ def write_merged(run: Path, out: Path, args) -> None:
     print(f"wrote {out}: {args.model} + the adapters of {run}; it has no exits and runs at full depth everywhere")
 
 
+@parallel.shared
 def main() -> None:
     p = flags.parser(__doc__)
     p.add_argument("runs", nargs="*", help="runs to compare (default: the newest complete ones), or 'base'")
@@ -242,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runs.run_main(main, shares=True)
+    runs.run_main(main)

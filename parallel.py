@@ -30,6 +30,12 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def shared(main):
+    """Marks a script's main that shares its work among the ranks; any other refuses to be several."""
+    main.shared = True
+    return main
+
+
 def start() -> None:
     """Joins the other ranks: over NCCL for what lies on GPUs, over gloo for the rest."""
     global store

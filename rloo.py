@@ -121,6 +121,7 @@ def stage_one(args) -> Path:
     return found
 
 
+@parallel.shared
 def main() -> None:
     p = flags.parser(__doc__)
     p.add_argument("--lam", type=flags.number(0, 1e6), default=0.1, help="lambda of (1), the price of depth (default: "
@@ -212,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runs.run_main(main, shares=True)
+    runs.run_main(main)

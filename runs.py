@@ -74,14 +74,13 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def run_main(main, shares: bool = False) -> None:
-    """Runs a script's main, which `shares` its work among torchrun's processes or refuses to be several. A bad input
-    ends in one line on stderr and exit code 2, an interrupt in one that says how to go on; whatever else goes wrong is
-    a fault of ours and shows its traceback."""
+def run_main(main) -> None:
+    """Runs a script's main. A bad input ends in one line on stderr and exit code 2, an interrupt in one that says how
+    to go on; whatever else goes wrong is a fault of ours and shows its traceback."""
     Run.current, Run.asked = None, 0
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        message, code = guarded(main, shares)
+        message, code = guarded(main)
         if message and parallel.first_to_end():
             print(message, file=sys.stderr, flush=True)
     except BrokenPipeError:  # nobody reads on
@@ -99,11 +98,11 @@ def run_main(main, shares: bool = False) -> None:
         sys.exit(code)
 
 
-def guarded(main, shares: bool) -> tuple[str | None, int]:
+def guarded(main) -> tuple[str | None, int]:
     """A main's last words and its exit code. Raises BrokenPipeError where nobody hears them."""
     try:
         parallel.start()
-        if parallel.size() > 1 and not shares:
+        if parallel.size() > 1 and not hasattr(main, "shared"):
             raise UserError(f"{Path(sys.argv[0]).name} can't share its work among processes: run it without torchrun")
         main()
         parallel.end()

@@ -79,7 +79,7 @@ def _child(command, cwd, log, before):
     sys.argv = command
     if before is not None:
         before()
-    runs.run_main(importlib.import_module(command[0].removesuffix(".py")).main, shares=command[0] != "monitor.py")
+    runs.run_main(importlib.import_module(command[0].removesuffix(".py")).main)
 
 
 @contextmanager

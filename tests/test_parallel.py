@@ -79,6 +79,7 @@ def together(size: int, *command, cwd, codes=(0,), harm=None) -> str:
     return said
 
 
+@parallel.shared
 def main() -> None:
     """What the ranks of the next test do."""
     policy, results = toy_policy(seed=2).double(), {}

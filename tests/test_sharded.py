@@ -42,6 +42,7 @@ def share_out(policy, fits: bool) -> list[int]:
     return whole
 
 
+@parallel.shared
 def main() -> None:
     """What the ranks of the next test do: a rollout, a gradient of each stage, a checkpoint."""
     policy, results, (out, *how) = toy_policy(seed=2).double(), {}, sys.argv[1:]
