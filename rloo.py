@@ -13,6 +13,7 @@ division by the standard deviation, a critic, truncated sampling (the policy tha
     python rloo.py --resume runs/rloo-…         goes on after an interruption
 """
 
+import argparse
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -100,7 +101,7 @@ def summarise(rows: list[dict], drift: torch.Tensor, outcomes: list[int], args) 
     groups = [set(task[i : i + args.samples]) for i in range(0, len(task), args.samples)]
     return {
         "reward": average("reward"), "reward_task": average("reward_task"),
-        "reward_depth": -args.lam * average("depth_share"), "reward_kl": -args.beta * average("mean_kl"),
+        "reward_depth": -args.lam * average("depth_charged"), "reward_kl": -args.beta * average("mean_kl"),
         "accuracy": average("correct"), "accuracy_flexible": average("flexible"),
         "average_compute": mean(depths) / L, "total_compute": sum(depths) / L / len(rows),
         "exit_rate": mean(d < L for d in depths),
@@ -128,6 +129,9 @@ def main() -> None:
                    "0.1)")
     p.add_argument("--beta", type=flags.number(0, 1e6), default=0.02, help="weight of the mean token KL to the base "
                    "(default: 0.02)")
+    p.add_argument("--gate-depth-on-correct", action=argparse.BooleanOptionalAction, default=False,
+                   help="charge depth for right answers only, so that a wrong one gains nothing by being shallow "
+                   "(default: off, as in (1))")
     p.add_argument("--prompts-per-step", type=flags.whole(1), help="12 / 4")
     p.add_argument("--samples", type=flags.whole(2), default=8, help="k, the responses to each prompt (default: 8)")
     p.add_argument("--steps", type=flags.whole(1, 999_999), help="200 / 400")
@@ -177,6 +181,8 @@ def main() -> None:
         task = torch.tensor([problem.reward(text, r.finished, grade) for problem, r, (text, grade) in
                              zip(asked, responses, graded, strict=True)], dtype=torch.double)
         depth_share = torch.tensor([sum(r.depths) / len(r) / policy.n_layers for r in responses], dtype=torch.double)
+        if args.gate_depth_on_correct:
+            depth_share *= torch.tensor([float(grade.strict) for _, grade in graded])
         rewards = reward(task, depth_share, mean_kl, args.lam, args.beta)
         advantages = leave_one_out(rewards.view(-1, args.samples)).flatten()
         times.append(time.perf_counter())
@@ -190,7 +196,7 @@ def main() -> None:
         rows = parallel.gather([
             {"step": step, "id": problem.id, "sample": i % args.samples, "text": text, **asdict(r),
              "gold": problem.gold, "value": grade.value, "rule": grade.rule, "correct": grade.strict,
-             "flexible": grade.flexible, "reward_task": t, "depth_share": d, "mean_kl": m, "reward": total,
+             "flexible": grade.flexible, "reward_task": t, "depth_charged": d, "mean_kl": m, "reward": total,
              "advantage": a}
             for i, (problem, r, (text, grade), t, d, m, total, a) in enumerate(zip(
                 asked, responses, graded, task.tolist(), depth_share.tolist(), mean_kl.tolist(), rewards.tolist(),

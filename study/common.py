@@ -6,6 +6,7 @@ Under --runs lie the runs, as distill.py and rloo.py write them, and answers/, w
     s1             the stage-1 run that stage 2 starts from: exits after every layer, trained longer (on other models
                    than the embedded one it is kl-1)
     rl-LAM-SEED    stage 2 from it;  closed-SEED: stage 2 without exits, from the base (study.baselines)
+    rl-LAM-gated   stage 2 that charges depth for right answers only (study.fronts)
     …-TASK         the same on another task (study.crossdomain)
 
 What is complete is not made again, what was begun goes on; so every command can be killed and repeated. Each writes
@@ -134,12 +135,12 @@ def stage_one(args, suffix: str = "") -> Path | None:
     return folder and about_the_same(args, folder)
 
 
-def stage_two(args, name: str, lam: float, seed: int, init: Path | None) -> Path | None:
+def stage_two(args, name: str, lam: float, seed: int, init: Path | None, *options) -> Path | None:
     if init is None:
         return None
     record = RECORD_2.split() if args.model == "embedded" else ()
     folder = trained(args, name, "rloo.py", "--init", init, "--lam", f"{lam:g}", "--seed", seed, *record, "--keep", 999,
-                     *shlex.split(args.stage2))
+                     *options, *shlex.split(args.stage2))
     return folder and about_the_same(args, folder)
 
 

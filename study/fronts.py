@@ -19,11 +19,14 @@ DELTAS = (-4, -2, -1, 0, 1, 2)
 
 def main() -> None:
     args = common.arguments(__doc__)
-    s1, front = common.stage_one(args), {"lambda": [], "kl_factor": [], "delta stage 1": [], "delta stage 2": []}
+    s1 = common.stage_one(args)
+    front = {key: [] for key in ("lambda", "gated", "kl_factor", "delta stage 1", "delta stage 2")}
     for lam in LAMBDAS:
         for seed in range(args.seeds if lam == 0.1 else 1):
             if run := common.rl_run(args, lam, seed):
                 front["lambda"].append(point(args, answers(args, run), value=lam, seed=seed))
+    if run := common.stage_two(args, "rl-0.1-gated", 0.1, 0, s1, "--gate-depth-on-correct"):
+        front["gated"].append(point(args, answers(args, run), value=0.1, seed=0))
     for factor in sorted(common.FACTORS[args.model != "embedded"]):
         if run := common.kl_run(args, factor):
             front["kl_factor"].append(point(args, answers(args, run), value=factor))

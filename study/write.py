@@ -104,9 +104,10 @@ def fronts(data: dict) -> list[str]:
     rows = [[what, f"{r['value']:g}".replace("-", "−") + (f", seed {r['seed']}" if "seed" in r else ""),
              percent(r["average_compute"]), accuracy(r), change(r), f"{r['length']:.1f}", change(r, "length"),
              f"{r['total_compute']:.1f}", change(r, "total_compute")]
-            for what, key in (("λ", "lambda"), ("δ on stage 1 (s1)", "delta stage 1"),
+            for what, key in (("λ", "lambda"), ("λ for right answers only", "gated"),
+                              ("δ on stage 1 (s1)", "delta stage 1"),
                               ("δ on stage 2, λ = 0.1, seed 0", "delta stage 2"))
-            for r in sorted(front[key], key=lambda r: r["value"])]
+            for r in sorted(front.get(key, ()), key=lambda r: r["value"])]
     rows.append(["base", "", "100%", accuracy(base), "", f"{base['length']:.1f}", "", f"{base['total_compute']:.1f}",
                  ""])
     text = ["### What λ, κ and δ trade", "", about(data, "; one seed each unless named"), "Changes are from the base.",

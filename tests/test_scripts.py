@@ -133,6 +133,27 @@ def test_seed_changes_the_samples(trained):
     assert texts[0] != texts[1]
 
 
+def test_depth_is_charged_for_right_answers_only_where_asked(trained, tmp_path):
+    """On a task that calls some responses right, whatever they say. A gate on the wrong side pays for mistakes."""
+    (tmp_path / "even.py").write_text("""
+def problems(split, n, seed):
+    return [{"question": f"{split} {i}", "answer": i} for i in range(n)]
+
+def grade(problem, response):
+    return len(response) % 2 == 0
+""")
+    run("rloo.py", *RL, "--task", tmp_path / "even.py", "--samples", 8, "--lam", 0.5, "--gate-depth-on-correct",
+        "--out", tmp_path / "gated", cwd=trained)
+    rows, L = lines(tmp_path / "gated" / "completions.jsonl"), 4
+    assert {row["correct"] for row in rows} == {True, False}
+    for row in rows:
+        charged = sum(row["depths"]) / len(row["depths"]) / L if row["correct"] else 0
+        assert row["reward"] == pytest.approx(row["reward_task"] - 0.5 * charged - 0.02 * row["mean_kl"])
+    for metrics in lines(tmp_path / "gated" / "metrics.jsonl"):
+        parts = sum(metrics[f"reward_{part}"] for part in ("task", "depth", "kl"))
+        assert metrics["reward"] == pytest.approx(parts)
+
+
 def test_every_step_of_stage_2_has_its_own_random_numbers(trained, tmp_path):
     """On one problem and without learning: else every step would draw the same responses again."""
     run("rloo.py", *RL, "--problems", 1, "--prompts-per-step", 1, "--lr", 0, "--out", tmp_path / "still", cwd=trained)

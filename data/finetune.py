@@ -1,0 +1,104 @@
+"""Teaches a pretrained model one of our generators, by full fine-tuning on responses with a chain of thought.
+
+A small model may solve no task that the two stages could start from; this gives it one. It minimises the cross-entropy
+of the response's tokens, in the format of the embedded model, on problems that are drawn afresh and never seen twice
+(data/make_tiny.py, whose parts it uses), and writes a checkpoint that every script takes by --model.
+
+    python -m data.finetune --model SMOLLM2 --out smollm2-arithmetic        goes on where it was stopped
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import flags
+import runs
+from data import tasks
+from data.hub import UserError, as_json, resolve, write_text
+from data.make_tiny import CHUNK, TEMPLATE, collate, draw_chunk, load_state, save_state, save_weights
+from data.text import Tokenizer
+from exits import Policy
+from model import Causal, Transformer, rope
+from sample import generate
+
+KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def prepare(model: str, out: Path) -> Tokenizer:
+    """The new checkpoint's folder: all of the old one's but the weights, with our chat template."""
+    source = resolve(model)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
+    write_text(out / "chat_template.jinja", TEMPLATE)  # has a thinking mode, and no system prompt
+    tokenizer = Tokenizer.from_pretrained(str(out))
+    if tokenizer.encode("<|im_end|>") not in [[eos] for eos in tokenizer.eos_ids]:
+        raise UserError(f"--model {model}: its responses don't end in <|im_end|>: use a ChatML checkpoint, as Qwen's")
+    return tokenizer
+
+
+def response_loss(model: Transformer, batch: list) -> torch.Tensor:
+    """Mean cross-entropy of the response's tokens. Only they are read out: most of a small model is its vocabulary."""
+    ids, weight = collate(batch)
+    h = model.embed(ids[:, :-1])
+    site = Causal(h.shape[:2], *rope(h.shape[1], model.config, h))
+    h = model.run(h.flatten(0, 1), range(model.config.num_hidden_layers), site)
+    picked = weight[:, 1:].flatten() > 0
+    return F.cross_entropy(model.unembed(h[picked]), ids[:, 1:].flatten()[picked])
+
+
+def accuracy(model: Transformer, tokenizer: Tokenizer, task: str, n: int) -> float:
+    """Of n held-out problems, with the chain of thought, at temperature 1."""
+    problems = tasks.load(task, "test", n=n)
+    policy = Policy(model.requires_grad_(False), exits=[1])
+    responses = generate(policy, tokenizer.prompts([p.messages for p in problems]), max_new_tokens=160,
+                         eos_ids=tokenizer.eos_ids, depths=policy.n_layers)
+    return sum(p.grade(tokenizer.decode(r.token_ids[:-1]), r.finished).strict
+               for p, r in zip(problems, responses, strict=True)) / n
+
+
+def main() -> None:
+    p = flags.Parser(description=__doc__.split("\n")[0])
+    p.add_argument("--model", required=True, help="checkpoint folder or hub id, with a ChatML tokenizer")
+    p.add_argument("--task", choices=("arithmetic", "stories"), default="arithmetic")
+    p.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint, and of the training's state")
+    p.add_argument("--steps", type=flags.whole(1), default=320)
+    p.add_argument("--batch-size", type=flags.whole(1), default=8)
+    p.add_argument("--lr", type=flags.number(0, 1), default=5e-4, help="peak; linear to 0 after 20 steps of warm-up")
+    p.add_argument("--save-every", type=flags.whole(1), default=4, help=f"in {CHUNK} steps (default: 4)")
+    p.add_argument("--n", type=flags.whole(1), default=100, help="held-out problems for the accuracy at the end")
+    args = p.parse_args()
+    args.story_share = float(args.task == "stories")
+
+    tokenizer = prepare(args.model, args.out)
+    model = Transformer.from_pretrained(args.model).requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
+    state = args.out / "state.safetensors"
+    step = load_state(state, model, [optimizer]) if state.exists() else 0
+    with tqdm(total=args.steps, initial=step) as bar:
+        while step < args.steps:
+            for batch in draw_chunk(tokenizer, step // CHUNK, args):
+                loss = response_loss(model, batch)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.param_groups[0]["lr"] = args.lr * max(0, min((step + 1) / 20, 1 - step / args.steps))
+                optimizer.step()
+                optimizer.zero_grad()
+                with open(args.out / "metrics.jsonl", "a") as file:
+                    file.write(as_json({"step": step, "loss": loss.item()}))
+                step += 1
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+            if step % (args.save_every * CHUNK) == 0 or step >= args.steps:
+                save_state(state, model, [optimizer], step)
+                save_weights(args.out, model)
+    print(f"{accuracy(model, tokenizer, args.task, args.n):.0%} of {args.n} held-out problems right at temperature 1")
+    print(f"next: python distill.py --model {args.out} --task {args.task}")
+
+
+if __name__ == "__main__":
+    runs.run_main(main)
