@@ -17,7 +17,7 @@ from tqdm import tqdm
 import flags
 import runs
 from data import tasks
-from data.hub import UserError, as_json, resolve, write_text
+from data.hub import UserError, as_json, read_json, resolve, write_json, write_text
 from data.make_tiny import CHUNK, TEMPLATE, collate, draw_chunk, load_state, save_state, save_weights
 from data.text import Tokenizer
 from exits import Policy
@@ -39,6 +39,17 @@ def prepare(model: str, out: Path) -> Tokenizer:
     if tokenizer.encode("<|im_end|>") not in [[eos] for eos in tokenizer.eos_ids]:
         raise UserError(f"--model {model}: its responses don't end in <|im_end|>: use a ChatML checkpoint, as Qwen's")
     return tokenizer
+
+
+def same_flags(args) -> None:
+    """Refuses to go on under other flags than those that the folder was begun with."""
+    path, mine = args.out / "finetune.json", {name: str(value) for name, value in vars(args).items() if name != "n"}
+    if not path.exists():
+        write_json(path, mine)
+    for name, was in read_json(path).items():
+        if mine.get(name) != was:
+            raise UserError(f"--out {args.out} was begun with --{flags.flag(name)} {was}, not {mine.get(name)}: give "
+                            f"that, or choose another --out")
 
 
 def response_loss(model: Transformer, batch: list) -> torch.Tensor:
@@ -66,21 +77,24 @@ def main() -> None:
     p.add_argument("--model", required=True, help="checkpoint folder or hub id, with a ChatML tokenizer")
     p.add_argument("--task", choices=("arithmetic", "stories"), default="arithmetic")
     p.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint, and of the training's state")
-    p.add_argument("--steps", type=flags.whole(1), default=320)
+    p.add_argument("--steps", type=flags.whole(1), default=320, help="in chunks of 16, each of which ends "
+                   "with a checkpoint (default: 320)")
     p.add_argument("--batch-size", type=flags.whole(1), default=8)
-    p.add_argument("--lr", type=flags.number(0, 1), default=5e-4, help="peak; linear to 0 after 20 steps of warm-up")
-    p.add_argument("--save-every", type=flags.whole(1), default=4, help=f"in {CHUNK} steps (default: 4)")
+    p.add_argument("--lr", type=flags.number(0, 1), default=5e-4, help="peak, after 20 steps of warm-up; then "
+                   "linear to 0")
     p.add_argument("--n", type=flags.whole(1), default=100, help="held-out problems for the accuracy at the end")
     args = p.parse_args()
     args.story_share = float(args.task == "stories")
 
     tokenizer = prepare(args.model, args.out)
+    same_flags(args)
     model = Transformer.from_pretrained(args.model).requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
     state = args.out / "state.safetensors"
     step = load_state(state, model, [optimizer]) if state.exists() else 0
     with tqdm(total=args.steps, initial=step) as bar:
         while step < args.steps:
+            rows = []
             for batch in draw_chunk(tokenizer, step // CHUNK, args):
                 loss = response_loss(model, batch)
                 loss.backward()
@@ -88,14 +102,14 @@ def main() -> None:
                 optimizer.param_groups[0]["lr"] = args.lr * max(0, min((step + 1) / 20, 1 - step / args.steps))
                 optimizer.step()
                 optimizer.zero_grad()
-                with open(args.out / "metrics.jsonl", "a") as file:
-                    file.write(as_json({"step": step, "loss": loss.item()}))
-                step += 1
-                bar.update()
+                rows.append({"step": step, "loss": loss.item()})
                 bar.set_postfix(loss=f"{loss.item():.3f}")
-            if step % (args.save_every * CHUNK) == 0 or step >= args.steps:
-                save_state(state, model, [optimizer], step)
-                save_weights(args.out, model)
+                bar.update()
+                step += 1
+            save_weights(args.out, model)
+            save_state(state, model, [optimizer], step)
+            with open(args.out / "metrics.jsonl", "a") as file:
+                file.writelines(map(as_json, rows))
     print(f"{accuracy(model, tokenizer, args.task, args.n):.0%} of {args.n} held-out problems right at temperature 1")
     print(f"next: python distill.py --model {args.out} --task {args.task}")
 

@@ -165,8 +165,8 @@ def load_state(path: Path, model: Transformer, optimizers: list) -> int:
 
 
 def save_weights(folder: Path, model: Transformer) -> None:
-    """In Hugging Face layout: float32, the tied head left out."""
-    weights = {name: p.detach() for name, p in model.named_parameters() if name != "lm_head.weight"}
+    """In Hugging Face layout, float32."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}  # which names a tied head once
     save_file(weights, folder / "model.part", {"format": "pt"})
     (folder / "model.part").replace(folder / "model.safetensors")
 

@@ -257,7 +257,8 @@ def save(args, name: str, command: str, **data) -> dict:
     """Writes docs/data/NAME.json and returns what it holds."""
     path = Path(args.out or "docs") / "data" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"command": f"python -m study.{command}", "model": args.model, "task": args.task, "n": args.n,
+    found = {"command": shlex.join(["python", "-m", f"study.{command}", *sys.argv[1:]]),
+             "model": Path(args.model).name, "task": Path(args.task).name, "n": args.n,
              "temperature": args.temperature, "commit": runs.commit(), **data}
     write_json(path, found)
     print(f"wrote {path}")

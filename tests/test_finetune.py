@@ -1,0 +1,55 @@
+"""Teaching a checkpoint a generator, on a toy."""
+
+import json
+
+import pytest
+
+from data import finetune
+from data.hub import UserError
+from model import Transformer
+from tests.commands import toy_checkpoint
+
+
+@pytest.fixture
+def teach(tmp_path, monkeypatch):
+    toy = toy_checkpoint(tmp_path / "toy", layers=2)
+
+    def call(out, *more):
+        monkeypatch.setattr("sys.argv", ["finetune", "--model", str(toy), "--out", str(tmp_path / out), "--steps", "32",
+                                         "--batch-size", "2", "--lr", "0.01", "--n", "1", *more])
+        finetune.main()
+        return tmp_path / out
+
+    return call
+
+
+def test_a_stopped_training_ends_where_an_unbroken_one_does(teach, monkeypatch):
+    """And learns. Moments or the step's number lost on the way would give other weights."""
+    whole = teach("whole")
+    losses = [json.loads(line)["loss"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 32 and sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+    save = finetune.save_state
+
+    def then_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
+        dying.setattr(finetune, "save_state", then_die)
+        teach("broken")
+    broken = teach("broken")
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    Transformer.from_pretrained(broken)  # a checkpoint like any other, whatever else lies beside it
+
+
+def test_what_it_can_not_teach_is_refused(teach, tmp_path):
+    """Other flags on resuming, and a model whose responses end in another token."""
+    teach("begun")
+    with pytest.raises(UserError, match="begun with --lr 0.01, not 0.02"):
+        teach("begun", "--lr", "0.02")
+    for name in ("generation_config.json", "config.json"):
+        path = tmp_path / "toy" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 7}))
+    with pytest.raises(UserError, match="use a ChatML checkpoint"):
+        teach("other")
