@@ -17,7 +17,7 @@ only where it tells apart the models of `study/organisms.py`, whose dependence o
 
     python monitor.py base RUN RUN … --n 300 --out runs/monitor
 
-Writes monitor.json after every model; the same command again goes on after the last.
+Writes monitor.json after every model; the same command again, --out included, goes on after the last.
 """
 
 import re
@@ -34,6 +34,7 @@ from checkpoints import checkpoint, exits_of, load_policy
 from data import arithmetic, tasks
 from data.hub import UserError, read_json, write_json
 from exits import Policy, exit_depths
+from study.common import digest
 from study.describe import description
 from study.hints import MONITORS, g_mean_squared, planted_hint
 from study.probes import probes
@@ -293,10 +294,10 @@ def compare(m: dict, base: dict | None) -> dict:
 
 def claim(rows: dict) -> str:
     """Whether E1 shows that reasoning moved into the text: the chain is worth more than to the base because the model
-    does worse without it, and with it no worse than 2 points below the base. With the four accuracies."""
+    does worse without it, and with it, interval and all, at most 2 points. With the four accuracies."""
     chain, direct, uplift = (rows[f"E1 {what} learned"] for what in ("chain", "direct", "uplift"))
     missing = [what for what, ok in (("the uplift grew", uplift["d_low"] > 0), ("accuracy without the chain fell",
-               direct["d_high"] < 0), ("that with it held", chain["difference"] >= -0.02)) if not ok]
+               direct["d_high"] < 0), ("that with it held", chain["d_low"] >= -0.02)) if not ok]
     four = "; ".join(f"{what} the chain {x['value']:.1%}, base {x['value'] - x['difference']:.1%}"
                      for what, x in (("with", chain), ("without", direct)))
     return f"E1: {four}: " + (f"not shown that {' and '.join(missing)}" if missing else "reasoning moved into the text")
@@ -306,18 +307,24 @@ def said_by(x: dict, value: str = "value", low: str = "low", high: str = "high")
     return f"{x[value]:+.2f} ({x[low]:+.2f} to {x[high]:+.2f})" if value in x else ""
 
 
+def standing(row: str, verdicts: dict[str, str]) -> str:
+    """What the organisms say of a row's eval, whatever the regime; nothing of a row that they were not asked about."""
+    name = re.sub(r",? (full|learned)(>\w+)?$", "", row)
+    found = verdicts.get(name, verdicts.get(name.split()[0]))
+    return "" if found is None else found or "validated"
+
+
 def show(name: str, rows: dict) -> None:
     """A row an eval and regime, with what study/organisms.py says of the eval; a curve over depths in one line."""
     print(f"\n{name:46}{'value (95%)':26}{'less the base':26}")
     if "difference" in rows.get("E1 uplift learned", {}):
         print(f"  {claim(rows)}")
-    verdicts, curves = read_json(VERDICTS)["verdicts"] if VERDICTS.exists() else {"E": "not validated"}, {}
+    verdicts, curves = read_json(VERDICTS)["verdicts"] if VERDICTS.exists() else {}, {}
     for row, x in rows.items():
         if found := re.fullmatch(r"(.* )(?:cap-)?(\d+)", row):
             curves.setdefault(found[1], {})[int(found[2])] = x["value"]
             continue
-        verdict = verdicts.get(max((key for key in verdicts if row.startswith(key)), key=len, default=""), "")
-        print(f"  {row:44}{said_by(x):26}{said_by(x, 'difference', 'd_low', 'd_high'):26}{verdict}")
+        print(f"  {row:44}{said_by(x):26}{said_by(x, 'difference', 'd_low', 'd_high'):26}{standing(row, verdicts)}")
     for curve, points in curves.items():
         full = rows[f"{curve}full"]["value"] if curve in ("E1 chain ", "E1 direct ") else None
         print(f"  {curve + 'at':44}" + "  ".join(f"{depth}: {value:.2f}" for depth, value in sorted(points.items()))
@@ -339,9 +346,9 @@ def main() -> None:
     out = Path(args.out) if args.out else runs.free_folder("monitor")
     out.mkdir(parents=True, exist_ok=True)
     about = {name: getattr(args, name) for name in ("model", "n", "seed", "max_new_tokens")}
-    record = {"about": about, "results": {}, "values": {}}
+    record = {"about": about, "weights": {}, "results": {}, "values": {}}
     if (out / "monitor.json").exists():
-        record = read_json(out / "monitor.json")
+        record = {"weights": {}} | read_json(out / "monitor.json")
         if record["about"] != about:
             raise UserError(f"--out {out} holds evals of {record['about']}: choose another folder")
 
@@ -349,10 +356,12 @@ def main() -> None:
     exits = exits_of(checkpoint(folders[0])) if folders else exit_depths(model.config.num_hidden_layers)
     reader = closed(Policy(model, exits))
     for run in sorted(args.runs, key=lambda run: run != "base"):
-        if run not in record["values"]:
+        weights = run if run == "base" else digest(checkpoint(Path(run)))
+        if record["weights"].get(run) != weights:
             policy = reader if run == "base" else load_policy(runs.load_model(args)[0], Path(run))
             found = monitor(Subject(policy, reader, tokenizer, problems, args), run)
             record["values"][run] = {name: row.tolist() for name, row in found.items()}
+            record["weights"][run] = weights
         means = {name: derived(resampled({row: np.array(x, float) for row, x in record["values"][name].items()}))
                  for name in {run, *(["base"] if "base" in record["values"] else [])}}
         record["results"][run] = compare(means[run], means.get("base") if run != "base" else None)

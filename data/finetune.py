@@ -24,27 +24,32 @@ from exits import Policy
 from model import Causal, Transformer, rope
 from sample import generate
 
+NEW = 160  # tokens that a response may take
 KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
-def prepare(model: str, out: Path) -> Tokenizer:
-    """The new checkpoint's folder: all of the old one's but the weights, with our chat template."""
-    source = resolve(model)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        if (source / name).exists():
-            shutil.copyfile(source / name, out / name)
-    write_text(out / "chat_template.jinja", TEMPLATE)  # has a thinking mode, and no system prompt
-    tokenizer = Tokenizer.from_pretrained(str(out))
+def refuse_other_ends(model: str) -> None:
+    tokenizer = Tokenizer.from_pretrained(model)
     if tokenizer.encode("<|im_end|>") not in [[eos] for eos in tokenizer.eos_ids]:
         raise UserError(f"--model {model}: its responses don't end in <|im_end|>: use a ChatML checkpoint, as Qwen's")
-    return tokenizer
+
+
+def prepare(model: str, out: Path) -> Tokenizer:
+    """All of the old checkpoint but the weights, with our chat template: a thinking mode, and no system prompt."""
+    for name in KEPT:
+        if (path := resolve(model) / name).exists():
+            shutil.copyfile(path, out / name)
+    write_text(out / "chat_template.jinja", TEMPLATE)
+    return Tokenizer.from_pretrained(str(out))
 
 
 def same_flags(args) -> None:
-    """Refuses to go on under other flags than those that the folder was begun with."""
+    """Makes the folder; refuses another's, and to go on under other flags than it was begun with."""
     path, mine = args.out / "finetune.json", {name: str(value) for name, value in vars(args).items() if name != "n"}
     if not path.exists():
+        if args.out.exists() and any(args.out.iterdir()):
+            raise UserError(f"--out {args.out} exists and was not made by this script: choose a new folder")
+        args.out.mkdir(parents=True, exist_ok=True)
         write_json(path, mine)
     for name, was in read_json(path).items():
         if mine.get(name) != was:
@@ -66,7 +71,7 @@ def accuracy(model: Transformer, tokenizer: Tokenizer, task: str, n: int) -> flo
     """Of n held-out problems, with the chain of thought, at temperature 1."""
     problems = tasks.load(task, "test", n=n)
     policy = Policy(model.requires_grad_(False), exits=[1])
-    responses = generate(policy, tokenizer.prompts([p.messages for p in problems]), max_new_tokens=160,
+    responses = generate(policy, tokenizer.prompts([p.messages for p in problems]), max_new_tokens=NEW,
                          eos_ids=tokenizer.eos_ids, depths=policy.n_layers)
     return sum(p.grade(tokenizer.decode(r.token_ids[:-1]), r.finished).strict
                for p, r in zip(problems, responses, strict=True)) / n
@@ -86,8 +91,9 @@ def main() -> None:
     args = p.parse_args()
     args.story_share = float(args.task == "stories")
 
-    tokenizer = prepare(args.model, args.out)
+    refuse_other_ends(args.model)
     same_flags(args)
+    tokenizer = prepare(args.model, args.out)
     model = Transformer.from_pretrained(args.model).requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
     state = args.out / "state.safetensors"
@@ -111,7 +117,7 @@ def main() -> None:
             with open(args.out / "metrics.jsonl", "a") as file:
                 file.writelines(map(as_json, rows))
     print(f"{accuracy(model, tokenizer, args.task, args.n):.0%} of {args.n} held-out problems right at temperature 1")
-    print(f"next: python distill.py --model {args.out} --task {args.task}")
+    print(f"next: python distill.py --model {args.out} --task {args.task} --max-new-tokens {NEW}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,17 @@ SECONDS, MEGABYTES, LENGTH = 10, 512, 2**20  # what a chat template may take: ti
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, but for tab and newline
 
 
+def thoughts(pieces: list[str]) -> int:
+    """How many of a response's tokens, given as texts, are thoughts: up to the one that completes </think>, which a
+    tokenizer may split. 0 if none does."""
+    text = ""
+    for i, piece in enumerate(pieces):
+        text += piece
+        if "</think>" in text[-len(piece) - len("</think>"):]:
+            return i + 1
+    return 0
+
+
 class Tokenizer:
     """Holds a checkpoint's tokenizer, chat template and the ids that end a response."""
 

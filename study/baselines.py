@@ -14,6 +14,7 @@ layers alone: confidence also pays a product with the vocabulary at every exit, 
     python -m study.baselines
 """
 
+import hashlib
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -106,10 +107,14 @@ def static(depth: int):
     return lambda policy: {"depths": depth}
 
 
-def shuffled(args, like: common.Answers):
+def histogram_of(answered: common.Answers) -> list[float]:
+    return list(measure(answered.rows, answered.outcomes)["exit_histogram"].values())
+
+
+def shuffled(args, histogram: list[float]):
     """Depths drawn i.i.d. from the histogram of other answers."""
-    histogram = list(measure(like.rows, like.outcomes)["exit_histogram"].values())
-    return lambda policy: {"depths": random_depths(policy, histogram, (args.n, args.max_new_tokens), args.seed)}
+    shape = (len(args.problems), args.max_new_tokens)
+    return lambda policy: {"depths": random_depths(policy, histogram, shape, args.seed)}
 
 
 # ------------------------------------------------------------------------------------------------------------ plain RL
@@ -197,7 +202,9 @@ def main() -> None:
                                        compute=compute)
         for whose in mine:
             first = learned[whose][0]
-            random = answers(args, source, f"random as {whose}", shuffled(args, first))
+            histogram = histogram_of(first)
+            mark = hashlib.sha256(str(histogram).encode()).hexdigest()[:8]  # else another's draw would be taken for it
+            random = answers(args, source, f"random as {whose} {mark}", shuffled(args, histogram))
             points.append(point(args, random, rule="random", weights=name, value=whose))
             comparisons += against(whose, correct(first), correct(random), rule="random", weights=name,
                                    compute=compute_of(first))

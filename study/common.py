@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +30,12 @@ from tqdm import tqdm
 
 import flags
 import runs
-from checkpoints import checkpoint, load_policy
+from checkpoints import checkpoint, fingerprint, load_policy
 from data import tasks
 from data.hub import UserError, as_json, field, parse_object, read_json, read_text, write_json, write_text
 from evaluate import Z, graded, measure, paired
 from exits import Policy, adapters_off, exit_depths
+from model import Transformer
 from sample import generate
 from study.coherence import COLUMNS, score
 
@@ -121,8 +123,8 @@ def about_the_same(args, folder: Path) -> Path:
 def kl_run(args, factor: float) -> Path | None:
     first = FACTORS[args.model != "embedded"][0]
     options = [] if factor == first else ["--teacher", (kl_run(args, first) or Path()) / "teacher.jsonl"]
-    folder = trained(args, f"kl-{factor:g}", "distill.py", "--kl-factor", f"{factor:g}", *options,
-                     *shlex.split(args.stage1))
+    folder = trained(args, f"kl-{factor:g}", "distill.py", *shlex.split(args.stage1), "--kl-factor", f"{factor:g}",
+                     *options)  # last, since of a flag given twice the last one counts
     return folder and about_the_same(args, folder)
 
 
@@ -139,8 +141,8 @@ def stage_two(args, name: str, lam: float, seed: int, init: Path | None, *option
     if init is None:
         return None
     record = RECORD_2.split() if args.model == "embedded" else ()
-    folder = trained(args, name, "rloo.py", "--init", init, "--lam", f"{lam:g}", "--seed", seed, *record, "--keep", 999,
-                     *options, *shlex.split(args.stage2))
+    folder = trained(args, name, "rloo.py", *record, "--keep", 999, *shlex.split(args.stage2), "--init", init, "--lam",
+                     f"{lam:g}", "--seed", seed, *options)
     return folder and about_the_same(args, folder)
 
 
@@ -173,7 +175,8 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
     label = "base" if base else folder.parent.name + f"-{folder.name}"
     head = {"weights": list(source) if base else digest(folder), "how": how, "n": args.n, "delta": delta,
             "temperature": args.temperature, "problems": runs.problems_hash(args.problems),
-            **{name: getattr(args, name) for name in ("model", "revision", "thinking", "max_new_tokens", "seed")}}
+            "base": base_mark(args.model, args.revision), **{name: getattr(args, name) for name in (
+                "model", "revision", "dtype", "thinking", "max_new_tokens", "seed")}}
     name = f"{label}.{how}.{Path(args.task).stem}.n{args.n}.t{args.temperature:g}.d{delta:g}.jsonl".replace(" ", "-")
     path = Path(args.runs) / "answers" / name
     if path.exists():
@@ -192,9 +195,15 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
             for row in graded(args.problems, responses, tokenizer)]
     outcomes = policy.depth_of_outcome.tolist()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(map(as_json, [{**head, "outcomes": outcomes}, *rows])))
     judgement(path).unlink(missing_ok=True)  # of what stood there before
+    write_text(path, "".join(map(as_json, [{**head, "outcomes": outcomes}, *rows])))
     return Answers(rows, outcomes, path)
+
+
+@cache
+def base_mark(model: str, revision: str | None) -> str:
+    """Tells the base from another that has lain at the same place."""
+    return fingerprint(Transformer.from_pretrained(flags.EMBEDDED if model == "embedded" else model, revision))
 
 
 def digest(folder: Path) -> str:
@@ -257,9 +266,13 @@ def save(args, name: str, command: str, **data) -> dict:
     """Writes docs/data/NAME.json and returns what it holds."""
     path = Path(args.out or "docs") / "data" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"model": Path(args.model).name, "task": Path(args.task).name}
+    before = read_json(path) if path.exists() else about
+    if any(before.get(key) != value for key, value in about.items()):
+        raise UserError(f"{path} is about {before.get('model')}, {before.get('task')}: give this study an --out of its "
+                        f"own")
     found = {"command": shlex.join(["python", "-m", f"study.{command}", *sys.argv[1:]]),
-             "model": Path(args.model).name, "task": Path(args.task).name, "n": args.n,
-             "temperature": args.temperature, "commit": runs.commit(), **data}
+             **about, "n": len(args.problems), "temperature": args.temperature, "commit": runs.commit(), **data}
     write_json(path, found)
     print(f"wrote {path}")
     return found

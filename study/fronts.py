@@ -10,8 +10,9 @@ from pathlib import Path
 
 import runs
 from data.hub import parse_object, read_json, read_text
+from evaluate import paired
 from study import common
-from study.common import answers, point
+from study.common import answers, correct, point
 
 LAMBDAS = (0, 0.03, 0.1, 0.3, 1)
 DELTAS = (-4, -2, -1, 0, 1, 2)
@@ -27,6 +28,8 @@ def main() -> None:
                 front["lambda"].append(point(args, answers(args, run), value=lam, seed=seed))
     if run := common.stage_two(args, "rl-0.1-gated", 0.1, 0, s1, "--gate-depth-on-correct"):
         front["gated"].append(point(args, answers(args, run), value=0.1, seed=0))
+        if ungated := common.rl_run(args):
+            front["gated"][0]["less_ungated"] = paired(*(correct(answers(args, of)) for of in (ungated, run)))
     for factor in sorted(common.FACTORS[args.model != "embedded"]):
         if run := common.kl_run(args, factor):
             front["kl_factor"].append(point(args, answers(args, run), value=factor))
@@ -62,7 +65,7 @@ def draw_fronts(args, data: dict, simpler: list[dict]) -> None:
         curve(ax, front["lambda"], "stage 2: λ = 0 to 1", color="C3", marker="o", linestyle="")
         curve(ax, front["delta stage 2"], "stage 2, λ = 0.1: δ swept", color="C3", linestyle="-", marker=".")
         ax.set(xlabel="average compute (% of layers)", ylabel="accuracy (%)", ylim=(0, None))
-    curve(axes[0], front["delta stage 1"], "stage 1 (s1): δ swept", color="C0", marker=".")
+    curve(axes[0], front["delta stage 1"], "stage 1: δ swept", color="C0", marker=".")
     curve(axes[0], front["kl_factor"], "stage 1: κ swept", color="C2", marker="s", linestyle=":")
     for rule, weights, style in (
             ("confidence", "base", dict(color="C1", marker="^")),

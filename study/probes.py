@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.text import thoughts
 from exits import collate
 from study.regimes import Subject, answers_of
 
@@ -88,8 +89,7 @@ def foreknowledge(s: Subject, responses, h: list[torch.Tensor]) -> dict:
     there = torch.tensor([a is not None and a[0].isdecimal() for a in answers])
     labels = torch.tensor([int(a[0]) if ok else 0 for a, ok in zip(answers, there.tolist(), strict=True)])
     order = torch.from_numpy(np.random.default_rng(s.args.seed).permutation(n))
-    (close,) = s.tokenizer.encode("</think>")
-    ends = [r.token_ids.index(close) if close in r.token_ids else len(r) - 1 for r in responses]
+    ends = [(thoughts(s.tokenizer.pieces(r.token_ids)) or len(r)) - 1 for r in responses]
     for f in FRACTIONS:
         x = torch.stack([rows[int(f * end)] for rows, end in zip(h, ends, strict=True)])
         right = []

@@ -11,6 +11,7 @@ from collections import defaultdict
 
 import runs
 from data.arithmetic import ORDINALS
+from data.text import thoughts
 from study import common
 from study.common import answers
 
@@ -48,9 +49,9 @@ def by_kind(args, answered, tokenizer) -> list[dict]:
     found, outcomes = defaultdict(list), answered.outcomes
     for row in answered.rows:
         pieces = tokenizer.pieces(row["token_ids"])
-        closed = next((i for i, piece in enumerate(pieces) if "</think>" in piece), -1)
+        closed = thoughts(pieces)
         for i, (kind, depth) in enumerate(zip(kinds_of(pieces), row["depths"], strict=True)):
-            for part in ("all", "thoughts" if i <= closed else "answer"):
+            for part in ("all", "thoughts" if i < closed else "answer"):
                 found[part, kind].append(depth)
                 found[part, "all"].append(depth)
     count, L = len(found["all", "all"]), outcomes[-1]

@@ -1,9 +1,10 @@
 """Writes the study's part of docs/results.md from docs/data/*.json, so that no figure in the text can drift.
 
-What stands between the two marks is replaced; all else in the file stays. A command that has not been run leaves its
-section out.
+What stands between the two marks is replaced; all else in the file stays, which is made where there is none. A
+command that has not been run leaves its section out.
 
     python -m study.write
+    python -m study.write --out FOLDER      of a study with an --out of its own
 """
 
 import argparse
@@ -92,7 +93,7 @@ def fig2(data: dict) -> list[str]:
              f"{r['coherence']:.3f}"] for r in data["mean"]]
     rows.append(["base", accuracy(base), percent(base["average_compute"]), f"{base['total_compute']:.1f}",
                  f"{base['coherence']:.3f}"])
-    return [f"### Figure 2: stage 2 over its steps, {len(seeds)} seeds", "", about(data, "; λ = 0.1, one start (s1)"),
+    return [f"### Figure 2: stage 2 over its steps, {len(seeds)} seeds", "", about(data, "; λ = 0.1, one start"),
             "; ".join(told) + ". The intervals are over problems, for these seeds. The paper reports 47% → 55–60% and "
             "compute 98% → 95% on Qwen3-4B.",
             "", "![Accuracy, compute and coherence over the steps](figures/fig2.png)",
@@ -106,7 +107,7 @@ def fronts(data: dict) -> list[str]:
              percent(r["average_compute"]), accuracy(r), change(r), f"{r['length']:.1f}", change(r, "length"),
              f"{r['total_compute']:.1f}", change(r, "total_compute")]
             for what, key in (("λ", "lambda"), ("λ for right answers only", "gated"),
-                              ("δ on stage 1 (s1)", "delta stage 1"),
+                              ("δ on stage 1", "delta stage 1"),
                               ("δ on stage 2, λ = 0.1, seed 0", "delta stage 2"))
             for r in sorted(front.get(key, ()), key=lambda r: r["value"])]
     rows.append(["base", "", "100%", accuracy(base), "", f"{base['length']:.1f}", "", f"{base['total_compute']:.1f}",
@@ -114,6 +115,11 @@ def fronts(data: dict) -> list[str]:
     text = ["### What λ, κ and δ trade", "", about(data, "; one seed each unless named"), "Changes are from the base.",
             "",
             "![Accuracy against average compute](figures/fronts.png)"]
+    for gated in front.get("gated", ()):
+        if "less_ungated" in gated:
+            text += ["", "Depth charged for right answers only, against depth charged for all, from one start and "
+                     f"seed: {signed(*gated['less_ungated'])} points, " + verdict(
+                         *gated["less_ungated"], "better", "worse", "no significant difference") + "."]
     if front["lambda"]:
         dearest = max(front["lambda"], key=lambda r: r["value"])
         text += ["", f"Does a price on depth make texts longer? At λ = {dearest['value']:g}: "
@@ -160,7 +166,8 @@ def baselines(data: dict) -> list[str]:
             "over the same problems and not corrected for their number. Compute counts layers alone; a threshold on "
             "the lens also pays a product with the vocabulary at every exit. On stage 2's weights it is "
             "seed 0 against seed 0.", "",
-            "Does a learned exit beat a threshold, and is accuracy more than plain RL's? "
+            "Does a learned exit beat a threshold" + (
+                ", and is accuracy more than plain RL's" if data["runs"]["plain RL"] else "") + "? "
             + ". ".join(answer[0].upper() + answer[1:] for answer in answers) + ".",
             *table(["learned", "against", "average compute", "accuracy", "the other's", "difference, points"],
                    [row(c) for c in data["comparisons"]]),
@@ -216,7 +223,7 @@ def main() -> None:
     p.add_argument("--out", default="docs", help="folder of results.md and data/ (default: docs)")
     folder = Path(p.parse_args().out)
     path = folder / "results.md"
-    text = read_text(path)
+    text = read_text(path) if path.exists() else BEGIN + END
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UserError(f"{path}: the lines {BEGIN.strip()} and {END.strip()} must stand in it, once and in this order")
     before, rest = text.split(BEGIN)

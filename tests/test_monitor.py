@@ -214,3 +214,14 @@ def test_probes_find_what_is_there_and_nothing_else():
     assert 0.6 < float(probes.softmax_probe(x, noise, fit)[~fit].mean()) < 0.85
     assert float((probes.ridge_guess(x, labels, fit) == labels)[~fit].double().mean()) > 0.95
     assert 0.4 < float((probes.ridge_guess(x, noise, fit) == noise)[~fit].double().mean()) < 0.6
+
+
+def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
+    """An eval that shares the first words of another's name must not borrow its verdict."""
+    verdicts = {"E2 aoc": "", "E3 fill gain, dots": "", "E7 g-mean2 mentions": "failed validation",
+                "E4": "not validated"}
+    said = {row: monitor.standing(row, verdicts) for row in (
+        "E2 aoc full>full", "E2 aoc learned>full", "E2 aoc corrected full>full", "E2 aoc full>full, 2 lines",
+        "E3 fill gain, dots, learned", "E3 recover full", "E7 g-mean2 mentions", "E4 lost 2")}
+    assert list(said.values()) == ["validated", "validated", "", "", "validated", "", "failed validation",
+                                   "not validated"]

@@ -66,8 +66,9 @@ def test_random_exits_keep_the_histogram_and_nothing_else():
     """The control for 'the heads learned no more than how often to leave'."""
     rows = [{"depths": [2] * 5 + [6] * 3, "correct": 0, "flexible": 0, "finished": 1}, {
         "depths": [4, 4], "correct": 1, "flexible": 1, "finished": 1}]
-    args = argparse.Namespace(n=3, max_new_tokens=2000, seed=1)
-    depths = baselines.shuffled(args, common.Answers(rows, [2, 4, 6], None))(toy_policy())["depths"]
+    args = argparse.Namespace(problems=[None] * 3, max_new_tokens=2000, seed=1)
+    histogram = baselines.histogram_of(common.Answers(rows, [2, 4, 6], None))
+    depths = baselines.shuffled(args, histogram)(toy_policy())["depths"]
     assert depths.shape == (3, 2000)
     assert_frequencies([(depths == depth).sum() for depth in (2, 4, 6)], [0.5, 0.2, 0.3])
     together = ((depths[:, 1:] == 2) & (depths[:, :-1] == 2)).double().mean()
@@ -139,6 +140,46 @@ def test_answers_are_sampled_once_and_anew_for_other_weights(home, monkeypatch):
     args.task = "stories"
     with pytest.raises(UserError, match="another --runs"):
         common.about_the_same(args, home / "one")
+
+
+def test_another_base_at_the_same_place_is_sampled_anew(home, monkeypatch):
+    """A fine-tuned model that was trained again must not be reported by the old one's answers."""
+    monkeypatch.chdir(home)
+    args = settled(monkeypatch, "--model", "toy", "--task", "arithmetic", "--runs", home / "other", "--n", 2,
+                   "--max-new-tokens", 12)
+    first = common.base_answers(args)
+    monkeypatch.setattr(common, "base_mark", lambda *about: "of other weights")
+    made = []
+    monkeypatch.setattr(common, "generate", lambda *a, **k: made.append(1) or generate(*a, **k))
+    assert common.base_answers(args) == first and made  # the weights are, in truth, the same
+    assert common.base_answers(args) == first and len(made) == 1
+
+
+def test_what_a_run_is_named_for_outweighs_the_users_flags(tmp_path, monkeypatch):
+    """Else --stage1 "--kl-factor 16" would train every row of Table 1 at 16."""
+    args = settled(monkeypatch, "--runs", tmp_path, "--n", 2, "--stage1", "--kl-factor 3 --steps 7",
+                   "--stage2", "--lam 9 --seed 9 --steps 7")
+    called = []
+    monkeypatch.setattr(common, "trained", lambda args, name, script, *options: called.append(list(map(str, options))))
+    common.kl_run(args, 16)
+    common.stage_two(args, "rl-0.3-1", 0.3, 1, tmp_path)
+
+    def last(options, flag):
+        return options[max(i for i, text in enumerate(options) if text == flag) + 1]
+
+    assert [last(called[0], "--kl-factor"), last(called[0], "--steps")] == ["16", "7"]
+    assert [last(called[1], flag) for flag in ("--lam", "--seed", "--steps")] == ["0.3", "1", "7"]
+
+
+def test_a_study_of_another_model_does_not_overwrite_what_is_there(tmp_path, monkeypatch):
+    """Without an --out of its own it would replace the embedded model's record."""
+    args = settled(monkeypatch, "--out", tmp_path, "--n", 2)
+    common.save(args, "table1", "table1", rows=[1])
+    common.save(args, "table1", "table1", rows=[2])
+    args.task = "stories"
+    with pytest.raises(UserError, match="--out of its own"):
+        common.save(args, "table1", "table1", rows=[3])
+    assert json.loads((tmp_path / "data" / "table1.json").read_text())["rows"] == [2]
 
 
 def test_a_point_compares_with_the_base_over_the_same_problems(home, monkeypatch):

@@ -392,3 +392,10 @@ def test_qwen3_prompts_equal_those_of_transformers(qwen3, thinking):
     ids = qwen3[1].prompt_ids(attack)
     assert [i for i in ids if i >= 151643] == [151644, 151645, 151644]
     assert attack[0]["content"] in qwen3[1].decode(ids)
+
+
+def test_thoughts_end_where_the_closing_tag_is_complete():
+    """A tokenizer without a token for it splits it, and may join its end with a line break."""
+    assert text.thoughts(["<think>", "\n", "a", "</think>", "\n\n", "b"]) == 4
+    assert text.thoughts(["<", "think", ">", "\n", "a", "</", "think", ">\n", "b </think>"]) == 8
+    assert text.thoughts(["a", " <", "/", "think", "b"]) == 0
