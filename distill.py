@@ -34,6 +34,7 @@ from exits import (
     base_pass,
     collate,
     exit_depths,
+    joint_logp,
     micro_batches,
     score,
     stick_breaking,
@@ -115,29 +116,32 @@ def from_hazards(p: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int, micro_batch: int) -> dict:
-    """Has it converged? On held-out base responses: the two terms of (5) at depths drawn from q, and the exits that the
-    student draws in a parallel pass against the mean of q."""
+    """Has it converged? On held-out base responses: the two terms of (5) at depths drawn from q; and the exits that the
+    student draws in a parallel pass, against the mean of q, with the token KL there. That is above the one at q's
+    depths, for q knows the final layer, and the heads have to guess."""
     E, outcomes = len(policy.exits), policy.depth_of_outcome
     drawn, target = torch.zeros(E + 1), policy.heads.bias.new_zeros(E + 1)
-    totals, count = torch.zeros(2, dtype=torch.double, device=policy.device), sum(map(len, responses))
+    totals, count = torch.zeros(3, dtype=torch.double, device=policy.device), sum(map(len, responses))
     for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
         u_exit = torch.full((*batch.ids.shape, E), NEVER, dtype=torch.double)
         u_exit[batch.row, batch.position] = u[:, :E]
         out = policy(batch.ids, batch.depths, u_exit, place=Sequences(batch.ids.shape, batch.shared_from))
-        drawn += (out.depths[batch.row, batch.position][:, None] == outcomes).sum(0)
+        own = out.depths[batch.row, batch.position]
+        drawn += (own[:, None] == outcomes).sum(0)
 
         base_h, lens_h = base_pass(policy, batch)
+        kl_own = joint_logp(policy, out.h[batch.predicting], out.exit_logits[batch.predicting], own, base_h=base_h)[2]
         log_q = log_target(lens_kl(policy.model, base_h, lens_h), kappa)
         target += log_q.exp().sum(0)
         batch.depths[batch.row, batch.position] = outcomes[draw(log_q, send(u[:, E], policy.device)).cpu()]
         logp_exit, _, kl_t, _ = score(policy, batch, base_h, tokens=False)
-        totals += torch.stack([kl_t.sum(), -logp_exit.sum()])
+        totals += torch.stack([kl_t.sum(), -logp_exit.sum(), kl_own.sum()])
     for sums in (drawn, target, totals):
         parallel.add(sums)  # over the processes, each of which has seen its share of the responses
-    token_kl, cross_entropy = totals.tolist()
+    token_kl, cross_entropy, own_kl = totals.tolist()
     return {"positions": count, "token_kl": token_kl / count, "exit_cross_entropy": cross_entropy / count,
-            "intact": math.exp(-token_kl / len(responses)),
+            "token_kl_at_own_exits": own_kl / count, "intact": math.exp(-token_kl / len(responses)),
             "learned": summary(drawn / count, outcomes), "target": summary(target.cpu() / count, outcomes)}
 
 
@@ -321,7 +325,8 @@ def main() -> None:
 
     measured = held_out(policy, data["test"], args.kl_factor, args.seed, args.micro_batch)
     run.complete(measured)
-    print(f"held-out responses, {measured['positions']} positions: token KL {measured['token_kl']:.4f}, exit CE "
+    print(f"held-out responses, {measured['positions']} positions: token KL {measured['token_kl']:.4f} "
+          f"({measured['token_kl_at_own_exits']:.4f} where the student itself exits), exit CE "
           f"{measured['exit_cross_entropy']:.3f}; about {measured['intact']:.0%} of the base's responses stay as "
           f"they were")
     for name in ("target", "learned"):

@@ -166,7 +166,7 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
 def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch):
     """The figures that say whether stage 1 has converged: one wrong position or die, and it is judged by another
     model's, another depth's or another text's numbers."""
-    policy, seed, kappa, scores, drawn, targets = toy_policy(1).double(), 4, 0.5, [], [], []
+    policy, seed, kappa, scores, own, drawn, targets = toy_policy(1).double(), 4, 0.5, [], [], [], []
     slow = reference(policy)
     for i, r in enumerate(ANSWERS):
         depths, student = [], [L] * (len(r.prompt_ids) - 1)
@@ -178,11 +178,13 @@ def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch):
             depths.append(slow.outcomes[pick(targets[-1], die)])
         drawn += student[len(r.prompt_ids) - 1 :]
         scores.append(slow.score(r.prompt_ids, r.token_ids, depths))
+        own.append(slow.score(r.prompt_ids, r.token_ids, student[len(r.prompt_ids) - 1 :])[2])
     logp_exit, _, token_kl = torch.cat(scores, 1)
     got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch)
     assert len(set(drawn)) > 1 and got["positions"] == len(drawn) == 7
     assert got["token_kl"] == pytest.approx(float(token_kl.mean()), rel=1e-9)
     assert got["exit_cross_entropy"] == pytest.approx(-float(logp_exit.mean()), rel=1e-9)
+    assert got["token_kl_at_own_exits"] == pytest.approx(float(torch.cat(own).mean()), rel=1e-9)
     assert got["intact"] == pytest.approx(math.exp(-float(token_kl.sum()) / 3), rel=1e-9)
     q = torch.tensor(targets).mean(0).tolist()
     for name, wanted in (("target", q), ("learned", [drawn.count(depth) / 7 for depth in (2, 4, 6)])):
