@@ -199,11 +199,14 @@ class Transformer(nn.Module):
         """The read-out W_U norm(h) that every exit and every lens shares: (..., D) -> (..., V)."""
         return self.lm_head(self.model.norm(h))
 
+    def streams(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (B, T) -> final streams (B T, D), every position at full depth."""
+        h = self.embed(ids).flatten(0, 1)
+        return self.run(h, range(self.config.num_hidden_layers), Causal(ids.shape, *rope(ids.shape[1], self.config, h)))
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (B, T) -> logits (B, T, V), every position at full depth."""
-        h = self.embed(ids).flatten(0, 1)  # (B T, D)
-        h = self.run(h, range(self.config.num_hidden_layers), Causal(ids.shape, *rope(ids.shape[1], self.config, h)))
-        return self.unembed(h).unflatten(0, ids.shape)
+        return self.unembed(self.streams(ids)).unflatten(0, ids.shape)
 
     @classmethod
     def from_pretrained(cls, name_or_path, revision=None, dtype=torch.float32, device="cpu") -> "Transformer":

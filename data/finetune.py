@@ -21,7 +21,7 @@ from data.hub import UserError, as_json, read_json, resolve, write_json, write_t
 from data.make_tiny import CHUNK, TEMPLATE, collate, draw_chunk, load_state, save_state, save_weights
 from data.text import Tokenizer
 from exits import Policy
-from model import Causal, Transformer, rope
+from model import Transformer
 from sample import generate
 
 NEW = 160  # tokens that a response may take
@@ -36,9 +36,10 @@ def refuse_other_ends(model: str) -> None:
 
 def prepare(model: str, out: Path) -> Tokenizer:
     """All of the old checkpoint but the weights, with our chat template: a thinking mode, and no system prompt."""
+    source = resolve(model)
     for name in KEPT:
-        if (path := resolve(model) / name).exists():
-            shutil.copyfile(path, out / name)
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
     write_text(out / "chat_template.jinja", TEMPLATE)
     return Tokenizer.from_pretrained(str(out))
 
@@ -60,11 +61,8 @@ def same_flags(args) -> None:
 def response_loss(model: Transformer, batch: list) -> torch.Tensor:
     """Mean cross-entropy of the response's tokens. Only they are read out: most of a small model is its vocabulary."""
     ids, weight = collate(batch)
-    h = model.embed(ids[:, :-1])
-    site = Causal(h.shape[:2], *rope(h.shape[1], model.config, h))
-    h = model.run(h.flatten(0, 1), range(model.config.num_hidden_layers), site)
     picked = weight[:, 1:].flatten() > 0
-    return F.cross_entropy(model.unembed(h[picked]), ids[:, 1:].flatten()[picked])
+    return F.cross_entropy(model.unembed(model.streams(ids[:, :-1])[picked]), ids[:, 1:].flatten()[picked])
 
 
 def accuracy(model: Transformer, tokenizer: Tokenizer, task: str, n: int) -> float:
@@ -73,8 +71,7 @@ def accuracy(model: Transformer, tokenizer: Tokenizer, task: str, n: int) -> flo
     policy = Policy(model.requires_grad_(False), exits=[1])
     responses = generate(policy, tokenizer.prompts([p.messages for p in problems]), max_new_tokens=NEW,
                          eos_ids=tokenizer.eos_ids, depths=policy.n_layers)
-    return sum(p.grade(tokenizer.decode(r.token_ids[:-1]), r.finished).strict
-               for p, r in zip(problems, responses, strict=True)) / n
+    return sum(runs.grade(p, r, tokenizer)[1].strict for p, r in zip(problems, responses, strict=True)) / n
 
 
 def main() -> None:
