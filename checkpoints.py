@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from data.hub import UserError, field, fsync, read_json, write_json
 from data.weights import refuse_difference, refuse_nan, shapes_in
-from exits import PROJECTIONS, Policy
+from exits import PROJECTIONS, ExitHeads, Policy
 from model import Transformer
 
 
@@ -28,8 +28,8 @@ def save_policy(policy: Policy, folder: Path) -> None:
         "target_modules": list(PROJECTIONS), "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
         "use_dora": False, "modules_to_save": None, "inference_mode": True})
     write_tensors(dict(policy.heads.named_parameters()), folder / "exit_heads.safetensors")
-    write_json(folder / "exit_config.json", {"exits": policy.exits, "num_hidden_layers": policy.n_layers,
-                                             "base": fingerprint(model)})
+    write_json(folder / "exit_config.json", {"exits": policy.exits, "head_width": policy.heads.hidden,
+                                             "num_hidden_layers": policy.n_layers, "base": fingerprint(model)})
 
 
 def load_policy(model: Transformer, folder: Path) -> Policy:
@@ -52,9 +52,12 @@ def load_policy(model: Transformer, folder: Path) -> Policy:
             raise UserError(f"{lora_where}: {name} is not implemented")
     adapter = folder / "adapter_model.safetensors"
     refuse_difference(shapes_in(adapter), adapter_shapes(model, rank), adapter)
-    policy = Policy(model, exits, rank, field(lora, "lora_alpha", float, lora_where, 1e-6, 1e6))
+    head_width, heads = field(config, "head_width", int, where, 0, 2**16, default=0), folder / "exit_heads.safetensors"
+    wanted = ExitHeads(len(exits), model.config.hidden_size, head_width, model.config.rms_norm_eps, "meta")
+    refuse_difference(shapes_in(heads), {name: tuple(p.shape) for name, p in wanted.named_parameters()}, heads)
+    policy = Policy(model, exits, rank, field(lora, "lora_alpha", float, lora_where, 1e-6, 1e6), head_width)
     fill(adapter_tensors(policy), adapter)
-    fill(dict(policy.heads.named_parameters()), folder / "exit_heads.safetensors")
+    fill(dict(policy.heads.named_parameters()), heads)
     return policy
 
 
@@ -114,7 +117,10 @@ def merge(policy: Policy) -> None:
 
 def adamw(policy: Policy, folder: Path | None = None) -> torch.optim.AdamW:
     """The optimizer over adapters and heads; with a checkpoint's folder, in the state it was in."""
-    optimizer = torch.optim.AdamW(policy.trained().values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    heads = list(policy.heads.parameters())  # a group of their own, since stage 1 gives them a rate of their own
+    adapters = [p for name, p in policy.trained().items() if not name.startswith("heads.")]
+    optimizer = torch.optim.AdamW([{"params": adapters}, {"params": heads}], lr=0.0, betas=(0.9, 0.95),
+                                  weight_decay=0.0)
     for p in policy.trained().values():  # there from the start, so that every checkpoint holds the same tensors
         optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}

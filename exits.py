@@ -51,20 +51,27 @@ class LoRALinear(nn.Module):
 
 
 class ExitHeads(nn.Module):
-    """One linear map per exit. It reads the stream without its length, which grows by orders of magnitude with depth.
-    All start at p = sigmoid(-4) = 0.018, so that an untrained policy hardly exits."""
+    """Per exit a perceptron with one layer of `hidden` units; with none, a linear map, which is enough for the embedded
+    model: whether later layers will change their mind is hardly a linear function of a pretrained stream. It is read
+    without its length, which grows by orders of magnitude with depth. All start at p = sigmoid(-4) = 0.018, so that an
+    untrained policy hardly exits."""
 
-    def __init__(self, exits: int, width: int, eps: float, device):
+    def __init__(self, exits: int, width: int, hidden: int, eps: float, device):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(exits, width, device=device))
+        self.eps, self.hidden = eps, hidden
+        if hidden:
+            self.up = nn.Parameter(torch.randn(exits, hidden, width, device=device) / math.sqrt(width))
+            self.up_bias = nn.Parameter(torch.zeros(exits, hidden, device=device))
+        self.weight = nn.Parameter(torch.zeros(exits, hidden or width, device=device))
         self.bias = nn.Parameter(torch.full((exits,), -4.0, device=device))
 
     def forward(self, h: torch.Tensor, exit_idx: int) -> torch.Tensor:
         """Stream (..., D) at exit `exit_idx` -> exit logits z (...), in the heads' float32."""
-        h = h.to(self.weight.dtype)
-        scale = torch.rsqrt(h.pow(2).mean(-1) + self.eps)
-        return h @ self.weight[exit_idx] * scale + self.bias[exit_idx]
+        x = h.to(self.weight.dtype)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.hidden:
+            x = F.silu(F.linear(x, self.up[exit_idx], self.up_bias[exit_idx]))
+        return x @ self.weight[exit_idx] + self.bias[exit_idx]
 
 
 def exit_depths(n_layers: int, every: int | None = None) -> tuple[int, ...]:
@@ -91,7 +98,8 @@ class Pass(NamedTuple):
 class Policy(nn.Module):
     """A transformer that may exit early: base weights (frozen), LoRA adapters and exit heads (trained)."""
 
-    def __init__(self, model: Transformer, exits: Sequence[int], rank: int = 16, alpha: float | None = None):
+    def __init__(self, model: Transformer, exits: Sequence[int], rank: int = 16, alpha: float | None = None,
+                 head_width: int = 0):
         super().__init__()
         L = model.config.num_hidden_layers
         if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] >= L:
@@ -105,7 +113,7 @@ class Policy(nn.Module):
                         setattr(part, name, LoRALinear(getattr(part, name), rank, self.alpha))
         self.adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
         self.device = model.lm_head.weight.device
-        self.heads = ExitHeads(len(exits), model.config.hidden_size, model.config.rms_norm_eps, self.device)
+        self.heads = ExitHeads(len(exits), model.config.hidden_size, head_width, model.config.rms_norm_eps, self.device)
         self.depth_of_outcome = torch.tensor([*exits, L])  # exit_idx -> depth
 
     def exit_idx(self, depths: torch.Tensor) -> torch.Tensor:

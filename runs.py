@@ -387,16 +387,16 @@ class Run:
         self.skipped = field(state, "skipped", int, where, 0, 10**7, default=0)
         return policy, adamw(policy, folder), field(state, "step", int, where, 0, 10**7)
 
-    def apply_gradients(self, optimizer, lr: float) -> dict:
-        """Clips the gradient to norm 1 and steps. One that isn't finite is dropped; a few in a row end the run.
-        Returns what is logged."""
+    def apply_gradients(self, optimizer, lr: float, head_lr: float | None = None) -> dict:
+        """Clips the gradient to norm 1 and steps, adapters at rate `lr`, heads at `head_lr` (default: the same). One
+        that isn't finite is dropped; a few in a row end the run. Returns what is logged."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         parallel.add_gradients(params)
         norm = float(torch.nn.utils.clip_grad_norm_(params, 1.0))
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for group, rate in zip(optimizer.param_groups, (lr, lr if head_lr is None else head_lr), strict=True):
+                group["lr"] = rate
             optimizer.step()
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1

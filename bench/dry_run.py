@@ -35,7 +35,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = random_model(args.shape, args.layers, dtype, device)
     model.recompute = True
-    policy = Policy(model, exit_depths(model.config.num_hidden_layers), args.rank)
+    policy = Policy(model, exit_depths(model.config.num_hidden_layers), args.rank, head_width=256)
     run, optimizer = runs.Run(Path(tempfile.mkdtemp()), args), adamw(policy)  # the run only takes steps
     trained = sum(p.numel() for p in policy.trained().values())
     size = sum(p.numel() for p in policy.parameters())

@@ -108,7 +108,7 @@ def steps(policy: Policy, args) -> None:
             "score + gradient, all at L": lambda: update(full), "score + gradient, mixed depths": lambda: update(mixed)}
     theirs, note = peft_model(args, policy.rank)
     if theirs is not None:
-        heads = ExitHeads(E, D, model.config.rms_norm_eps, args.device)
+        heads = ExitHeads(E, D, 0, model.config.rms_norm_eps, args.device)
 
         def peft():
             losses["peft"] = peft_step(theirs, heads, policy.exits, full.ids, full.ids.shape[1] - (T - 1))

@@ -46,7 +46,8 @@ def both(function):
 def on(device: str, dtype=torch.float32, **changes) -> Policy:
     """The toy policy, made on a device as the scripts make theirs."""
     toy = toy_policy(exits=EXITS, num_hidden_layers=L, **changes)
-    policy = Policy(toy_model(num_hidden_layers=L, **changes).to(dtype).to(device), EXITS, toy.rank)
+    model = toy_model(num_hidden_layers=L, **changes).to(dtype).to(device)
+    policy = Policy(model, EXITS, toy.rank, head_width=toy.heads.hidden)
     policy.load_state_dict(toy.state_dict())
     return policy
 

@@ -7,6 +7,8 @@ text, D width, C size of a head, L layers, V vocabulary, E exits: depths at whic
 
 import torch
 
+HEADS = ("up", "up_bias", "weight", "bias")
+
 
 class Reference:
     def __init__(self, weights, config, exits=(), lora_scale=0.0):  # at scale 0 it is the base model
@@ -26,9 +28,17 @@ class Reference:
         """What the last token may do if those before it ran `depths` layers: the probability (E,) to stop at each exit,
         once it is there, and that of the next token (E + 1, V), a row for each depth at which the last may stop."""
         h = [streams[-1] for streams in self.streams(ids, [*depths, self.L])]  # of the last token, on its way up
-        z = [self.norm(h[e]) @ self.w["heads.weight"][i] + self.w["heads.bias"][i] for i, e in enumerate(self.exits)]
+        z = [self.exit_logit(h[e], i) for i, e in enumerate(self.exits)]
         logits = self.read_out(torch.stack([h[depth] for depth in self.outcomes]))
         return torch.sigmoid(torch.stack(z) + delta), (logits / temperature).softmax(-1)
+
+    def exit_logit(self, h, i):
+        """Of exit i, which reads a stream h (D) or (T, D) at its depth."""
+        x, heads = self.norm(h), {name: self.w[f"heads.{name}"][i] for name in HEADS if f"heads.{name}" in self.w}
+        if "up" in heads:  # a hidden layer
+            x = x @ heads["up"].T + heads["up_bias"]
+            x = x * x.sigmoid()
+        return x @ heads["weight"] + heads["bias"]
 
     def sample(self, prompt, count, dice):
         """Draws a response of `count` tokens, and their depths. dice(t): random numbers for the token at t

@@ -12,10 +12,11 @@ from tests.toys import KINDS, PROMPTS, L, assert_close, toy_model, toy_policy
 
 
 @pytest.mark.parametrize("kind, tied", KINDS)
-def test_a_saved_policy_loads_with_identical_outputs(kind, tied, tmp_path):
+@pytest.mark.parametrize("head_width", [0, 5])
+def test_a_saved_policy_loads_with_identical_outputs(kind, tied, head_width, tmp_path):
     """A run would be evaluated as another policy than the one that was trained."""
     changes = dict(model_type=kind, tie_word_embeddings=tied)
-    policy = toy_policy(seed=5, exits=(1, 3, 4), rank=2, **changes)
+    policy = toy_policy(seed=5, exits=(1, 3, 4), rank=2, head_width=head_width, **changes)
     save_policy(policy, tmp_path)
     again = load_policy(toy_model(seed=5, **changes), tmp_path)
     assert (again.exits, again.rank, again.alpha) == ((1, 3, 4), 2, 4.0)
@@ -26,7 +27,8 @@ def test_a_saved_policy_loads_with_identical_outputs(kind, tied, tmp_path):
     assert torch.equal(ours.depths, theirs.depths) and len(ours.depths.unique()) > 2
     assert again.trained().keys() == policy.trained().keys()
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2 * 7 * L  # no base weights
-    assert set(load_file(tmp_path / "exit_heads.safetensors")) == {"weight", "bias"}
+    hidden = {"up", "up_bias"} if head_width else set()
+    assert set(load_file(tmp_path / "exit_heads.safetensors")) == {"weight", "bias"} | hidden
 
 
 def test_merged_weights_compute_what_adapters_did():
@@ -60,7 +62,9 @@ A = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
     ("adapter_model.safetensors", lambda t: t.update({A: t[A][:, :-1].clone()}), f"{A} has shape (3, 19), not (3, 20)"),
     ("exit_heads.safetensors", lambda t: t.pop("bias"), "missing bias"),
     ("exit_heads.safetensors", lambda t: t.update({"bias": t["bias"][:1].clone()}), "bias has shape (1,), not (2,)"),
-    ("exit_config.json", lambda c: c.update(exits=[2, 4, 5]), "weight has shape (2, 20), not (3, 20)"),
+    ("exit_config.json", lambda c: c.update(exits=[2, 4, 5]), "up has shape (2, 5, 20), not (3, 5, 20)"),
+    ("exit_config.json", lambda c: c.update(head_width=6), "up has shape (2, 5, 20), not (2, 6, 20)"),
+    ("exit_config.json", lambda c: c.pop("head_width"), "unexpected up"),
     ("exit_config.json", lambda c: c.update(exits=[4, 9]), "exits [4, 9]"),
     ("exit_config.json", lambda c: c.pop("exits"), "exits"),
     ("adapter_config.json", lambda c: c.pop("r"), "'r'"),

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import distill
+import runs
+from checkpoints import adamw
 from exits import base_pass, collate
 from tests.chance import splitmix
 from tests.reference import Reference
@@ -185,7 +187,7 @@ def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch):
     assert got["token_kl"] == pytest.approx(float(token_kl.mean()), rel=1e-9)
     assert got["exit_cross_entropy"] == pytest.approx(-float(logp_exit.mean()), rel=1e-9)
     assert got["token_kl_at_own_exits"] == pytest.approx(float(torch.cat(own).mean()), rel=1e-9)
-    assert got["intact"] == pytest.approx(math.exp(-float(token_kl.sum()) / 3), rel=1e-9)
+    assert got["intact"] == pytest.approx(math.exp(-float(torch.cat(own).sum()) / 3), rel=1e-9)
     q = torch.tensor(targets).mean(0).tolist()
     for name, wanted in (("target", q), ("learned", [drawn.count(depth) / 7 for depth in (2, 4, 6)])):
         assert got[name]["distribution"] == pytest.approx(wanted, abs=1e-5)
@@ -202,12 +204,29 @@ def test_held_out_is_the_same_whether_rows_of_one_prompt_share_a_pass():
         assert alone[name] == pytest.approx(shared[name], rel=1e-9)
 
 
-@pytest.mark.parametrize("intact, token_kl, training_kl, told", [
-    (0.81, 9.0, 0.1, None), (0.79, 0.14, 0.1, "raise --steps"), (0.79, 0.16, 0.1, "raise --responses")])
-def test_verdict_names_the_flag_that_helps(intact, token_kl, training_kl, told):
-    """More steps don't help a model that knows its responses by heart, nor more responses one that still learns."""
-    problem = distill.verdict({"intact": intact, "token_kl": token_kl}, training_kl)
-    assert problem is None if told is None else f"{token_kl:.4f}" in problem and "79%" in problem and told in problem
+@pytest.mark.parametrize("intact, token_kl, own_kl, told", [
+    (0.81, 9.0, 99.0, None), (0.79, 0.14, 0.55, "learns: raise --steps"), (0.79, 0.16, 0.63, "raise --responses"),
+    (0.79, 0.16, 0.65, "--head-width")])
+def test_verdict_names_the_flag_that_helps(intact, token_kl, own_kl, told):
+    """More steps don't help a model that knows its responses by heart, nor more responses one that still learns, and
+    neither one whose heads can't tell which tokens are safe."""
+    measured = {"intact": intact, "token_kl": token_kl, "token_kl_at_own_exits": own_kl}
+    problem = distill.verdict(measured, training_kl=0.1)
+    assert problem is None if told is None else f"{own_kl:.4f}" in problem and "79%" in problem and told in problem
+
+
+def test_adapters_and_heads_step_at_their_own_rates(tmp_path):
+    """Heads at the adapters' rate take several times the steps to learn which tokens are safe."""
+    policy = toy_policy()
+    optimizer, before = adamw(policy), {name: p.detach().clone() for name, p in policy.trained().items()}
+    for rates, wanted in (((0.25, 2.0), 2.0), ((0.25,), 0.25)):
+        distill.train_step(policy, ANSWERS, 0, argparse.Namespace(micro_batch=3, kl_factor=2.0, seed=0, draws=1))
+        runs.Run(tmp_path, None).apply_gradients(optimizer, *rates)
+        for name, p in policy.trained().items():  # AdamW's first step is the rate itself, along the gradient's sign
+            step = (p.detach() - before[name]).abs().max()
+            assert float(step) == pytest.approx(wanted if name.startswith("heads.") else 0.25, rel=1e-3)
+            p.data.copy_(before[name])
+        optimizer = adamw(policy)
 
 
 def test_training_brings_the_learned_exits_to_the_target():

@@ -93,7 +93,8 @@ def test_joint_logp_gradient_equals_finite_differences():
     slow, answer = reference(policy), ([4, 12], [0, 7], [4, 6])
     logp_exit, logp_token, *_ = score(policy, collate(responses(*([x] for x in answer)), L))
     (logp_exit + logp_token).sum().backward()
-    for name, p in [*list(policy.trained().items())[::13], ("heads.weight", policy.heads.weight)]:
+    for name, p in [*list(policy.trained().items())[::13], ("heads.weight", policy.heads.weight),
+                    ("heads.up", policy.heads.up)]:
         index = tuple(int(i) for i in np.unravel_index(int(p.grad.abs().argmax()), p.shape))
         weight, ends = slow.w[name.removeprefix("model.")], []
         for step in (1e-5, -1e-5):

@@ -46,14 +46,20 @@ def test_fresh_heads_exit_with_sigmoid_minus_4():
         assert torch.equal(policy(torch.tensor(PROMPTS[2])[None]).exit_logits, torch.full((1, 7, 2), -4.0))
 
 
-def test_a_head_reads_the_stream_without_its_length():
+@pytest.mark.parametrize("hidden", [0, 7])
+def test_a_head_reads_the_stream_without_its_length(hidden):
     """A stream's norm grows by orders of magnitude with depth, and the exit logit must not."""
-    heads = ExitHeads(3, 20, 0.5, "cpu").double()
+    heads = ExitHeads(3, 20, hidden, 0.5, "cpu").double()
     with torch.no_grad():
         heads.weight.normal_()
         h = torch.randn(20).double()
-        wanted = sum(h[d] * heads.weight[1, d] for d in range(20)) / (h.square().sum() / 20 + 0.5) ** 0.5 - 4
-        assert_close(heads(h, 1), wanted)
+        x = (h / (h.square().sum() / 20 + 0.5) ** 0.5).tolist()
+        if hidden:
+            heads.up_bias.normal_()
+            sums = [sum(w * a for w, a in zip(row, x, strict=True)) + b
+                    for row, b in zip(heads.up[1].tolist(), heads.up_bias[1].tolist(), strict=True)]
+            x = [s / (1 + math.exp(-s)) for s in sums]
+        assert_close(heads(h, 1), sum(w * a for w, a in zip(heads.weight[1].tolist(), x, strict=True)) - 4)
         heads.eps = 0.0
         assert_close(heads(1000 * h, 1), heads(h, 1))
 
@@ -62,9 +68,10 @@ def test_a_head_reads_the_stream_without_its_length():
 
 
 @pytest.mark.parametrize("kind, tied", KINDS)
-def test_parallel_pass_equals_the_reference_at_mixed_depths(kind, tied):
+@pytest.mark.parametrize("head_width", [0, 5])
+def test_parallel_pass_equals_the_reference_at_mixed_depths(kind, tied, head_width):
     """The one place where a stream freezes: streams, lenses and exit logits at every position."""
-    policy = toy_policy(model_type=kind, tie_word_embeddings=tied).double()
+    policy = toy_policy(model_type=kind, tie_word_embeddings=tied, head_width=head_width).double()
     ids, depths, slow = PROMPTS[2], [6, 6, 2, 4, 6, 2, 4], reference(policy)
     streams = slow.streams(ids, depths)
     with torch.no_grad():
@@ -73,8 +80,7 @@ def test_parallel_pass_equals_the_reference_at_mixed_depths(kind, tied):
     assert_close(out.h[0], streams[L])
     for e, depth in enumerate((2, 4)):
         assert_close(out.streams[e][0], streams[depth])
-        z = slow.norm(streams[depth]) @ slow.w["heads.weight"][e] + slow.w["heads.bias"][e]
-        assert_close(out.exit_logits[0, :, e], z)
+        assert_close(out.exit_logits[0, :, e], slow.exit_logit(streams[depth], e))
 
 
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied"])

@@ -361,7 +361,7 @@ def test_any_eos_ends_a_response_and_is_counted():
     """The eos is an action: it has a depth, a log-probability, and a place in the length."""
     policy, advanced, lengths = toy_policy().double(), [], []
     bar = type("Bar", (), {"update": lambda self, n: advanced.append(n)})()
-    options = dict(samples=4, max_new_tokens=12, seed=(6,))
+    options = dict(samples=4, max_new_tokens=12, seed=(7,))
     free = generate(policy, PROMPTS, eos_ids=[], **options)
     assert all(len(r) == 12 and not r.finished for r in free)
     eos = [free[0].token_ids[4], free[9].token_ids[0], free[5].token_ids[11]]  # one row ends with its very last token

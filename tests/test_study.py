@@ -42,7 +42,7 @@ def test_confidence_stops_at_the_first_exit_whose_lens_is_sure():
 
 def test_the_oracle_stops_at_the_first_exit_that_its_own_final_layer_confirms():
     """And its look ahead leaves no trace in the cache: else every later token attends to keys of another depth."""
-    policy, eps = toy_policy(2).double(), 0.5
+    policy, eps = toy_policy().double(), 0.5
 
     def near(lenses, final):
         return ((final * (final / lenses).log()).sum(-1) <= eps).tolist()

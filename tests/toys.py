@@ -48,9 +48,9 @@ def toy_model(seed: int = 0, **changes) -> Transformer:
 
 
 @torch.no_grad()
-def toy_policy(seed: int = 0, exits=EXITS, rank: int = 3, **changes) -> Policy:
+def toy_policy(seed: int = 0, exits=EXITS, rank: int = 3, head_width: int = 5, **changes) -> Policy:
     """A policy whose adapters change the base visibly, and whose heads take every exit now and then."""
-    policy = Policy(toy_model(seed, **changes), exits, rank)
+    policy = Policy(toy_model(seed, **changes), exits, rank, head_width=head_width)
     generator = torch.Generator().manual_seed(seed + 1000)
     for _, p in sorted(policy.trained().items()):
         p.copy_(torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5)
