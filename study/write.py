@@ -89,6 +89,9 @@ def fig2(data: dict) -> list[str]:
                        ("change_from_stage_1", f"stage 1's {percent(start['accuracy'])}")):
         told.append(f"{signed(*data[key])} points from {other}, " + verdict(*data[key], "significantly above",
                                                                         "significantly below", "not significant"))
+    saving = [r["average_compute"] for r in ends]
+    told.append(f"average compute goes from stage 1's {percent(start['average_compute'])} to "
+                f"{percent(end['average_compute'])} (single seeds {percent(min(saving))} to {percent(max(saving))})")
     rows = [[r["step"], percent(r["accuracy"]), percent(r["average_compute"]), f"{r['total_compute']:.1f}",
              f"{r['coherence']:.3f}"] for r in data["mean"]]
     rows.append(["base", accuracy(base), percent(base["average_compute"]), f"{base['total_compute']:.1f}",
