@@ -30,7 +30,7 @@ import numpy as np
 import flags
 import parallel
 import runs
-from checkpoints import checkpoint, exits_of, load_policy
+from checkpoints import checkpoint, exits_of, fingerprint, load_policy
 from data import arithmetic, tasks
 from data.hub import UserError, read_json, write_json
 from exits import Policy, exit_depths
@@ -354,9 +354,9 @@ def main() -> None:
 
     model, tokenizer = runs.load_model(args)
     exits = exits_of(checkpoint(folders[0])) if folders else exit_depths(model.config.num_hidden_layers)
-    reader = closed(Policy(model, exits))
+    base, reader = fingerprint(model), closed(Policy(model, exits))
     for run in sorted(args.runs, key=lambda run: run != "base"):
-        weights = run if run == "base" else digest(checkpoint(Path(run)))
+        weights = base if run == "base" else f"{base} {digest(checkpoint(Path(run)))}"
         if record["weights"].get(run) != weights:
             policy = reader if run == "base" else load_policy(runs.load_model(args)[0], Path(run))
             found = monitor(Subject(policy, reader, tokenizer, problems, args), run)

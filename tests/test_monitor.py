@@ -200,6 +200,9 @@ def test_models_are_paired_with_the_base_and_a_killed_evaluation_goes_on(tmp_pat
     said = capsys.readouterr().out
     assert found[str(run)]["E1 gain, learned over full"]["value"] == 0.5 and "E1 uplift full" in said
     assert "with the chain 100.0%, base 50.0%; without the chain 0.0%, base 25.0%: not shown that" in said
+    monkeypatch.setattr("monitor.fingerprint", lambda model: "of a base that was trained again")
+    with pytest.raises(KeyError, match="base"):  # measured again, for which there are no rows here
+        monitor.main()
     monkeypatch.setattr("sys.argv", [*argv[:3], "5", *argv[4:]])
     with pytest.raises(UserError, match="choose another folder"):
         monitor.main()
