@@ -121,7 +121,7 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
     depths, for q knows the final layer, and the heads have to guess."""
     E, outcomes = len(policy.exits), policy.depth_of_outcome
     drawn, target = torch.zeros(E + 1), policy.heads.bias.new_zeros(E + 1)
-    totals, count = torch.zeros(3, dtype=torch.double, device=policy.device), sum(map(len, responses))
+    totals, count = torch.zeros(4, dtype=torch.double, device=policy.device), sum(map(len, responses))
     for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
         u_exit = torch.full((*batch.ids.shape, E), NEVER, dtype=torch.double)
@@ -136,27 +136,28 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         target += log_q.exp().sum(0)
         batch.depths[batch.row, batch.position] = outcomes[draw(log_q, send(u[:, E], policy.device)).cpu()]
         logp_exit, _, kl_t, _ = score(policy, batch, base_h, tokens=False)
-        totals += torch.stack([kl_t.sum(), -logp_exit.sum(), kl_own.sum()])
+        of_response = totals.new_zeros(len(index)).index_add(0, batch.predicting[0], kl_own.double())
+        totals += torch.stack([kl_t.sum(), -logp_exit.sum(), kl_own.sum(), torch.exp(-of_response).sum()])
     for sums in (drawn, target, totals):
         parallel.add(sums)  # over the processes, each of which has seen its share of the responses
-    token_kl, cross_entropy, own_kl = totals.tolist()
+    token_kl, cross_entropy, own_kl, intact = totals.tolist()
     return {"positions": count, "token_kl": token_kl / count, "exit_cross_entropy": cross_entropy / count,
-            "token_kl_at_own_exits": own_kl / count, "intact": math.exp(-own_kl / len(responses)),
+            "token_kl_at_own_exits": own_kl / count, "intact": intact / len(responses),
             "learned": summary(drawn / count, outcomes), "target": summary(target.cpu() / count, outcomes)}
 
 
 def verdict(measured: dict, training_kl: float) -> str | None:
     """What is still wrong with a calibration, in one line; None if nothing is.
 
-    Exit rates match their target long before the tokens do. T tokens at KL nats each, where the student itself exits,
-    leave a share exp(-T KL) of the base's responses as they were, and it is this share that accuracy follows.
+    Exit rates match their target long before the tokens do. A response whose token KL sums to K nats, where the student
+    itself exits, stays about as it was with probability exp(-K): the mean of these is the share that stays intact.
     """
     at_target, at_own = measured["token_kl"], measured["token_kl_at_own_exits"]
     if measured["intact"] > 0.8:
         return None
     if at_own > 4 * at_target:
-        cure = (f"where the target exits it is {at_target:.4f}, so the heads leave at the wrong tokens: raise --steps, "
-                f"--head-width or --kl-factor")
+        cure = (f"where the target exits it is {at_target:.4f}, so the heads leave at the wrong tokens: raise --steps; "
+                f"or, in a new run, --head-width or --kl-factor")
     elif at_target > 1.5 * training_kl:
         cure = f"training responses are at {training_kl:.4f}, learned by heart: raise --responses"
     else:
@@ -284,14 +285,14 @@ def main() -> None:
     p.add_argument("--exit-every", type=flags.whole(1), help="layers between exits (default: 5, or 2 in models under "
                    "20 layers)")
     p.add_argument("--rank", type=flags.whole(1, 4096), help="of the LoRA adapters, 8 / 16; alpha is twice the rank")
-    p.add_argument("--head-width", type=flags.whole(0, 65536), help="hidden units of each exit's head, 0 / 256; 0: a "
-                   "linear map")
+    p.add_argument("--head-width", type=flags.whole(0, 65536), help="hidden units of each exit's head, 0 / 256, where "
+                   "0 means a linear map")
     p.add_argument("--steps", type=flags.whole(1, 999_999), help="480 / 200")
     p.add_argument("--responses-per-step", type=flags.whole(1), default=8, help="(default: 8)")
     p.add_argument("--draws", type=flags.whole(1), default=1, help="depth samples of each response, in a pass that "
                    "shares its prompt (default: 1)")
-    p.add_argument("--lr", type=flags.number(0, 10), help="peak learning rate: 0.012 / (0.5 / hidden size, since a "
-                   "logit sums over the width)")
+    p.add_argument("--lr", type=flags.number(0, 10), help="the adapters' peak rate: 0.012 / (0.5 / hidden size, since "
+                   "a logit sums over the width)")
     p.add_argument("--head-lr", type=flags.number(0, 10), help="the heads' peak rate, --lr / ten times --lr")
     p.add_argument("--responses", type=flags.whole(1), help="base responses to train on, 3000 / 1600")
     p.add_argument("--held-out", type=flags.whole(1), default=64, help="test prompts for the final check (default: 64)")

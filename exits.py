@@ -51,10 +51,10 @@ class LoRALinear(nn.Module):
 
 
 class ExitHeads(nn.Module):
-    """Per exit a perceptron with one layer of `hidden` units; with none, a linear map, which is enough for the embedded
-    model: whether later layers will change their mind is hardly a linear function of a pretrained stream. It is read
-    without its length, which grows by orders of magnitude with depth. All start at p = sigmoid(-4) = 0.018, so that an
-    untrained policy hardly exits."""
+    """Per exit a perceptron with one layer of `hidden` units; with none, a linear map. That is enough for the embedded
+    model; on pretrained layers, whether later ones will change their mind is hardly linear in the stream. The stream is
+    read without its length, which grows by orders of magnitude with depth. All start at p = sigmoid(-4) = 0.018, so
+    that an untrained policy hardly exits."""
 
     def __init__(self, exits: int, width: int, hidden: int, eps: float, device):
         super().__init__()

@@ -76,7 +76,7 @@ def parser(doc: str, out: str = "the run's folder (default: runs/STAGE-TIME)") -
                    help="under torchrun: share the base's blocks out over the GPUs, for a model that does not fit one "
                    "(docs/scaling.md; default: off)")
     p.add_argument("--seed", type=whole(0, 10**9), default=0,
-                   help="of problems, samples, and LoRA's start (default: 0)")
+                   help="of problems, samples, adapters and heads (default: 0)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default: bfloat16 on "

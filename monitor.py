@@ -363,7 +363,7 @@ def main() -> None:
             record["values"][run] = {name: row.tolist() for name, row in found.items()}
             record["weights"][run] = weights
         means = {name: derived(resampled({row: np.array(x, float) for row, x in record["values"][name].items()}))
-                 for name in {run, *(["base"] if "base" in record["values"] else [])}}
+                 for name in {run, *(["base"] if record["weights"].get("base") == base else [])}}
         record["results"][run] = compare(means[run], means.get("base") if run != "base" else None)
         write_json(out / "monitor.json", record)
         show(run, record["results"][run])

@@ -128,7 +128,7 @@ def guarded(main) -> tuple[str | None, int]:
 
 
 def load_model(args) -> tuple[Transformer, Tokenizer]:
-    torch.manual_seed(args.seed)  # LoRA's start
+    torch.manual_seed(args.seed)  # the start of adapters and heads
     if args.model == "embedded":  # its products are so small that threads mostly wait for each other
         torch.set_num_threads(1)
     where = EMBEDDED if args.model == "embedded" else args.model
@@ -393,9 +393,10 @@ class Run:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         parallel.add_gradients(params)
         norm = float(torch.nn.utils.clip_grad_norm_(params, 1.0))
+        head_lr = lr if head_lr is None else head_lr
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
-            for group, rate in zip(optimizer.param_groups, (lr, lr if head_lr is None else head_lr), strict=True):
+            for group, rate in zip(optimizer.param_groups, (lr, head_lr), strict=True):
                 group["lr"] = rate
             optimizer.step()
         else:
@@ -406,7 +407,7 @@ class Run:
             raise UserError(f"{MAX_SKIPPED} gradients in a row were not finite; lower --lr or use --dtype float32"
                             + (f" (the last checkpoint is {saved[-1]})" if saved else ""))
         optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": norm, "lr": lr, "skipped": self.skipped}
+        return {"grad_norm": norm, "lr": lr, "head_lr": head_lr, "skipped": self.skipped}
 
     def complete(self, summary: dict) -> None:
         if parallel.rank():

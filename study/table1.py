@@ -31,7 +31,7 @@ def main() -> None:
     for name, run in (found | {BASE: None}).items():
         answered, held_out = (answers(args, run), common.last(run)) if run else (base, {})
         rows.append(point(args, answered, name=name, paper=PAPER.get(name), **common.judged(args, answered),
-                          token_kl=held_out.get("token_kl"), intact=held_out.get("intact")))
+                          **{key: held_out.get(key) for key in ("token_kl", "token_kl_at_own_exits")}))
         if run:
             target, learned = (held_out[which]["distribution"] for which in ("target", "learned"))
             distributions.append({"name": name, "depths": answered.outcomes, "target": target, "learned": learned,

@@ -2,7 +2,7 @@
 
 No other file of the project is used: all that is fast is tested against this one, and this one against the transformers
 library. Weights come as a dict under the checkpoint's names; equations are numbered as in the README. T tokens of a
-text, D width, C size of a head, L layers, V vocabulary, E exits: depths at which a token may stop.
+text, D width, C size of an attention head, L layers, V vocabulary, E exits: depths at which a token may stop.
 """
 
 import torch
