@@ -67,10 +67,11 @@ class ExitHeads(nn.Module):
 
     def forward(self, h: torch.Tensor, exit_idx: int) -> torch.Tensor:
         """Stream (..., D) at exit `exit_idx` -> exit logits z (...), in the heads' float32."""
-        x = h.to(self.weight.dtype)
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.hidden:
-            x = F.silu(F.linear(x, self.up[exit_idx], self.up_bias[exit_idx]))
+        h = h.to(self.weight.dtype)
+        scale = torch.rsqrt(h.pow(2).mean(-1) + self.eps)
+        if not self.hidden:  # the scale commutes with the map, and scaling a number is cheaper than a stream
+            return h @ self.weight[exit_idx] * scale + self.bias[exit_idx]
+        x = F.silu(F.linear(h * scale[..., None], self.up[exit_idx], self.up_bias[exit_idx]))
         return x @ self.weight[exit_idx] + self.bias[exit_idx]
 
 
