@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from data.hub import UserError, field, fsync, read_json, write_json
 from data.weights import refuse_difference, refuse_nan, shapes_in
-from exits import PROJECTIONS, ExitHeads, Policy
+from exits import PROJECTIONS, ExitHeads, Policy, refuse_exits
 from model import Transformer
 
 
@@ -52,6 +52,7 @@ def load_policy(model: Transformer, folder: Path) -> Policy:
             raise UserError(f"{lora_where}: {name} is not implemented")
     adapter = folder / "adapter_model.safetensors"
     refuse_difference(shapes_in(adapter), adapter_shapes(model, rank), adapter)
+    refuse_exits(exits, layers)
     head_width, heads = field(config, "head_width", int, where, 0, 2**16, default=0), folder / "exit_heads.safetensors"
     wanted = ExitHeads(len(exits), model.config.hidden_size, head_width, model.config.rms_norm_eps, "meta")
     refuse_difference(shapes_in(heads), {name: tuple(p.shape) for name, p in wanted.named_parameters()}, heads)

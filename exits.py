@@ -84,6 +84,11 @@ def exit_depths(n_layers: int, every: int | None = None) -> tuple[int, ...]:
     return tuple(range(every, n_layers, every))
 
 
+def refuse_exits(exits: Sequence[int], L: int) -> None:
+    if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] >= L:
+        raise UserError(f"exits {list(exits)}: need ascending depths between 1 and {L - 1}")
+
+
 # ------------------------------------------------------------------------------------------------------ the policy
 
 
@@ -103,8 +108,7 @@ class Policy(nn.Module):
                  head_width: int = 0):
         super().__init__()
         L = model.config.num_hidden_layers
-        if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] >= L:
-            raise UserError(f"exits {list(exits)}: need ascending depths between 1 and {L - 1}")
+        refuse_exits(exits, L)
         self.model = model.requires_grad_(False)
         self.exits, self.n_layers, self.rank, self.alpha = tuple(exits), L, rank, float(alpha or 2 * rank)
         for block in model.model.layers:
