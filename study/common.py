@@ -44,7 +44,7 @@ ROOT = Path(__file__).parent.parent
 # The record on the embedded model; other models take the scripts' own defaults.
 RECORD_1 = "--kl-factor 16 --exit-every 1 --rank 16 --steps 3000 --responses 24000 --lr 0.01 --held-out 200"
 RECORD_2 = "--steps 150 --lr 0.0015 --save-every 30"
-FACTORS = ((16, 64, 4, 2, 1, 0.5, 0.25), (1, 4, 2, 0.5, 0.25))  # the first run's base responses serve the others
+FACTORS = ((16, 64, 4, 2, 1, 0.5, 0.25), (1, 4, 16, 2, 0.5, 0.25))  # the first run's base responses serve the others
 PASSED = ("model", "revision", "task", "data", "thinking", "max_new_tokens", "rows", "micro_batch", "recompute",
           "cuda_graphs", "device", "dtype")  # flags that go to the trainings
 

@@ -1,7 +1,8 @@
 """Accuracy against compute: what lambda, the KL factor and the inference offset delta trade, beside the baselines'.
 
-Writes fronts.json and three figures: fronts.png (with baselines.json, where study.baselines has made it), verbosity.png
-(does a price on depth make texts longer?) and histogram.png (where tokens leave, over the steps of stage 2).
+Writes fronts.json and three figures: fronts.png (with the KL factors of study.table1 and the simpler exits of
+study.baselines, where these have run), verbosity.png (does a price on depth make texts longer?) and histogram.png
+(where tokens leave, over the steps of stage 2).
 
     python -m study.fronts
 """
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import runs
 from data.hub import parse_object, read_json, read_text
-from evaluate import paired
+from evaluate import BASE, paired
 from study import common
 from study.common import answers, correct, point
 
@@ -21,7 +22,7 @@ DELTAS = (-4, -2, -1, 0, 1, 2)
 def main() -> None:
     args = common.arguments(__doc__)
     s1 = common.stage_one(args)
-    front = {key: [] for key in ("lambda", "gated", "kl_factor", "delta stage 1", "delta stage 2")}
+    front = {key: [] for key in ("lambda", "gated", "delta stage 1", "delta stage 2")}
     for lam in LAMBDAS:
         for seed in range(args.seeds if lam == 0.1 else 1):
             if run := common.rl_run(args, lam, seed):
@@ -30,9 +31,6 @@ def main() -> None:
         front["gated"].append(point(args, answers(args, run), value=0.1, seed=0))
         if ungated := common.rl_run(args):
             front["gated"][0]["less_ungated"] = paired(*(correct(answers(args, of)) for of in (ungated, run)))
-    for factor in sorted(common.FACTORS[args.model != "embedded"]):
-        if run := common.kl_run(args, factor):
-            front["kl_factor"].append(point(args, answers(args, run), value=factor))
     for name, run in (("delta stage 1", s1), ("delta stage 2", common.rl_run(args))):
         for delta in DELTAS if run else ():
             front[name].append(point(args, answers(args, run, delta=delta), value=delta))
@@ -41,14 +39,20 @@ def main() -> None:
                 for m in (parse_object(text, run) for text in read_text(run / "metrics.jsonl").splitlines())]
     data = common.save(args, "fronts", "fronts", base=point(args, common.base_answers(args)), front=front,
                        training=training)
-    simpler = Path(args.out or "docs") / "data" / "baselines.json"
-    draw_fronts(args, data, read_json(simpler)["points"] if simpler.exists() else [])
+    factors = [row for row in made(args, "table1", "rows") if row["name"] not in (BASE, "s1")]
+    draw_fronts(args, data, factors, made(args, "baselines", "points"))
     if front["lambda"]:
         draw_verbosity(args, data)
         draw_histogram(args, training)
 
 
-def draw_fronts(args, data: dict, simpler: list[dict]) -> None:
+def made(args, name: str, part: str) -> list[dict]:
+    """What another of the study's commands has written, if it has."""
+    path = Path(args.out or "docs") / "data" / f"{name}.json"
+    return read_json(path)[part] if path.exists() else []
+
+
+def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> None:
     def curve(ax, rows, label, **style):
         rows = sorted(rows, key=lambda row: row["average_compute"])
         if rows:
@@ -66,7 +70,7 @@ def draw_fronts(args, data: dict, simpler: list[dict]) -> None:
         curve(ax, front["delta stage 2"], "stage 2, λ = 0.1: δ swept", color="C3", linestyle="-", marker=".")
         ax.set(xlabel="average compute (% of layers)", ylabel="accuracy (%)", ylim=(0, None))
     curve(axes[0], front["delta stage 1"], "stage 1: δ swept", color="C0", marker=".")
-    curve(axes[0], front["kl_factor"], "stage 1: κ swept", color="C2", marker="s", linestyle=":")
+    curve(axes[0], factors, "stage 1: κ swept", color="C2", marker="s", linestyle=":")
     for rule, weights, style in (
             ("confidence", "base", dict(color="C1", marker="^")),
             ("confidence", "stage 2", dict(color="C1", marker="^", linestyle=":", markerfacecolor="w")),

@@ -135,6 +135,22 @@ def fronts(data: dict) -> list[str]:
                          "length, tokens", "change", "total compute, full-depth tokens", "change"], rows)
 
 
+def heads(data: dict) -> list[str]:
+    def name(width):
+        of = data["trained_width"] if width is None else width
+        return (f"{of} hidden units" if of else "linear") + (", as trained" if width is None else ", fitted")
+
+    rows = [[name(r["width"]), f"{r['exit_cross_entropy']:.3f}", f"{r['token_kl']:.4f}",
+             f"{r['token_kl_at_own_exits']:.4f}", percent(r["intact"], 0), accuracy(r), change(r),
+             percent(r["average_compute"])] for r in data["rows"]]
+    return ["### Are the heads what holds stage 1 back?", "",
+            about(data), f"New heads, fitted to {data['run']}'s frozen streams at {data['positions']} positions of "
+            f"{data['responses']} responses, take the place of its own; the adapters stay. Exit CE, token KL and the "
+            "share of responses that stay as they were (intact) are on held-out base responses.",
+            *table(["heads", "exit CE", "token KL at the target's exits", "at its own", "intact",
+                    "accuracy (95% interval)", "change from the base, points", "average compute"], rows)]
+
+
 def baselines(data: dict) -> list[str]:
     found = {(c["of"], c["rule"], c["weights"]): c for c in data["comparisons"]}
     labels = {"static": "static exit", "heads": "its own heads, thresholded", "confidence": "confidence threshold",
@@ -205,7 +221,7 @@ def tokens(data: dict) -> list[str]:
     return text
 
 
-SECTIONS = (table1, fig4, fig2, fronts, baselines, crossdomain, tokens)
+SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens)
 
 
 def written(folder: Path) -> str:

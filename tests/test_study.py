@@ -11,7 +11,7 @@ from data.hub import UserError
 from evaluate import paired
 from model import Transformer
 from sample import generate
-from study import baselines, common, fig2, table1, tokens, write
+from study import baselines, common, fig2, heads, table1, tokens, write
 from tests.chance import assert_frequencies
 from tests.toys import PROMPTS, L, assert_close, reference, toy_policy
 
@@ -207,6 +207,27 @@ def test_plain_rl_starts_from_the_base_with_exits_that_never_open(home, monkeypa
     assert all((a.lora_B == 0).all() and (a.lora_A != 0).any() for a in policy.adapters)
     drawn = generate(policy, PROMPTS, max_new_tokens=5, eos_ids=[])
     assert {d for r in drawn for d in r.depths} == {4} and min(x for r in drawn for x in r.logp_exit) > -1e-40
+
+
+def test_new_heads_are_fitted_to_what_the_old_ones_read(home, monkeypatch):
+    """Fitted to other streams or targets their held-out loss would not fall; not put in place, all rows would be the
+    old ones'."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(heads, "EPOCHS", 200)
+    monkeypatch.setattr(sys, "argv", ["heads", *(
+        "one --model toy --task arithmetic --runs runs --n 3 --max-new-tokens 12 --widths 0 5 --out docs".split())])
+    heads.main()
+    data = json.loads((home / "docs" / "data" / "heads.json").read_text())
+    trained, *fitted = data["rows"]
+    ended = json.loads((home / "one" / "complete.json").read_text())
+    assert {name: trained[name] for name in ("token_kl", "exit_cross_entropy", "intact")} == {
+        name: pytest.approx(ended[name], rel=1e-4) for name in ("token_kl", "exit_cross_entropy", "intact")}
+    assert max(row["exit_cross_entropy"] for row in fitted) < 0.85 * trained["exit_cross_entropy"]
+    assert [row["width"] for row in data["rows"]] == [None, 0, 5]
+    assert fitted[0]["exit_cross_entropy"] != fitted[1]["exit_cross_entropy"]
+    assert len({row["average_compute"] for row in data["rows"]}) == 3
+    text = "\n".join(write.heads(data))
+    assert "| 256 hidden units, as trained |" in text and "| linear, fitted |" in text
 
 
 def test_checkpoints_of_an_interruption_are_not_shown(tmp_path):
