@@ -1,4 +1,4 @@
-"""A dense Qwen2 / Qwen3 transformer in plain PyTorch that loads what the hub holds.
+"""A dense Qwen2, Qwen3 or Llama transformer in plain PyTorch that loads what the hub holds.
 
 Module names are those of the Hugging Face checkpoint (`model.layers.0.self_attn.q_proj.weight`), so loading is a
 strict match of names and shapes. Shapes: B sequences, T positions, D width, H query heads, K key/value heads,
@@ -26,7 +26,7 @@ from fast.linear import Linear
 class Config:
     """The fields of a checkpoint's config.json that are read, under their Hugging Face names."""
 
-    model_type: str  # qwen2 or qwen3
+    model_type: str  # qwen2, qwen3 or llama
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -100,8 +100,8 @@ class Attention(nn.Module):
         self.q_proj = Linear(D, H * C, bias=config.attention_bias)
         self.k_proj = Linear(D, K * C, bias=config.attention_bias)
         self.v_proj = Linear(D, K * C, bias=config.attention_bias)
-        # Qwen2 biases q, k and v only; Qwen3's attention_bias, where set, covers the output too.
-        self.o_proj = Linear(H * C, D, bias=config.attention_bias and config.model_type == "qwen3")
+        # Qwen2 biases q, k and v only; the others' attention_bias, where set, covers the output too.
+        self.o_proj = Linear(H * C, D, bias=config.attention_bias and config.model_type != "qwen2")
         if config.model_type == "qwen3":
             self.q_norm = RMSNorm(C, config.rms_norm_eps)
             self.k_norm = RMSNorm(C, config.rms_norm_eps)

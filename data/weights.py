@@ -21,8 +21,8 @@ def config_fields(cfg: dict, where: str = "config.json") -> dict:
         raise UserError(f"{where}: {name} = {cfg.get(name)!r:.60}: {why}")
 
     kind = field(cfg, "model_type", str, where)
-    if kind not in ("qwen2", "qwen3"):
-        refuse("model_type", "only dense 'qwen2' and 'qwen3' checkpoints are implemented")
+    if kind not in ("qwen2", "qwen3", "llama"):
+        refuse("model_type", "only dense 'qwen2', 'qwen3' and 'llama' checkpoints are implemented")
     for name in ("num_experts", "num_local_experts", "quantization_config"):
         if cfg.get(name):
             refuse(name, "mixture-of-experts and quantised weights are not implemented; use a dense checkpoint")
@@ -57,7 +57,7 @@ def config_fields(cfg: dict, where: str = "config.json") -> dict:
         num_hidden_layers=size("num_hidden_layers", high=2**9),
         num_attention_heads=heads,
         num_key_value_heads=groups,
-        head_dim=head_dim,  # Qwen2 has no such field; Qwen3's is explicit, and H C need not equal D
+        head_dim=head_dim,  # Qwen2 and Llama have no such field; Qwen3's is explicit, and H C need not equal D
         rms_norm_eps=field(cfg, "rms_norm_eps", float, where, 0, 1, 1e-6),
         rope_theta=field(cfg if rope.get("rope_theta") is None else rope, "rope_theta", float, where, 1, 1e12, 1e4),
         tie_word_embeddings=flag("tie_word_embeddings"),

@@ -15,7 +15,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 SIZES = dict(vocab_size=61, hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=6,
              num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-3, max_position_embeddings=128)
 CLASSES = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-           "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)}
+           "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+           "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM)}
+CHANGES = {"llama": {"attention_bias": True, "hidden_size": 24}}  # it refuses a width that its heads don't divide
 
 
 def random_hf_model(kind: str, tied: bool, seed: int, **changes):
@@ -49,9 +51,10 @@ def frozen_logits(model, ids, depths):
 
 
 def main() -> None:
-    cases = [(kind, tied, torch.float32) for kind in CLASSES for tied in (True, False)]
-    for seed, (kind, tied, dtype) in enumerate([*cases, ("qwen3", True, torch.bfloat16)]):
-        model = random_hf_model(kind, tied, seed).to(dtype)
+    cases = [(kind, tied, torch.float32) for kind in ("qwen2", "qwen3") for tied in (True, False)]
+    cases += [("qwen3", True, torch.bfloat16), ("llama", True, torch.float32)]
+    for seed, (kind, tied, dtype) in enumerate(cases):
+        model = random_hf_model(kind, tied, seed, **CHANGES.get(kind, {})).to(dtype)
         name = f"{kind}-{'tied' if tied else 'untied'}" + ("-bf16" if dtype == torch.bfloat16 else "")
         model.save_pretrained(FIXTURES / name)
         (FIXTURES / name / "generation_config.json").unlink(missing_ok=True)

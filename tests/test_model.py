@@ -16,7 +16,7 @@ from data.weights import config_fields
 from model import Config, RMSNorm, Transformer
 from tests.toys import FIXTURES, assert_close, toy_config, toy_model
 
-FLOAT32 = ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied"]
+FLOAT32 = ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "llama-tied"]
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_qwen2_without_head_dim_divides_the_width_among_the_heads():
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"model_type": "llama"}, ["model_type", "llama"]),
+    ({"model_type": "gemma"}, ["model_type", "gemma"]),
     ({"model_type": "qwen3_moe"}, ["model_type", "qwen3_moe"]),
     ({"model_type": None}, ["model_type"]),
     ({"num_experts": 8}, ["num_experts"]),

@@ -83,7 +83,7 @@ def test_parallel_pass_equals_the_reference_at_mixed_depths(kind, tied, head_wid
         assert_close(out.exit_logits[0, :, e], slow.exit_logit(streams[depth], e))
 
 
-@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied"])
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "llama-tied"])
 def test_frozen_logits_equal_transformers_golden_ones(name):
     """Once without the reference: the golden logits are transformers' own, with hooks that freeze tokens."""
     golden = load_file(FIXTURES / name / "golden.safetensors")

@@ -14,7 +14,7 @@ from tests.reference import Reference
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied"])
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "llama-tied"])
 def test_logits_equal_transformers_golden_ones_at_full_depth_and_frozen(name):
     """Whatever the referee gets wrong, every other test would take for right. The golden frozen logits are those of
     transformers' own network, with hooks that put back the streams of tokens that have stopped."""
