@@ -180,10 +180,10 @@ def main() -> None:
         base, mean_kl, drift = score_responses(policy, responses, args.micro_batch)
         task = torch.tensor([problem.reward(text, r.finished, grade) for problem, r, (text, grade) in
                              zip(asked, responses, graded, strict=True)], dtype=torch.double)
-        depth_share = torch.tensor([sum(r.depths) / len(r) / policy.n_layers for r in responses], dtype=torch.double)
+        depth_charged = torch.tensor([sum(r.depths) / len(r) / policy.n_layers for r in responses], dtype=torch.double)
         if args.gate_depth_on_correct:
-            depth_share *= torch.tensor([float(grade.strict) for _, grade in graded])
-        rewards = reward(task, depth_share, mean_kl, args.lam, args.beta)
+            depth_charged *= torch.tensor([float(grade.strict) for _, grade in graded])
+        rewards = reward(task, depth_charged, mean_kl, args.lam, args.beta)
         advantages = leave_one_out(rewards.view(-1, args.samples)).flatten()
         times.append(time.perf_counter())
 
@@ -199,7 +199,7 @@ def main() -> None:
              "flexible": grade.flexible, "reward_task": t, "depth_charged": d, "mean_kl": m, "reward": total,
              "advantage": a}
             for i, (problem, r, (text, grade), t, d, m, total, a) in enumerate(zip(
-                asked, responses, graded, task.tolist(), depth_share.tolist(), mean_kl.tolist(), rewards.tolist(),
+                asked, responses, graded, task.tolist(), depth_charged.tolist(), mean_kl.tolist(), rewards.tolist(),
                 advantages.tolist(), strict=True))])
         drift = torch.cat(parallel.gather([drift]))
         metrics = {"step": step, **summarise(rows, drift, policy.depth_of_outcome.tolist(), args), **updated}
