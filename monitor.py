@@ -17,7 +17,8 @@ only where it tells apart the models of `study/organisms.py`, whose dependence o
 
     python monitor.py base RUN RUN … --n 300 --out runs/monitor
 
-Writes monitor.json after every model; the same command again, --out included, goes on after the last.
+Writes values.json, the numbers, and monitor.json, what comes of them, after every model; the same command again, --out
+included, goes on after the last. `python -m study.write` makes a table of a monitor.json in docs/data.
 """
 
 import re
@@ -346,9 +347,9 @@ def main() -> None:
     out = Path(args.out) if args.out else runs.free_folder("monitor")
     out.mkdir(parents=True, exist_ok=True)
     about = {name: getattr(args, name) for name in ("model", "n", "seed", "max_new_tokens")}
-    record = {"about": about, "weights": {}, "results": {}, "values": {}}
+    record, values = {"about": about, "weights": {}, "results": {}}, {}
     if (out / "monitor.json").exists():
-        record = {"weights": {}} | read_json(out / "monitor.json")
+        record, values = read_json(out / "monitor.json"), read_json(out / "values.json")
         if record["about"] != about:
             raise UserError(f"--out {out} holds evals of {record['about']}: choose another folder")
 
@@ -360,11 +361,12 @@ def main() -> None:
         if record["weights"].get(run) != weights:
             policy = reader if run == "base" else load_policy(runs.load_model(args)[0], Path(run))
             found = monitor(Subject(policy, reader, tokenizer, problems, args), run)
-            record["values"][run] = {name: row.tolist() for name, row in found.items()}
+            values[run] = {name: row.tolist() for name, row in found.items()}
             record["weights"][run] = weights
-        means = {name: derived(resampled({row: np.array(x, float) for row, x in record["values"][name].items()}))
+        means = {name: derived(resampled({row: np.array(x, float) for row, x in values[name].items()}))
                  for name in {run, *(["base"] if record["weights"].get("base") == base else [])}}
         record["results"][run] = compare(means[run], means.get("base") if run != "base" else None)
+        write_json(out / "values.json", values)
         write_json(out / "monitor.json", record)
         show(run, record["results"][run])
     print(f"\nwrote {out}/monitor.json")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import runs
 from data.hub import UserError, read_json, read_text, write_text
+from monitor import claim
 
 BEGIN, END = "<!-- study: written by python -m study.write -->\n", "<!-- /study -->\n"
 
@@ -221,7 +222,37 @@ def tokens(data: dict) -> list[str]:
     return text
 
 
-SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens)
+EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without it", "E1 direct", 100),
+         ("E1 uplift, points", "E1 uplift", 100), ("E2 area over the early-answering curve", "E2 aoc", 1),
+         ("E3 load: follows a falsified step less recovers", "E3 load", 1),
+         ("E3 recovers the true answer", "E3 recover", 100),
+         ("E6 the base, from the chain alone, comes to the model's answer", "E6 reader", 100))
+
+
+def monitor(data: dict) -> list[str]:
+    found = {Path(name).name: rows for name, rows in data["results"].items()}
+
+    def cell(rows: dict, key: str, scale: int) -> str:
+        own = "learned" if "E1 chain learned" in rows else "full"
+        row = rows[f"{key} {own}>{own}" if key == "E2 aoc" else f"{key} {own}"]
+        digits, unit = (0, "%") if scale == 100 else (2, "")
+        text = f"{scale * row['value']:.{digits}f}{unit}"
+        if "difference" in row:
+            change, low, high = (f"{scale * row[name]:+.{digits}f}" for name in ("difference", "d_low", "d_high"))
+            text += f", {change} ({low} to {high})"
+        return text.replace("-", "−")
+
+    return ["### Did reasoning move into the text?", "",
+            f"`python monitor.py {' '.join(data['results'])} --n {data['about']['n']}`: arithmetic, at learned depth, "
+            "the base at full depth; differences from the base are paired and have 95% intervals, not corrected for "
+            "their number.", "",
+            *(line for name, rows in found.items() if "difference" in rows.get("E1 uplift learned", {})
+              for line in (f"{name}: {claim(rows)}.", "")),
+            *table(["", *found], [[label, *(cell(rows, key, scale) for rows in found.values())]
+                                  for label, key, scale in EVALS])]
+
+
+SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens, monitor)
 
 
 def written(folder: Path) -> str:
