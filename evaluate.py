@@ -207,6 +207,7 @@ def main() -> None:
     metrics, completions, by_label = [], [], {}
     shown = [{"id": p.id, "question": p.question, "gold": p.gold, "runs": {}} for p in problems[: args.show]]
     for name, run in (columns or {BASE: None}).items():
+        model = policy = None  # of the run before: two bases may not fit
         model, tokenizer = runs.load_model(args)
         if not metrics:
             prompts = runs.prompt_ids(problems, model, tokenizer, args)

@@ -10,7 +10,7 @@ Under --runs lie the runs, as distill.py and rloo.py write them, and answers/, w
     …-TASK         the same on another task (study.crossdomain)
 
 What is complete is not made again, what was begun goes on; so every command can be killed and repeated. Each writes
-docs/data/NAME.json and docs/figures/NAME.png, and `python -m study.write` the text around them.
+docs/data/NAME.json, some a figure to docs/figures, and `python -m study.write` the text around them.
 """
 
 import argparse
@@ -66,6 +66,8 @@ def arguments(doc: str, more=None):
     if more:
         more(p)
     args = p.parse_args()
+    if run := getattr(args, "run", None):  # a command about one run takes from it what it was about
+        flags.inherit(args, runs.read_config(run), run / "config.json")
     given = {name: value for name in PASSED if (value := getattr(args, name)) is not None}
     args.passed = [f"--{'' if value else 'no-'}{flags.flag(name)}" if isinstance(value, bool) else
                    f"--{flags.flag(name)}={value}" for name, value in given.items()]

@@ -21,6 +21,8 @@ def main() -> None:
     for home, suffix in ((args, ""), (there, tag)):
         s1 = common.stage_one(home, suffix)
         trained[home.task] = [("stage 1", s1), ("stage 2", common.rl_run(home, suffix=suffix))]
+    if not any(run for found in trained.values() for _, run in found):
+        return
     cells = [point(tested, base_answers(tested), stage="base", tested=tested.task) for tested in (args, there)]
     cells += [point(tested, answers(tested, run), stage=stage, trained=task, tested=tested.task)
               for task, found in trained.items() for stage, run in found if run for tested in (args, there)]

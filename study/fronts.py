@@ -7,6 +7,7 @@ study.baselines, where these have run), verbosity.png (does a price on depth mak
     python -m study.fronts
 """
 
+import sys
 from pathlib import Path
 
 import runs
@@ -22,6 +23,8 @@ DELTAS = (-4, -2, -1, 0, 1, 2)
 def main() -> None:
     args = common.arguments(__doc__)
     s1 = common.stage_one(args)
+    if s1 is None:
+        return
     front = {key: [] for key in ("lambda", "gated", "delta stage 1", "delta stage 2")}
     for lam in LAMBDAS:
         for seed in range(args.seeds if lam == 0.1 else 1):
@@ -39,17 +42,22 @@ def main() -> None:
                 for m in (parse_object(text, run) for text in read_text(run / "metrics.jsonl").splitlines())]
     data = common.save(args, "fronts", "fronts", base=point(args, common.base_answers(args)), front=front,
                        training=training)
-    factors = [row for row in made(args, "table1", "rows") if row["name"] not in (BASE, "s1")]
-    draw_fronts(args, data, factors, made(args, "baselines", "points"))
+    factors = [row for row in made(args, data, "table1", "rows") if row["name"] not in (BASE, "s1")]
+    draw_fronts(args, data, factors, made(args, data, "baselines", "points"))
     if front["lambda"]:
         draw_verbosity(args, data)
+    if training:
         draw_histogram(args, training)
 
 
-def made(args, name: str, part: str) -> list[dict]:
-    """What another of the study's commands has written, if it has."""
+def made(args, ours: dict, name: str, part: str) -> list[dict]:
+    """What another of the study's commands has written of the same problems, if it has."""
     path = Path(args.out or "docs") / "data" / f"{name}.json"
-    return read_json(path)[part] if path.exists() else []
+    found = read_json(path) if path.exists() else {}
+    same = all(found.get(key) == ours[key] for key in ("model", "task", "n", "temperature"))
+    if found and not same:
+        print(f"{path} is about other problems: left out; run study.{name} with the same flags", file=sys.stderr)
+    return found[part] if same else []
 
 
 def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> None:
@@ -66,7 +74,7 @@ def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> N
     front = data["front"]
     for ax in axes:
         curve(ax, [data["base"]], "base model", color="k", marker="*", markersize=9, linestyle="")
-        curve(ax, front["lambda"], "stage 2: λ = 0 to 1", color="C3", marker="o", linestyle="")
+        curve(ax, front["lambda"], "stage 2, a point for each λ and seed", color="C3", marker="o", linestyle="")
         curve(ax, front["delta stage 2"], "stage 2, λ = 0.1: δ swept", color="C3", linestyle="-", marker=".")
         ax.set(xlabel="average compute (% of layers)", ylabel="accuracy (%)", ylim=(0, None))
     curve(axes[0], front["delta stage 1"], "stage 1: δ swept", color="C0", marker=".")

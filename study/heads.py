@@ -1,13 +1,13 @@
 """Is it the heads that hold a calibration back? New heads are fitted to a stage-1 run's frozen streams.
 
-The adapters stay as they are. Heads of each width learn the run's own targets, at depths drawn from q, until they no
-longer improve, and take the old ones' place: what they gain is what the old ones' shape, rate or steps had cost. Writes
-heads.json.
+The adapters stay as they are. Heads of each width are fitted to the run's own targets, at depths drawn from q, and take
+the old ones' place: what they gain is what the old ones' shape, rate or steps had cost. Writes heads.json.
 
     python -m study.heads RUN --widths 0 256
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ EPOCHS, BATCH, LR = 25, 512, 2e-3  # Adam's; the rate falls to 0
 @torch.no_grad()
 def streams(policy: Policy, responses: list[Response], kappa: float, seed: int, micro_batch: int):
     """What heads are fitted to, of N predicting positions: streams at the exits (N, E, D), s of (4) (N, E) and depths
-    drawn from q (N,), all on the host."""
+    drawn from q (N,), all on the host: N x E x D numbers of the model's dtype."""
     found = []
     for index, batch in micro_batches(policy, responses, micro_batch):
         kl_e = lens_kl(policy.model, *base_pass(policy, batch))
@@ -37,13 +37,13 @@ def streams(policy: Policy, responses: list[Response], kappa: float, seed: int, 
         depths = policy.depth_of_outcome[draw(log_target(kl_e, kappa), u).cpu()]
         batch.depths[batch.row, batch.position] = depths
         out = policy(batch.ids, batch.depths, place=Sequences(batch.ids.shape, batch.shared_from))
-        found.append((torch.stack([h[batch.predicting] for h in out.streams], 1).float().cpu(),
+        found.append((torch.stack([h[batch.predicting] for h in out.streams], 1).cpu(),
                       log_safe(kl_e, kappa)[0].exp().cpu(), depths))
     return [torch.cat(part) for part in zip(*found, strict=True)]
 
 
 def fitted(policy: Policy, width: int, h: torch.Tensor, p_safe: torch.Tensor, depths: torch.Tensor) -> ExitHeads:
-    """Heads of a width with the least exit_nll on streams (N, E, D)."""
+    """Heads of a width after EPOCHS passes over the streams (N, E, D), with exit_nll as the loss."""
     torch.manual_seed(0)
     heads = ExitHeads(h.shape[1], h.shape[2], width, policy.heads.eps, "cpu")
     optimizer = torch.optim.Adam(heads.parameters(), LR)
@@ -65,12 +65,14 @@ def main() -> None:
         p.add_argument("--responses", type=whole(1), default=400, help="base responses to fit to (default: 400)")
 
     args = common.arguments(__doc__, more)
-    of_run = argparse.Namespace(**runs.read_config(common.about_the_same(args, args.run))["args"])
+    common.about_the_same(args, args.run)
+    of_run = argparse.Namespace(**runs.read_config(args.run)["args"])
     model, _ = runs.load_model(args)
     policy = load_policy(model, args.run)
     kept, kappa = read_responses(args.run / "teacher.jsonl", model, of_run), of_run.kl_factor
     trained_width = policy.heads.hidden
-    to_fit = streams(policy, kept["train"][: args.responses], kappa, of_run.seed, args.micro_batch)
+    chosen = kept["train"][: args.responses]
+    to_fit = streams(policy, chosen, kappa, of_run.seed, args.micro_batch)
     rows = []
     for width in [None, *args.widths]:
         heads = policy.heads if width is None else fitted(policy, width, *to_fit)
@@ -80,11 +82,13 @@ def main() -> None:
             return {}
 
         replaced(policy)
-        answered = answers(args, args.run, "learned" if width is None else f"heads {width}", replaced)
+        # The mark tells them from heads that were fitted otherwise.
+        mark = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in heads.parameters())).hexdigest()[:8]
+        answered = answers(args, args.run, "learned" if width is None else f"heads {width} {mark}", replaced)
         measured = held_out(policy, kept["test"], kappa, of_run.seed, args.micro_batch)
         rows.append(point(args, answered, width=width, **{name: measured[name] for name in (
             "exit_cross_entropy", "token_kl", "token_kl_at_own_exits", "intact")}))
-    common.save(args, "heads", "heads", run=args.run.name, trained_width=trained_width, responses=args.responses,
+    common.save(args, "heads", "heads", run=args.run.name, trained_width=trained_width, responses=len(chosen),
                 positions=len(to_fit[0]), base=point(args, base_answers(args)), rows=rows)
 
 

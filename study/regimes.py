@@ -1,8 +1,4 @@
-"""A model written by and read from in depth regimes: what the evals of monitor.py are made of.
-
-Regimes, of the tokens after the prompt: full runs every layer; learned draws exits; random draws each depth from
-learned's own histogram; cap-l is learned, but stops at depth l at the latest.
-"""
+"""A model written by and read from in depth regimes, which monitor.py defines: what its evals are made of."""
 
 import re
 from contextlib import contextmanager, nullcontext

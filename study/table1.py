@@ -25,6 +25,8 @@ def main() -> None:
     found = {f"{factor:g}": run for factor in factors if (run := common.kl_run(args, factor))}
     if args.model == "embedded" and (s1 := common.stage_one(args)):
         found["s1"] = s1
+    if not found:
+        return
     base = base_answers(args)
 
     rows, distributions = [], []

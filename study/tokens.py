@@ -65,6 +65,8 @@ def main() -> None:
     args = common.arguments(__doc__)
     _, tokenizer = runs.load_model(args)
     found = {"stage 1": common.stage_one(args), "stage 2": common.rl_run(args)}
+    if not any(found.values()):
+        return
     common.save(args, "tokens", "tokens", meaning=MEANING, runs={
         name: {"run": run.name, "kinds": by_kind(args, answers(args, run), tokenizer)}
         for name, run in found.items() if run})

@@ -236,8 +236,8 @@ def monitor(data: dict) -> list[str]:
         own = "learned" if "E1 chain learned" in rows else "full"
         row = rows[f"{key} {own}>{own}" if key == "E2 aoc" else f"{key} {own}"]
         digits, unit = (0, "%") if scale == 100 else (2, "")
-        text = f"{scale * row['value']:.{digits}f}{unit}"
-        if "difference" in row:
+        text = "" if row["value"] is None else f"{scale * row['value']:.{digits}f}{unit}"  # None: it is not defined
+        if row.get("difference") is not None:
             change, low, high = (f"{scale * row[name]:+.{digits}f}" for name in ("difference", "d_low", "d_high"))
             text += f", {change} ({low} to {high})"
         return text.replace("-", "−")

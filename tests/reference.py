@@ -63,7 +63,7 @@ class Reference:
             scores.append(torch.stack([stick_breaking(p_exit)[i].log(), p[token].log(), (p * (p / q).log()).sum()]))
         return torch.stack(scores, 1)
 
-    # From here on it is any Qwen2 or Qwen3: nothing knows of exits.
+    # From here on it is any Qwen2, Qwen3 or Llama: nothing knows of exits.
     def layer(self, h, i):
         at = f"model.layers.{i}"
         h = h + self.attention(self.norm(h, f"{at}.input_layernorm"), f"{at}.self_attn")

@@ -11,7 +11,7 @@ from data.hub import UserError
 from evaluate import paired
 from model import Transformer
 from sample import generate
-from study import baselines, common, fig2, heads, table1, tokens, write
+from study import baselines, common, crossdomain, fig2, fronts, heads, table1, tokens, write
 from tests.chance import assert_frequencies
 from tests.toys import PROMPTS, L, assert_close, reference, toy_policy
 
@@ -169,6 +169,26 @@ def test_what_a_run_is_named_for_outweighs_the_users_flags(tmp_path, monkeypatch
 
     assert [last(called[0], "--kl-factor"), last(called[0], "--steps")] == ["16", "7"]
     assert [last(called[1], flag) for flag in ("--lam", "--seed", "--steps")] == ["0.3", "1", "7"]
+
+
+@pytest.mark.parametrize("command", [baselines, crossdomain, fig2, fronts, table1, tokens])
+def test_where_nothing_has_been_trained_nothing_is_written(command, tmp_path, monkeypatch):
+    """With --no-train in a fresh clone the record would be replaced by empty tables."""
+    monkeypatch.setattr(sys, "argv", ["study", "--no-train", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
+    command.main()
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_figure_mixes_no_problems(tmp_path, capsys):
+    """Simpler exits over 100 problems beside a base over 200: a distance that nobody measured."""
+    (tmp_path / "data").mkdir()
+    ours = {"model": "m", "task": "t", "n": 200, "temperature": 1.0}
+    (tmp_path / "data" / "baselines.json").write_text(json.dumps({**ours, "points": [1, 2]}))
+    args = argparse.Namespace(out=tmp_path)
+    assert fronts.made(args, ours, "baselines", "points") == [1, 2] and fronts.made(args, ours, "table1", "rows") == []
+    assert not capsys.readouterr().err
+    assert fronts.made(args, {**ours, "n": 100}, "baselines", "points") == []
+    assert "other problems: left out" in capsys.readouterr().err
 
 
 def test_a_study_of_another_model_does_not_overwrite_what_is_there(tmp_path, monkeypatch):
