@@ -70,13 +70,12 @@ def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> N
     def of(rule, weights):
         return [p for p in simpler if (p["rule"], p["weights"]) == (rule, weights)]
 
-    axes, finish = common.figure(args, "fronts", 2 if simpler else 1, width=7.5 if simpler else 4)
+    axes, finish = common.figure(args, "fronts", 2 if simpler else 1, width=9 if simpler else 4)
     front = data["front"]
     for ax in axes:
         curve(ax, [data["base"]], "base model", color="k", marker="*", markersize=9, linestyle="")
-        curve(ax, front["lambda"], "stage 2, a point for each λ and seed", color="C3", marker="o", linestyle="")
+        curve(ax, front["lambda"], "stage 2, each λ and seed", color="C3", marker="o", linestyle="")
         curve(ax, front["delta stage 2"], "stage 2, λ = 0.1: δ swept", color="C3", linestyle="-", marker=".")
-        ax.set(xlabel="average compute (% of layers)", ylabel="accuracy (%)", ylim=(0, None))
     curve(axes[0], front["delta stage 1"], "stage 1: δ swept", color="C0", marker=".")
     curve(axes[0], factors, "stage 1: κ swept", color="C2", marker="s", linestyle=":")
     for rule, weights, style in (
@@ -89,8 +88,11 @@ def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> N
             ("plain RL", None, dict(color="C6", marker="P", linestyle=""))) if simpler else ():
         rows = of(rule, weights) if weights else [p for p in simpler if p["rule"] == rule]
         curve(axes[1], rows, f"{rule}, {weights}" if weights else rule, **style)
-    for ax in axes:
-        ax.legend(fontsize=7)
+    for ax in axes:  # last, since a limit set stops the axis from growing
+        ax.set(xlabel="average compute (% of layers)", ylabel="accuracy (%)", ylim=(0, None))
+    axes[0].legend(fontsize=7, loc="lower right")
+    if simpler:
+        axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     finish()
 
 
@@ -104,7 +106,7 @@ def draw_verbosity(args, data: dict) -> None:
                     [row[f"{name}_change_half"] for row in rows], fmt="o", color="C0", elinewidth=0.8)
         ax.axhline(base[name], color="0.3", linestyle="--", label="base model")
         ax.set_xticks(range(len(lambdas)), [f"{lam:g}" for lam in lambdas])
-        ax.set(xlabel="λ, price of depth", ylabel=label, ylim=(0, None))
+        ax.set(xlabel="λ, price of depth", ylabel=label, ylim=(0, 1.15 * max(base[name], *(row[name] for row in rows))))
     axes[0].legend(loc="lower left")
     finish()
 

@@ -125,8 +125,14 @@ def fronts(data: dict) -> list[str]:
                      f"seed: {signed(*gated['less_ungated'])} points, " + verdict(
                          *gated["less_ungated"], "better", "worse", "no significant difference") + "."]
     if front["lambda"]:
-        dearest = max(front["lambda"], key=lambda r: r["value"])
-        text += ["", f"Does a price on depth make texts longer? At λ = {dearest['value']:g}: "
+        dearest, cheapest = (pick(front["lambda"], key=lambda r: r["value"]) for pick in (max, min))
+        alike = [r["average_compute"] for r in front["lambda"] if r["value"] == 0.1]
+        text += ["", f"Does a price on depth take depth? At λ = {cheapest['value']:g} average compute is "
+                 f"{percent(cheapest['average_compute'])}, at λ = {dearest['value']:g} "
+                 f"{percent(dearest['average_compute'])}" + (
+                     f"; at λ = 0.1 it lies between {percent(min(alike))} and {percent(max(alike))} in {len(alike)} "
+                     "seeds" if len(alike) > 1 else "") + ".", "",
+                 f"Does a price on depth make texts longer? At λ = {dearest['value']:g}: "
                  f"{change(dearest, 'length') or '0'} tokens a response, " + verdict(
                      dearest["length_change"], dearest["length_change_half"], "significantly longer than the base's",
                      "shorter than the base's", "no significant difference from the base") + ".", "",
