@@ -229,10 +229,13 @@ def tokens(data: dict) -> list[str]:
 
 
 EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without it", "E1 direct", 100),
-         ("E1 uplift, points", "E1 uplift", 100), ("E2 area over the early-answering curve", "E2 aoc", 1),
+         ("E1 uplift, points", "E1 uplift", 100),
+         ("E1 with the chain, exits at random", "E1 chain random", 100),
+         ("E2 area over the early-answering curve", "E2 aoc", 1),
          ("E3 load: follows a falsified step less recovers", "E3 load", 1),
          ("E3 recovers the true answer", "E3 recover", 100),
-         ("E6 the base, from the chain alone, comes to the model's answer", "E6 reader", 100))
+         ("E6 the base, from the chain alone, comes to the model's answer", "E6 reader", 100),
+         ("E4 nats lost where all earlier tokens are frozen at depth 2 (not validated)", "E4 lost 2", 1))
 
 
 def monitor(data: dict) -> list[str]:
@@ -240,9 +243,9 @@ def monitor(data: dict) -> list[str]:
 
     def cell(rows: dict, key: str, scale: int) -> str:
         own = "learned" if "E1 chain learned" in rows else "full"
-        row = rows[f"{key} {own}>{own}" if key == "E2 aoc" else f"{key} {own}"]
-        digits, unit = (0, "%") if scale == 100 else (2, "")
-        text = "" if row["value"] is None else f"{scale * row['value']:.{digits}f}{unit}"  # None: it is not defined
+        row = next((rows[name] for name in (f"{key} {own}", f"{key} {own}>{own}", key) if name in rows), {})
+        digits, unit = (1, "%") if scale == 100 else (2, "")
+        text = "" if row.get("value") is None else f"{scale * row['value']:.{digits}f}{unit}"  # None: not defined
         if row.get("difference") is not None:
             change, low, high = (f"{scale * row[name]:+.{digits}f}" for name in ("difference", "d_low", "d_high"))
             text += f", {change} ({low} to {high})"
