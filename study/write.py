@@ -267,7 +267,7 @@ SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens, m
 def written(folder: Path) -> str:
     """The study's part, from the JSON that there is in docs/data."""
     found = [(section, folder / "data" / f"{section.__name__}.json") for section in SECTIONS]
-    lines = ["## The study", "", "Generated from docs/data/*.json, which also name the commit. Intervals are 95%: a "
+    lines = ["## The study", "", "Generated from data/*.json, which also name the commit. Intervals are 95%: a "
              "share's is Wilson's, a change's is over the same problems. A row is one seed unless it says more."]
     for section, path in found:
         if path.exists():
