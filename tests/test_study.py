@@ -174,7 +174,8 @@ def test_what_a_run_is_named_for_outweighs_the_users_flags(tmp_path, monkeypatch
 @pytest.mark.parametrize("command", [baselines, crossdomain, fig2, fronts, table1, tokens])
 def test_where_nothing_has_been_trained_nothing_is_written(command, tmp_path, monkeypatch):
     """With --no-train in a fresh clone the record would be replaced by empty tables."""
-    monkeypatch.setattr(sys, "argv", ["study", "--no-train", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["study", *"--no-train --n 2 --runs".split(), str(tmp_path / "runs"), "--out",
+                                      str(tmp_path)])
     command.main()
     assert not list(tmp_path.rglob("*.json"))
 
