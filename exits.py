@@ -85,6 +85,7 @@ def exit_depths(n_layers: int, every: int | None = None) -> tuple[int, ...]:
 
 
 def refuse_exits(exits: Sequence[int], L: int) -> None:
+    """Raises UserError unless there are exits, ascending, below L."""
     if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] >= L:
         raise UserError(f"exits {list(exits)}: need ascending depths between 1 and {L - 1}")
 

@@ -239,8 +239,7 @@ class Run:
         what only concerns this machine may change, and all else must be as it was."""
         folder = Path(args.resume)
         config, where = read_config(folder), folder / "config.json"
-        if config["stage"] != stage:
-            raise UserError(f"{folder} is a run of {config['stage']}.py, not of {stage}.py")
+        refuse_stage(config, folder, stage)
         before = replay(config["args"], p, where)
         given = vars(p.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(before)))))
         for name, value in given.items():
@@ -485,6 +484,11 @@ def unfinished(run: Path) -> str:
 def find(run: str, beside: Path) -> Path:
     """A run by its recorded path, or, where folders were moved, by its name beside the run that recorded it."""
     return next((f for f in (Path(run), beside.parent / Path(run).name) if f.is_dir()), Path(run))
+
+
+def refuse_stage(config: dict, folder, stage: str) -> None:
+    if config["stage"] != stage:
+        raise UserError(f"{folder} is a run of {config['stage']}.py, not of {stage}.py")
 
 
 def newest(stage: str, model: str | None = None) -> Path | None:

@@ -65,8 +65,9 @@ def main() -> None:
         p.add_argument("--responses", type=whole(1), default=400, help="base responses to fit to (default: 400)")
 
     args = common.arguments(__doc__, more)
-    common.about_the_same(args, args.run)
-    of_run = argparse.Namespace(**runs.read_config(args.run)["args"])
+    config = runs.read_config(common.about_the_same(args, args.run))
+    runs.refuse_stage(config, args.run, "distill")
+    of_run = argparse.Namespace(**config["args"])
     model, _ = runs.load_model(args)
     policy = load_policy(model, args.run)
     kept, kappa = read_responses(args.run / "teacher.jsonl", model, of_run), of_run.kl_factor

@@ -237,6 +237,10 @@ def test_new_heads_are_fitted_to_what_the_old_ones_read(home, monkeypatch):
     monkeypatch.setattr(heads, "EPOCHS", 200)
     monkeypatch.setattr(sys, "argv", ["heads", *(
         "one --model toy --task arithmetic --runs runs --n 3 --max-new-tokens 12 --widths 0 5 --out docs".split())])
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:1], "two", *sys.argv[2:]])
+    with pytest.raises(UserError, match="a run of rloo.py, not of distill.py"):
+        heads.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:1], "one", *sys.argv[2:]])
     heads.main()
     data = json.loads((home / "docs" / "data" / "heads.json").read_text())
     trained, *fitted = data["rows"]
