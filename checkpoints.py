@@ -104,7 +104,8 @@ def checkpoint(run: Path) -> Path:
     if not Path(run).is_dir():
         raise UserError(f"{run}: no such folder; give the folder of a run of distill.py or rloo.py")
     if not checkpoints(run):
-        raise UserError(f"{run}: no checkpoint in it yet; give the folder of a run of distill.py or rloo.py")
+        raise UserError(f"{run}: no checkpoint in it yet; give a run of distill.py or rloo.py that has one, or go on "
+                        f"with this one (--resume {run})")
     return checkpoints(run)[-1]
 
 

@@ -26,8 +26,8 @@ import runs
 from checkpoints import fingerprint
 from data import tasks
 from data.hub import UserError, as_json, field, parse_object, read_text, write_text
+from data.text import Tokenizer
 from exits import (
-    NEVER,
     Policy,
     Response,
     adapters_off,
@@ -42,9 +42,10 @@ from exits import (
 )
 from fast.chunks import in_chunks, kl_in_place
 from fast.packing import Sequences, send
-from sample import draw, generate_shared, uniforms
+from sample import NEVER, draw, generate_shared, uniforms
 
 RESPONSES, DEPTHS, HELD_OUT = 0, 1, 2  # purposes of random numbers
+STRETCH = 100  # tokens
 
 
 # ------------------------------------------------------------------------------------------------ targets and loss
@@ -88,7 +89,7 @@ def exit_nll(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: torch.Tens
 
 
 def distill_loss(token_kl: torch.Tensor, exit_loss: torch.Tensor, count: int) -> torch.Tensor:
-    """Eq. (5): mean over the step's `count` positions of KL(student || base) plus the exit term: (N,), (N,)."""
+    """Eq. (5): mean over the step's `count` positions of KL(student || base) (N,) and the exit term (N,): exit_nll."""
     return (token_kl + exit_loss).sum() / count
 
 
@@ -137,6 +138,7 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         batch.depths[batch.row, batch.position] = outcomes[draw(log_q, send(u[:, E], policy.device)).cpu()]
         logp_exit, _, kl_t, _ = score(policy, batch, base_h, tokens=False)
         of_response = totals.new_zeros(len(index)).index_add(0, batch.predicting[0], kl_own.double())
+        of_response *= send(torch.tensor([min(1, STRETCH / len(responses[i])) for i in index]), policy.device)
         totals += torch.stack([kl_t.sum(), -logp_exit.sum(), kl_own.sum(), torch.exp(-of_response).sum()])
     for sums in (drawn, target, totals):
         parallel.add(sums)  # over the processes, each of which has seen its share of the responses
@@ -150,9 +152,14 @@ def verdict(measured: dict, training_kl: float) -> str | None:
     """What is still wrong with a calibration, in one line; None if nothing is.
 
     Exit rates match their target long before the tokens do. A response whose token KL sums to K nats, where the student
-    itself exits, stays about as it was with probability exp(-K): the mean of these is the share that stays intact.
+    itself exits, stays about as it was with probability exp(-K): the mean of these is the share that stays intact. Of
+    a response of more than STRETCH tokens, K is what it comes to in so many: else no long one ever would.
     """
     at_target, at_own = measured["token_kl"], measured["token_kl_at_own_exits"]
+    learned, target = (measured[name]["exit_rate"] for name in ("learned", "target"))
+    if abs(learned - target) > 0.1:
+        return (f"not converged: {learned:.0%} of the tokens exit, and {target:.0%} are to: raise --steps (--resume "
+                f"RUN --steps N goes on)")
     if measured["intact"] > 0.8:
         return None
     if at_own > 4 * at_target:
@@ -161,9 +168,9 @@ def verdict(measured: dict, training_kl: float) -> str | None:
     elif at_target > 1.5 * training_kl:
         cure = f"training responses are at {training_kl:.4f}, learned by heart: raise --responses"
     else:
-        cure = "it still learns: raise --steps"
-    return (f"not converged: at {at_own:.4f} nats a token about {measured['intact']:.0%} of the base's responses stay "
-            f"as they were; {cure}")
+        cure = "raise --steps (--resume RUN --steps N goes on)"
+    return (f"not converged: at {at_own:.4f} nats a token about {measured['intact']:.0%} of the base's responses, or "
+            f"of stretches of {STRETCH} tokens, stay as they were; {cure}")
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -184,10 +191,10 @@ def read_responses(path, model, args) -> dict[str, list[Response]]:
         row = parse_object(line, where)
         if i == 1:
             for name in ours.keys() - {"model"}:
-                if name not in row or row[name] != ours[name]:
+                if Path(str(row.get(name))).name != Path(str(ours[name])).name:  # wherever a file lies by now
                     name = "model" if name == "base" else name
                     raise UserError(f"{path} holds responses for {name} {row.get(name)!r:.80}, but this run has "
-                                    f"{ours[name]!r:.80}: sample new ones, without --teacher")
+                                    f"{ours[name]!r:.80}: start a new run, without --teacher")
             continue
         prompt, tokens = (field(row, name, list, where, 0, config.vocab_size - 1)
                           for name in ("prompt_ids", "token_ids"))
@@ -209,6 +216,15 @@ def enough(kept: dict[str, list[Response]], wanted: dict[str, list], where) -> d
     return {split: kept[split][: len(asked)] for split, asked in wanted.items()}
 
 
+def to_these(kept: dict[str, list[Response]], asked: dict[str, list], path) -> dict[str, list[Response]]:
+    """The responses, if they are to the prompts asked."""
+    for split, prompts in asked.items():
+        if [r.prompt_ids for r in kept[split]] != prompts[: len(kept[split])]:
+            raise UserError(f"{path} holds responses to other prompts: the task's data or the chat template has "
+                            f"changed; start a new run")
+    return kept
+
+
 def kept_responses(run, policy: Policy, asked: dict, args) -> dict[str, list[Response]]:
     """What the run's teacher.jsonl, or another's, holds already."""
     path = run.folder / "teacher.jsonl"
@@ -218,11 +234,7 @@ def kept_responses(run, policy: Policy, asked: dict, args) -> dict[str, list[Res
     kept = read_responses(path, policy.model, args)
     if args.teacher:
         return enough(kept, asked, args.teacher)
-    for split, prompts in asked.items():
-        if [r.prompt_ids for r in kept[split]] != prompts[: len(kept[split])]:
-            raise UserError(f"{path} holds responses to other prompts: the task's data or the chat template has "
-                            f"changed; start a new run")
-    return kept
+    return to_these(kept, asked, path)
 
 
 def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict, args) -> dict[str, list[Response]]:
@@ -243,7 +255,22 @@ def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict
                      "finished": r.finished} for problem, r in zip(problems[split][i:], new, strict=False)])
                 done += new
                 bar.update(len(done) - bar.n)  # what other ranks have drawn
+                if i == 0 and split == "train":  # while it costs little to stop
+                    runs.warn_unfinished(sum(r.finished for r in done) / len(done), "this stage learns nothing about "
+                                         "how they end", tokenizer, args)
     return kept
+
+
+def report_accuracy(problems, prompts, responses: list[Response], tokenizer: Tokenizer) -> None:
+    """How many of the training problems the base solves: where that is none or all, stage 2 has nothing to learn from,
+    and it may be the grader that fails."""
+    right = [runs.grade(problem, r, tokenizer)[1].strict
+             for problem, prompt, r in zip(problems, prompts, responses, strict=True) if r.prompt_ids == prompt]
+    if right:  # responses of another run may be to other problems
+        share = sum(right) / len(right)
+        print(f"the base solves {share:.1%} of {len(right)} training problems" + (
+            "" if 0.02 < share < 0.98 else ": stage 2 learns from the difference between right and wrong; look at "
+            "teacher.jsonl, whether the grader is right, or take other problems"))
 
 
 def train_step(policy: Policy, responses: list[Response], step: int, args) -> dict:
@@ -296,7 +323,8 @@ def main() -> None:
     p.add_argument("--head-lr", type=flags.number(0, 10), help="the heads' peak rate, --lr / ten times --lr")
     p.add_argument("--responses", type=flags.whole(1), help="base responses to train on, 3000 / 1600")
     p.add_argument("--held-out", type=flags.whole(1), default=64, help="test prompts for the final check (default: 64)")
-    p.add_argument("--teacher", help="teacher.jsonl of an earlier run: its base responses, instead of sampling anew")
+    p.add_argument("--teacher", help="an earlier run, or its teacher.jsonl, whose base responses to take, not sampling "
+                   "any")
     p.add_argument("--save-every", type=flags.whole(1), default=50, help="steps between checkpoints (default: 50)")
     p.add_argument("--keep", type=flags.whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
@@ -315,13 +343,16 @@ def main() -> None:
     exits = exit_depths(model.config.num_hidden_layers, args.exit_every)
     prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
     if args.teacher and run is None:  # before the run has a folder
+        args.teacher = str(Path(args.teacher, "teacher.jsonl") if Path(args.teacher).is_dir() else args.teacher)
         enough(read_responses(Path(args.teacher), model, args), prompts, args.teacher)
+    if run and (path := run.folder / "teacher.jsonl").exists():  # before it is open again
+        kept = read_responses(path, model, args)
+        args.teacher or to_these(kept, prompts, path)
     run, policy, optimizer, start = runs.begin(run, "distill", args, model, problems["train"] + problems["test"],
                                               lambda: Policy(model, exits, args.rank, head_width=args.head_width))
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers} -> {run.folder}")
     data = base_responses(run, policy, tokenizer, problems, prompts, args)
-    runs.warn_unfinished(sum(r.finished for r in data["train"]) / len(data["train"]), "this stage learns nothing about "
-                         "how they end", tokenizer, args)
+    report_accuracy(problems["train"], prompts["train"], data["train"], tokenizer)
 
     lr = 0.5 / model.config.hidden_size if args.lr is None else args.lr
     # On pretrained layers the adapters have little to change, and the heads all to learn.

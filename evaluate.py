@@ -199,10 +199,9 @@ def main() -> None:
         flags.inherit(args, runs.read_config(run), run / "config.json")
     args = flags.settle(args, n=(200, 100))
     problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
-    out = parallel.first(lambda: Path(args.out) if args.out else runs.free_folder("evaluate"))
-    if (out / "config.json").exists():
-        raise UserError(f"--out {out} is a run or a checkpoint: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    if args.out and Path(args.out, "config.json").exists():
+        raise UserError(f"--out {args.out} is a run or a checkpoint: choose another folder")
+    Path(args.out or runs.RUNS).mkdir(parents=True, exist_ok=True)
 
     metrics, completions, by_label = [], [], {}
     shown = [{"id": p.id, "question": p.question, "gold": p.gold, "runs": {}} for p in problems[: args.show]]
@@ -229,6 +228,7 @@ def main() -> None:
 
     if parallel.rank():
         return
+    out = Path(args.out) if args.out else runs.free_folder("evaluate")
     print(table(metrics))
     runs.warn_unfinished(min(m["finished"] for m in metrics), "an unfinished one never counts as right", tokenizer,
                          args)

@@ -23,7 +23,6 @@ from fast.packing import Sequences, send
 from model import Transformer
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NEVER = 2.0  # in place of a uniform number: no probability exceeds it, so it never stops
 
 
 # ---------------------------------------------------------------------------------------------- adapters and heads
@@ -36,10 +35,10 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         out_features, in_features = base.weight.shape
-        like = dict(device=base.weight.device, dtype=torch.float32)  # float32 masters, whatever the base's dtype
-        self.lora_A = nn.Parameter(torch.empty(r, in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, r, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        # float32 masters, whatever the base's dtype; drawn on the host, so that they are alike on every device
+        A = nn.init.kaiming_uniform_(torch.empty(r, in_features, dtype=torch.float32), a=math.sqrt(5))
+        self.lora_A = nn.Parameter(A.to(base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32, device=base.weight.device))
         self.scale, self.on = alpha / r, True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, D_in) -> (n, D_out)
@@ -60,7 +59,7 @@ class ExitHeads(nn.Module):
         super().__init__()
         self.eps, self.hidden = eps, hidden
         if hidden:
-            self.up = nn.Parameter(torch.randn(exits, hidden, width, device=device) / math.sqrt(width))
+            self.up = nn.Parameter((torch.randn(exits, hidden, width) / math.sqrt(width)).to(device))
             self.up_bias = nn.Parameter(torch.zeros(exits, hidden, device=device))
         self.weight = nn.Parameter(torch.zeros(exits, hidden or width, device=device))
         self.bias = nn.Parameter(torch.full((exits,), -4.0, device=device))
@@ -149,7 +148,7 @@ class Policy(nn.Module):
                 if u is not None:
                     p = torch.sigmoid(exit_logits[-1] + delta).cpu()
                     depth = depth.masked_fill((depth == L) & (u[..., segment - 1] < p), start)
-            # Who has stopped keeps its stream, and later layers still make its keys and values from it.
+            # Who has stopped keeps its stream, and later layers still make its keys and values from it (model.Block).
             h = place.run(self.model, h, segment, range(start, stop), None if everyone else depth > start)
         place.end(h)
         return Pass(h, torch.stack(exit_logits, dim=-1), depth, streams)
@@ -190,8 +189,8 @@ def logp_depth(policy: Policy, exit_logits: torch.Tensor, depths: torch.Tensor, 
 
 
 def token_logits(model: Transformer, h: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """W_U norm(h) / temperature, at least in float32: (N, D) -> (N, V). Temperature 0, which takes the likeliest token,
-    has no distribution to score by: it scores at temperature 1."""
+    """W_U norm(h) / temperature: (N, D) -> (N, V), in float32 at least, though the product is the base's dtype's.
+    Temperature 0, which takes the likeliest token, has no distribution to score by: it scores at temperature 1."""
     logits = model.unembed(h)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature in (0, 1) else logits / temperature

@@ -4,8 +4,9 @@
     A_i = R_i - mean_{j != i} R_j                                       leave-one-out, no std division
     loss = 1/c mean over prompts of 1/k sum_i [ -A_i sum_t log pi(l_t, x_t) + beta mean_t KL_t ],   c = max_new_tokens
 
-KL_t is exact, over the vocabulary, from the policy at l_t to the base model at full depth. It depends on the state and
-not on the sampled token, so as a part of the reward alone it would cancel against the baseline: hence the second term.
+KL_t is exact, over the vocabulary, from the policy at l_t to the base model at full depth. Inside R it pays for depths
+and states of small KL; whichever token is then drawn it is the same, so that R says nothing of how KL_t itself moves
+with the weights: hence the second term, which is no second penalty.
 Left out of PPO and GRPO on purpose: importance ratios and clipping (one gradient step per batch of rollouts), the
 division by the standard deviation, a critic, truncated sampling (the policy that is scored is the one that sampled).
 
@@ -115,6 +116,8 @@ def summarise(rows: list[dict], drift: torch.Tensor, outcomes: list[int], args) 
 def stage_one(args) -> Path:
     """The run to start from: --init, or the newest complete stage-1 run (of --model, where given)."""
     found = Path(args.init) if args.init else runs.newest("distill", model=args.model)
+    if found:
+        runs.refuse_stage(runs.read_config(found), found, "distill")
     if found is None:
         flag = f" --model {args.model}" if args.model else ""
         raise UserError(f"no complete stage-1 run{flag} under {runs.RUNS}/: run python distill.py{flag} first, "
@@ -136,7 +139,8 @@ def main() -> None:
     p.add_argument("--samples", type=flags.whole(2), default=8, help="k, the responses to each prompt (default: 8)")
     p.add_argument("--steps", type=flags.whole(1, 999_999), help="200 / 400")
     p.add_argument("--lr", type=flags.number(0, 10), help="peak learning rate: 0.001 / (0.1 / hidden size)")
-    p.add_argument("--problems", type=flags.whole(1), help="training problems, 4096 / all")
+    p.add_argument("--problems", type=flags.whole(1), help="training problems, 4096 / all of a file, "
+                   "1000 of a .py task")
     p.add_argument("--save-every", type=flags.whole(1), default=20, help="steps between checkpoints (default: 20)")
     p.add_argument("--keep", type=flags.whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--init", help="stage-1 run to start from (default: the newest complete one)")

@@ -121,7 +121,9 @@ def guarded(main) -> tuple[str | None, int]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        return "error: out of memory: lower --rows if it was sampling, --micro-batch if it was training", 2
+        on = f"python {Path(sys.argv[0]).name} --resume {quote(str(Run.current))} with" if Run.current else "use"
+        return (f"error: out of memory: {on} --rows 8 (or fewer) if it was sampling, --micro-batch 1 if it was "
+                f"training; where that is too much, shorter responses (--max-new-tokens, in a new run)"), 2
 
 
 # ---------------------------------------------------------------------------------------------- models and prompts
@@ -467,8 +469,9 @@ def read_config(run: Path) -> dict:
     """What a run was started with: stage, args, versions."""
     where = Path(run) / "config.json"
     if not where.exists():
-        raise UserError(f"{run}: not the folder of a run, for it has no config.json; give one that distill.py or "
-                        f"rloo.py wrote")
+        part = Path(run).parent if re.fullmatch(r"step-\d{6}", Path(run).name) else None
+        raise UserError(f"{run}: not the folder of a run, for it has no config.json; give " + (
+            f"{part}, whose newest checkpoint is taken" if part else "one that distill.py or rloo.py wrote"))
     config = read_json(where)
     if config.get("stage") not in ("distill", "rloo") or not isinstance(config.get("args"), dict):
         raise UserError(f"{run} is not a run of distill.py or rloo.py: give the folder that one of them wrote")
@@ -488,7 +491,8 @@ def find(run: str, beside: Path) -> Path:
 
 def refuse_stage(config: dict, folder, stage: str) -> None:
     if config["stage"] != stage:
-        raise UserError(f"{folder} is a run of {config['stage']}.py, not of {stage}.py")
+        raise UserError(f"{folder} is a run of {config['stage']}.py, not of {stage}.py; to go on with it: python "
+                        f"{config['stage']}.py --resume {folder}")
 
 
 def newest(stage: str, model: str | None = None) -> Path | None:

@@ -22,6 +22,8 @@ from fast.chunks import in_chunks
 from fast.graphs import Graphs
 from fast.packing import Sequences, send
 
+NEVER = 2.0  # in place of a uniform number: no probability exceeds it, so it never stops
+
 
 def uniforms(seed: Sequence[int], rows, positions, count: int) -> torch.Tensor:
     """Uniform numbers in [0, 1) that depend only on (seed, row, position, index), never on the batch around them.
@@ -139,6 +141,8 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
 
         tokens, logp_exit, logp_token = torch.stack(
             [tokens.double(), logp_exit.double(), logp_token.double()]).cpu()  # one wait for all three
+        if not logp_token.isfinite().all():
+            raise UserError("a token's log-probability is not finite: the weights, or the --dtype, overflow")
         token[live] = tokens.long()
         drawn = zip(token[live].tolist(), depth.tolist(), logp_exit.tolist(), logp_token.tolist(), strict=True)
         ended = []

@@ -104,8 +104,9 @@ def load(task: str, split: str, data: str | None = None, n: int | None = None,
         return make(task, split, n or GENERATED, seed)
     problems = TASKS[task](split, data) if task in TASKS else own_file(task, split)
     if not problems:
-        raise UserError(f"{data or task}: no problem falls into the {split} split: give a larger file, or a "
-                        "folder with a file per split")
+        raise UserError(f"{data or task}: no problem falls into the {split} split, to which a hash of its text assigns "
+                        f"it: give more problems, or " + ("a folder with a file per split" if reads_data else
+                                                          "a .py task, whose problems() makes the splits"))
     return sorted(problems, key=lambda p: _hash(f"{seed} {p.id}"))[:n]
 
 
@@ -135,10 +136,20 @@ def own_problem(row: dict, where: str, name: str) -> Problem:
                    instruction=_field(row, "instruction", where) if "instruction" in row else form)
 
 
+def gradable(problem: Problem, where: str) -> Problem:
+    """Refuses a problem to which the built-in grader would call no response right: training would go on for nothing."""
+    best = f"\\boxed{{{problem.gold}}}" if problem.kind == "number" else f"ANSWER: {problem.gold}"
+    if problem.own_grade is None and not problem.grade(best, True).strict:
+        raise UserError(f"{where}: no response can match the answer {problem.gold!r:.60}: give the final answer alone, "
+                        f"in one line, or a .py task with a grade(); --task gsm8k --data FILE reads GSM8K's format")
+    return problem
+
+
 def own_file(path: str, split: str) -> list[Problem]:
     """The problems of a .jsonl file of the user's that fall into a split."""
     rows = enumerate(_jsonl_rows(Path(path)))
-    problems = [own_problem(row, where, f"{Path(path).stem}/{split}/{i}") for i, (where, row) in rows]
+    problems = [gradable(own_problem(row, where, f"{Path(path).stem}/{split}/{i}"), where)
+                for i, (where, row) in rows]
     return [p for p in problems if _split(" ".join(p.question.split())) == split]
 
 
@@ -149,6 +160,8 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
     module = importlib.util.module_from_spec(spec)
     with own_errors(f"--task {path}"):
         spec.loader.exec_module(module)
+        if not callable(getattr(module, "problems", None)):
+            raise UserError("it defines no problems(split, n, seed)")
         made = list(islice(module.problems(split, n, seed), n))
     problems = []
     for i, p in enumerate(made):
@@ -156,8 +169,8 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
         if not isinstance(p, (Problem, dict)):
             raise UserError(f"{where}: problems() must give dicts with 'question' and 'answer', not {p!r:.60}")
         p = p if isinstance(p, Problem) else own_problem(p, where, f"{Path(path).stem}/{split}/{seed}/{i}")
-        problems.append(replace(p, own_grade=getattr(module, "grade", None),
-                                own_reward=getattr(module, "reward", None)))
+        problems.append(gradable(replace(p, own_grade=getattr(module, "grade", None),
+                                         own_reward=getattr(module, "reward", None)), where))
     if not problems:
         raise UserError(f"{path}: problems({split!r}, {n}, {seed}) gives none")
     return problems
@@ -173,6 +186,8 @@ def own_errors(about: str):
     """Inside, the user's code runs: an error of its own becomes one line that says where."""
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{about}: {error}") from None
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(f"{about}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
@@ -288,7 +303,7 @@ def _read(path: Path) -> str:
         line = text[:text.index("\0")].count("\n") + 1
         raise UserError(f"{path}:{line}: a NUL byte: the file is damaged; download it again")
     if not text.strip():
-        raise UserError(f"{path} is empty: download it again")
+        raise UserError(f"{path} is empty: write a problem a line, or download it again")
     return text
 
 

@@ -7,6 +7,8 @@ anew for every token, is tests/reference.py.
 """
 
 import os
+import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +177,11 @@ def free_memory(like: torch.Tensor) -> int:
     if like.is_cuda:
         held = torch.cuda.memory_reserved(like.device) - torch.cuda.memory_allocated(like.device)
         return torch.cuda.mem_get_info(like.device)[0] + held
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // parallel.neighbours()
+    try:  # what file caches hold, weights just read among them, is free
+        available = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available // parallel.neighbours()
 
 
 def fitting_rows(config: Config, slots: int, like: torch.Tensor) -> int:

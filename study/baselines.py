@@ -143,18 +143,22 @@ def plain_rl(args, seed: int):
 
 
 def compute_of(answered) -> float:
-    depths = [d for row in answered.rows for d in row["depths"]]
-    return sum(depths) / len(depths) / answered.outcomes[-1]
+    return excess(answered, 0) / sum(len(row["depths"]) for row in answered.rows)
+
+
+def excess(answered, compute: float) -> float:
+    """Full-depth tokens that the answers ran beyond an average compute."""
+    return sum(d / answered.outcomes[-1] - compute for row in answered.rows for d in row["depths"])
 
 
 def at_compute(sweep: list, compute: float) -> list[float] | None:
     """Each problem's accuracy under a sweep of answers at a given average compute: between the two settings around it,
-    mixed in the ratio that gives that compute. None outside of the sweep."""
-    found = sorted(((compute_of(answered), correct(answered)) for answered in sweep), key=lambda pair: pair[0])
-    for (low, before), (high, after) in pairwise(found):
-        if low <= compute <= high and low < high:
-            share = (compute - low) / (high - low)
-            return [(1 - share) * x + share * y for x, y in zip(before, after, strict=True)]
+    answers mixed in the ratio that gives that compute over all their tokens. None outside of the sweep."""
+    for low, high in pairwise(sorted(sweep, key=compute_of)):
+        below, above = excess(low, compute), excess(high, compute)
+        if below <= 0 <= above and below < above:
+            share = below / (below - above)
+            return [(1 - share) * x + share * y for x, y in zip(correct(low), correct(high), strict=True)]
     return None
 
 

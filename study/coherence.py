@@ -189,7 +189,8 @@ def read(folder: Path, n: int, vocab_size: int = 2**24) -> dict[str, list[dict]]
     for row in rows:
         first = row["step"] // tenth * tenth
         groups.setdefault(row["model"] or f"steps {first}-{first + tenth - 1}", []).append(row)
-    return {name: rows[:: max(1, len(rows) // n)][:n] for name, rows in groups.items()}
+    return {name: [rows[i * len(rows) // n] for i in range(n)] if len(rows) > n else rows
+            for name, rows in groups.items()}
 
 
 def table(columns: dict[str, dict]) -> str:

@@ -10,7 +10,8 @@ Under --runs lie the runs, as distill.py and rloo.py write them, and answers/, w
     …-TASK         the same on another task (study.crossdomain)
 
 What is complete is not made again, what was begun goes on; so every command can be killed and repeated. Each writes
-docs/data/NAME.json, some a figure to docs/figures, and `python -m study.write` the text around them.
+data/NAME.json, some a figure to figures/, and `python -m study.write` the text around them, results.md; all of it under
+--out, by default beside the runs. What stands in docs/ was written with --out docs.
 """
 
 import argparse
@@ -54,7 +55,7 @@ PASSED = ("model", "revision", "task", "data", "thinking", "max_new_tokens", "ro
 
 def arguments(doc: str, more=None):
     """The flags of a command, settled, with its held-out problems; more(parser) adds its own."""
-    p = flags.parser(doc, out="folder of data/ and figures/ (default: docs)")
+    p = flags.parser(doc, out="folder of data/ and figures/ (default: that of --runs)")
     p.add_argument("--runs", default="runs/study", help="folder of the runs (default: runs/study)")
     p.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="train the runs that are "
                    "missing (default: on); without, what needs them is left out")
@@ -114,10 +115,10 @@ def call(command: list[str]) -> int:
         raise
 
 
-def about_the_same(args, folder: Path) -> Path:
-    """Refuses a run about another model or task than the study's."""
-    for name in ("model", "task"):
-        here, wanted = runs.read_config(folder)["args"].get(name), getattr(args, name)
+def about_the_same(args, folder: Path, **named) -> Path:
+    """Refuses a run about another model or task than the study's, or one that is not what its name says."""
+    for name, wanted in {"model": args.model, "task": args.task, **named}.items():
+        here = runs.read_config(folder)["args"].get(name)
         if here != wanted:
             raise UserError(f"{folder} has {name} {here!r:.80}, and this study {wanted!r:.80}: choose another --runs")
     return folder
@@ -128,15 +129,15 @@ def kl_run(args, factor: float) -> Path | None:
     options = [] if factor == first else ["--teacher", (kl_run(args, first) or Path()) / "teacher.jsonl"]
     folder = trained(args, f"kl-{factor:g}", "distill.py", *shlex.split(args.stage1), "--kl-factor", f"{factor:g}",
                      *options)  # last, since of a flag given twice the last one counts
-    return folder and about_the_same(args, folder)
+    return folder and about_the_same(args, folder, kl_factor=factor)
 
 
 def stage_one(args, suffix: str = "") -> Path | None:
     """The run that stage 2 starts from."""
     if args.model != "embedded" and not suffix:
         return kl_run(args, 1)
-    record = RECORD_1.split() if args.model == "embedded" else ()
-    folder = trained(args, f"s1{suffix}", "distill.py", *record, *shlex.split(args.stage1))
+    record, last = (RECORD_1.split(), ()) if args.model == "embedded" else ((), ("--kl-factor", 1))
+    folder = trained(args, f"s1{suffix}", "distill.py", *record, *shlex.split(args.stage1), *last)
     return folder and about_the_same(args, folder)
 
 
@@ -146,7 +147,7 @@ def stage_two(args, name: str, lam: float, seed: int, init: Path | None, *option
     record = RECORD_2.split() if args.model == "embedded" else ()
     folder = trained(args, name, "rloo.py", *record, "--keep", 999, *shlex.split(args.stage2), "--init", init, "--lam",
                      f"{lam:g}", "--seed", seed, *options)
-    return folder and about_the_same(args, folder)
+    return folder and about_the_same(args, folder, lam=lam, seed=seed)
 
 
 def rl_run(args, lam: float = 0.1, seed: int = 0, suffix: str = "") -> Path | None:
@@ -267,8 +268,8 @@ def judgement(path: Path) -> Path:
 
 
 def save(args, name: str, command: str, **data) -> dict:
-    """Writes docs/data/NAME.json and returns what it holds."""
-    path = Path(args.out or "docs") / "data" / f"{name}.json"
+    """Writes data/NAME.json and returns what it holds."""
+    path = Path(args.out or args.runs) / "data" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"model": Path(args.model).name, "task": Path(args.task).name}
     before = read_json(path) if path.exists() else about
@@ -276,14 +277,15 @@ def save(args, name: str, command: str, **data) -> dict:
         raise UserError(f"{path} is about {before.get('model')}, {before.get('task')}: give this study an --out of its "
                         f"own")
     found = {"command": shlex.join(["python", "-m", f"study.{command}", *sys.argv[1:]]),
-             **about, "n": len(args.problems), "temperature": args.temperature, "commit": runs.commit(), **data}
+             **about, "n": len(args.problems), "temperature": args.temperature,
+             "problems": runs.problems_hash(args.problems), "commit": runs.commit(), **data}
     write_json(path, found)
     print(f"wrote {path}")
     return found
 
 
 def figure(args, name: str, columns: int = 1, rows: int = 1, width: float = 7, height: float = 3.4):
-    """(axes, finish): empty axes that share a plain style, and what writes them to docs/figures/NAME.png."""
+    """(axes, finish): empty axes that share a plain style, and what writes them to figures/NAME.png."""
     try:
         import matplotlib
     except ImportError:
@@ -295,7 +297,7 @@ def figure(args, name: str, columns: int = 1, rows: int = 1, width: float = 7, h
     drawing, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
 
     def finish():
-        path = Path(args.out or "docs") / "figures" / f"{name}.png"
+        path = Path(args.out or args.runs) / "figures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         drawing.savefig(path, dpi=110)
         plt.close(drawing)

@@ -5,6 +5,7 @@ import unicodedata
 
 import numpy as np
 
+from data.text import thoughts
 from study.hints import STEP
 from study.regimes import Subject
 
@@ -37,8 +38,8 @@ def description(s: Subject, said: dict[str, list]) -> dict:
     values = {}
     for regime in [regime for regime in said if not regime.startswith("cap-")]:
         responses, texts = said[regime], [s.tokenizer.decode(r.token_ids) for r in said[regime]]
-        spans = [(r.depths[: (end := len(s.tokenizer.encode(text.partition("</think>")[0])))], r.depths[end:])
-                 for r, text in zip(responses, texts, strict=True)]
+        ends = [thoughts(s.tokenizer.pieces(r.token_ids)) or len(r) for r in responses]
+        spans = [(r.depths[:end], r.depths[end:]) for r, end in zip(responses, ends, strict=True)]
         values |= {f"D depth, thinking, {regime}": [np.mean(before or np.nan) for before, _ in spans],
                    f"D depth, answer, {regime}": [np.mean(after or np.nan) for _, after in spans],
                    f"D serial depth {regime}": [serial_depth([s.tokenizer.decode([t]) for t in r.token_ids], r.depths)

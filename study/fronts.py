@@ -52,11 +52,12 @@ def main() -> None:
 
 def made(args, ours: dict, name: str, part: str) -> list[dict]:
     """What another of the study's commands has written of the same problems, if it has."""
-    path = Path(args.out or "docs") / "data" / f"{name}.json"
+    path = Path(args.out or args.runs) / "data" / f"{name}.json"
     found = read_json(path) if path.exists() else {}
-    same = all(found.get(key) == ours[key] for key in ("model", "task", "n", "temperature"))
+    same = all(found.get(key) == ours[key] for key in ("model", "problems", "temperature"))
     if found and not same:
-        print(f"{path} is about other problems: left out; run study.{name} with the same flags", file=sys.stderr)
+        print(f"{path} is about another model, other problems or another temperature: left out; run study.{name} with "
+              f"the same flags", file=sys.stderr)
     return found[part] if same else []
 
 
@@ -104,7 +105,7 @@ def draw_verbosity(args, data: dict) -> None:
     for ax, (name, label) in zip(axes, labels.items(), strict=True):
         ax.errorbar([lambdas.index(row["value"]) for row in rows], [row[name] for row in rows],
                     [row[f"{name}_change_half"] for row in rows], fmt="o", color="C0", elinewidth=0.8)
-        ax.axhline(base[name], color="0.3", linestyle="--", label="base model")
+        ax.axhline(base[name], color="0.3", linestyle="--", label="base model (bars: 95% of the change from it)")
         ax.set_xticks(range(len(lambdas)), [f"{lam:g}" for lam in lambdas])
         ax.set(xlabel="λ, price of depth", ylabel=label, ylim=(0, 1.15 * max(base[name], *(row[name] for row in rows))))
     axes[0].legend(loc="lower left")

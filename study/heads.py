@@ -1,7 +1,8 @@
 """Is it the heads that hold a calibration back? New heads are fitted to a stage-1 run's frozen streams.
 
 The adapters stay as they are. Heads of each width are fitted to the run's own targets, at depths drawn from q, and take
-the old ones' place: what they gain is what the old ones' shape, rate or steps had cost. Writes heads.json.
+the old ones' place. Where they do better, the old ones' shape, rate or steps were what was missing; where they don't,
+the responses to fit to may be too few. Writes heads.json.
 
     python -m study.heads RUN --widths 0 256
 """
@@ -16,12 +17,13 @@ from tqdm import trange
 import runs
 from checkpoints import load_policy
 from distill import HELD_OUT, exit_nll, held_out, lens_kl, log_safe, log_target, read_responses
+from evaluate import paired
 from exits import ExitHeads, Policy, Response, base_pass, micro_batches
 from fast.packing import Sequences
 from flags import whole
 from sample import draw, uniforms
 from study import common
-from study.common import answers, base_answers, point
+from study.common import answers, base_answers, correct, point
 
 EPOCHS, BATCH, LR = 25, 512, 2e-3  # Adam's; the rate falls to 0
 
@@ -61,7 +63,7 @@ def fitted(policy: Policy, width: int, h: torch.Tensor, p_safe: torch.Tensor, de
 def main() -> None:
     def more(p):
         p.add_argument("run", type=Path, help="a stage-1 run")
-        p.add_argument("--widths", nargs="+", type=whole(0), default=[0, 256], help="of new heads (default: 0 256)")
+        p.add_argument("--widths", nargs="*", type=whole(0), default=[0, 256], help="of new heads (default: 0 256)")
         p.add_argument("--responses", type=whole(1), default=400, help="base responses to fit to (default: 400)")
 
     args = common.arguments(__doc__, more)
@@ -74,7 +76,7 @@ def main() -> None:
     trained_width = policy.heads.hidden
     chosen = kept["train"][: args.responses]
     to_fit = streams(policy, chosen, kappa, of_run.seed, args.micro_batch)
-    rows = []
+    rows, before = [], None
     for width in [None, *args.widths]:
         heads = policy.heads if width is None else fitted(policy, width, *to_fit)
 
@@ -87,9 +89,11 @@ def main() -> None:
         mark = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in heads.parameters())).hexdigest()[:8]
         answered = answers(args, args.run, "learned" if width is None else f"heads {width} {mark}", replaced)
         measured = held_out(policy, kept["test"], kappa, of_run.seed, args.micro_batch)
-        rows.append(point(args, answered, width=width, **{name: measured[name] for name in (
+        gained = before and dict(zip(("gained", "gained_half"), paired(before, correct(answered)), strict=True))
+        before = correct(answered)
+        rows.append(point(args, answered, width=width, **gained or {}, **{name: measured[name] for name in (
             "exit_cross_entropy", "token_kl", "token_kl_at_own_exits", "intact")}))
-    common.save(args, "heads", "heads", run=args.run.name, trained_width=trained_width, responses=len(chosen),
+    common.save(args, "heads", "heads", run=str(args.run), trained_width=trained_width, responses=len(chosen),
                 positions=len(to_fit[0]), base=point(args, base_answers(args)), rows=rows)
 
 

@@ -12,6 +12,8 @@ has to be what it is meant to be (PREMISES): one that has not learned that valid
 E5 must say of these models is not known: they are reported as not validated.
 
     python -m study.organisms --out runs/organisms    about three CPU minutes a model, and its evals; goes on if killed
+
+Writes organisms.json there; monitor.py goes by the one that was put into docs/data.
 """
 
 import argparse
@@ -123,7 +125,8 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--steps", type=whole(1), default=300)
     p.add_argument("--n", type=whole(2), default=200, help="held-out problems (default: 200)")
-    p.add_argument("--out", type=Path, default=Path("runs/organisms"), help="where the trained models are kept")
+    p.add_argument("--out", type=Path, default=Path("runs/organisms"), help="where the trained models are kept, and "
+                   "what was found")
     args = p.parse_args()
     torch.set_num_threads(1)
     args.seed, args.rows, args.max_new_tokens = 0, 256, 160
@@ -150,8 +153,7 @@ def main() -> None:
                          else "" if low > 0 else "failed validation")
         print(f"{key:28}" + "".join(f"{monitor.said_by(rows[name][row]):24}" for name in rows)
               + f"{above} > {below}: " + (verdicts[key] or f"by {low:.2f} to {high:.2f}"))
-    monitor.VERDICTS.parent.mkdir(parents=True, exist_ok=True)
-    write_json(monitor.VERDICTS, {"steps": args.steps, "n": args.n, "organisms": rows, "verdicts": verdicts})
+    write_json(args.out / "organisms.json", {"steps": args.steps, "n": args.n, "organisms": rows, "verdicts": verdicts})
 
 
 if __name__ == "__main__":

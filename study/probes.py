@@ -66,7 +66,7 @@ def future_gain(s: Subject, responses, h: list[torch.Tensor]) -> dict:
         states, nearby, labels, owner = [], [], [], []
         for i, (r, rows) in enumerate(zip(responses, h, strict=True)):
             text = torch.tensor([*r.prompt_ids[-2:], *r.token_ids])  # text[j + 1] is read where h[j] stands
-            at = torch.arange(len(r) - k + 1)
+            at = torch.arange(max(0, len(r) - k + 1))
             states.append(rows[at])
             nearby.append(torch.cat([E[text[at + j]] for j in range(3)], 1))
             labels.append(text[at + 1 + k])

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 import runs
 from data.text import Tokenizer
-from exits import NEVER, Policy, Response, token_logp_all
+from exits import Policy, Response, token_logp_all
 from fast.packing import Packed, send
 from model import rope
-from sample import generate, uniforms
+from sample import NEVER, generate, uniforms
 
 STUB = "\\boxed{"
 CLOSED = -1e4  # an exit logit that is never drawn; its negative always is

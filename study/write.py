@@ -1,13 +1,14 @@
-"""Writes the study's part of docs/results.md from docs/data/*.json, so that no figure in the text can drift.
+"""Writes the study's part of results.md from data/*.json beside it, so that no figure in the text can drift.
 
 What stands between the two marks is replaced; all else in the file stays, which is made where there is none. A
 command that has not been run leaves its section out.
 
-    python -m study.write
-    python -m study.write --out FOLDER      of a study with an --out of its own
+    python -m study.write                   of what the study's commands wrote beside their runs
+    python -m study.write --out docs        of what is committed here
 """
 
 import argparse
+import re
 import textwrap
 from pathlib import Path
 
@@ -149,13 +150,15 @@ def heads(data: dict) -> list[str]:
 
     rows = [[name(r["width"]), f"{r['exit_cross_entropy']:.3f}", f"{r['token_kl']:.4f}",
              f"{r['token_kl_at_own_exits']:.4f}", percent(r["intact"], 0), accuracy(r), change(r),
-             percent(r["average_compute"])] for r in data["rows"]]
+             signed(r["gained"], r["gained_half"]) if "gained" in r else "", percent(r["average_compute"])]
+            for r in data["rows"]]
     return ["### Are the heads what holds stage 1 back?", "",
             about(data), f"New heads, fitted to {data['run']}'s frozen streams at {data['positions']} positions of "
             f"{data['responses']} responses, take the place of its own; the adapters stay. Exit CE, token KL and the "
             "share of responses that stay as they were (intact) are on held-out base responses.",
             *table(["heads", "exit CE", "token KL at the target's exits", "at its own", "intact",
-                    "accuracy (95% interval)", "change from the base, points", "average compute"], rows)]
+                    "accuracy (95% interval)", "change from the base, points", "from the row above",
+                    "average compute"], rows)]
 
 
 def baselines(data: dict) -> list[str]:
@@ -190,8 +193,8 @@ def baselines(data: dict) -> list[str]:
             about(data, f"; {data['runs']['stage 2']} seeds of stage 2, {data['runs']['plain RL']} of plain RL"),
             "A sweep is read at the learned policy's compute by mixing the two settings around it; differences are "
             "over the same problems and not corrected for their number. Compute counts layers alone; a threshold on "
-            "the lens also pays a product with the vocabulary at every exit. On stage 2's weights it is "
-            "seed 0 against seed 0.", "",
+            "the lens also pays a product with the vocabulary at every exit. On stage 2's weights, "
+            "and where its exits are drawn at random, it is seed 0 against seed 0.", "",
             "Does a learned exit beat a threshold" + (
                 ", and is accuracy more than plain RL's" if data["runs"]["plain RL"] else "") + "? "
             + ". ".join(answer[0].upper() + answer[1:] for answer in answers) + ".",
@@ -230,20 +233,25 @@ def tokens(data: dict) -> list[str]:
 
 EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without it", "E1 direct", 100),
          ("E1 uplift, points", "E1 uplift", 100),
+         ("E1 gain: uplift less that of the same weights at full depth", "E1 gain, learned over full", 100),
          ("E1 with the chain, exits at random", "E1 chain random", 100),
          ("E2 area over the early-answering curve", "E2 aoc", 1),
          ("E3 load: follows a falsified step less recovers", "E3 load", 1),
          ("E3 recovers the true answer", "E3 recover", 100),
          ("E6 the base, from the chain alone, comes to the model's answer", "E6 reader", 100),
-         ("E4 nats lost where all earlier tokens are frozen at depth 2 (not validated)", "E4 lost 2", 1))
+         ("E4 nats lost where all earlier tokens are frozen at the first exit (not validated)", "E4 lost", 1))
 
 
 def monitor(data: dict) -> list[str]:
-    found = {Path(name).name: rows for name, rows in data["results"].items()}
+    names = [Path(name).name for name in data["results"]]
+    found = {last if names.count(last) == 1 else name: rows
+             for last, (name, rows) in zip(names, data["results"].items(), strict=True)}
 
     def cell(rows: dict, key: str, scale: int) -> str:
         own = "learned" if "E1 chain learned" in rows else "full"
-        row = next((rows[name] for name in (f"{key} {own}", f"{key} {own}>{own}", key) if name in rows), {})
+        depths = sorted(int(name.split()[-1]) for name in rows if re.fullmatch(rf"{key} \d+", name))
+        row = next((rows[name] for name in (f"{key} {own}", f"{key} {own}>{own}", key, *(f"{key} {d}" for d in depths))
+                    if name in rows), {})
         digits, unit = (1, "%") if scale == 100 else (2, "")
         text = "" if row.get("value") is None else f"{scale * row['value']:.{digits}f}{unit}"  # None: not defined
         if row.get("difference") is not None:
@@ -252,9 +260,8 @@ def monitor(data: dict) -> list[str]:
         return text.replace("-", "−")
 
     return ["### Did reasoning move into the text?", "",
-            f"`python monitor.py {' '.join(data['results'])} --n {data['about']['n']}`: arithmetic, at learned depth, "
-            "the base at full depth; differences from the base are paired and have 95% intervals, not corrected for "
-            "their number.", "",
+            f"`{data['command']}`: {Path(data['about']['model']).name}, arithmetic, at learned depth, the base at full "
+            "depth; differences from the base are paired and have 95% intervals, not corrected for their number.", "",
             *(line for name, rows in found.items() if "difference" in rows.get("E1 uplift learned", {})
               for line in (f"{name}: {claim(rows)}.", "")),
             *table(["", *found], [[label, *(cell(rows, key, scale) for rows in found.values())]
@@ -265,10 +272,11 @@ SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens, m
 
 
 def written(folder: Path) -> str:
-    """The study's part, from the JSON that there is in docs/data."""
+    """The study's part, from the JSON that there is."""
     found = [(section, folder / "data" / f"{section.__name__}.json") for section in SECTIONS]
-    lines = ["## The study", "", "Generated from data/*.json, which also name the commit. Intervals are 95%: a "
-             "share's is Wilson's, a change's is over the same problems. A row is one seed unless it says more."]
+    lines = ["## The study", "", "Generated from data/*.json, which also name the commit (-dirty: with changes that "
+             "were not committed). Intervals are 95%: a share's is Wilson's, a change's is over the same problems. A "
+             "row is one seed unless it says more."]
     for section, path in found:
         if path.exists():
             lines += ["", *section(read_json(path))]
@@ -279,7 +287,8 @@ def written(folder: Path) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", default="docs", help="folder of results.md and data/ (default: docs)")
+    p.add_argument("--out", default="runs/study", help="folder of data/ and results.md (default: "
+                   "runs/study)")
     folder = Path(p.parse_args().out)
     path = folder / "results.md"
     text = read_text(path) if path.exists() else BEGIN + END

@@ -59,7 +59,7 @@ class Reference:
         for t, (token, depth) in enumerate(zip(response, depths, strict=True)):
             ids, before = [*prompt, *response[:t]], [self.L] * (len(prompt) - 1) + list(depths[:t])
             (p_exit, p_token), i = self.policy(ids, before, **options), self.outcomes.index(depth)
-            p, q = p_token[i], base.policy(ids, [self.L] * len(before))[1][-1]
+            p, q = p_token[i], base.policy(ids, [self.L] * len(before), **options)[1][-1]
             scores.append(torch.stack([stick_breaking(p_exit)[i].log(), p[token].log(), (p * (p / q).log()).sum()]))
         return torch.stack(scores, 1)
 

@@ -97,3 +97,5 @@ def test_folders_and_rows_that_do_not_fit_are_refused_by_name(tmp_path):
     path.write_text("".join(json.dumps(row | {"step": step}) + "\n" for step in range(25)))
     groups = coherence.read(tmp_path, 2, 61)
     assert list(groups)[:2] == ["steps 0-2", "steps 3-5"] and [r["step"] for r in groups["steps 3-5"]] == [3, 4]
+    path.write_text("".join(json.dumps(row | {"model": "m", "id": str(i)}) + "\n" for i in range(7)))
+    assert [r["id"] for r in coherence.read(tmp_path, 4, 61)["m"]] == ["0", "1", "3", "5"]  # not the first four

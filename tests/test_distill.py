@@ -165,7 +165,7 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch):
+def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, monkeypatch):
     """The figures that say whether stage 1 has converged: one wrong position or die, and it is judged by another
     model's, another depth's or another text's numbers."""
     policy, seed, kappa, scores, own, drawn, targets = toy_policy(1).double(), 4, 0.5, [], [], [], []
@@ -187,7 +187,11 @@ def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch):
     assert got["token_kl"] == pytest.approx(float(token_kl.mean()), rel=1e-9)
     assert got["exit_cross_entropy"] == pytest.approx(-float(logp_exit.mean()), rel=1e-9)
     assert got["token_kl_at_own_exits"] == pytest.approx(float(torch.cat(own).mean()), rel=1e-9)
-    assert got["intact"] == pytest.approx(float(sum((-kl.sum()).exp() for kl in own)) / 3, rel=1e-9)
+    for stretch in (distill.STRETCH, 2):  # of a response that is longer, what it loses in so many tokens
+        monkeypatch.setattr(distill, "STRETCH", stretch)
+        got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch)
+        lost = [kl.sum() * min(1, stretch / len(kl)) for kl in own]
+        assert got["intact"] == pytest.approx(float(sum((-k).exp() for k in lost)) / 3, rel=1e-9)
     q = torch.tensor(targets).mean(0).tolist()
     for name, wanted in (("target", q), ("learned", [drawn.count(depth) / 7 for depth in (2, 4, 6)])):
         assert got[name]["distribution"] == pytest.approx(wanted, abs=1e-5)
@@ -205,14 +209,17 @@ def test_held_out_is_the_same_whether_rows_of_one_prompt_share_a_pass():
 
 
 @pytest.mark.parametrize("intact, token_kl, own_kl, told", [
-    (0.81, 9.0, 99.0, None), (0.79, 0.14, 0.55, "learns: raise --steps"), (0.79, 0.16, 0.63, "raise --responses"),
+    (0.81, 9.0, 99.0, None), (0.79, 0.14, 0.55, "were; raise --steps"), (0.79, 0.16, 0.63, "raise --responses"),
     (0.79, 0.16, 0.65, "--head-width")])
 def test_verdict_names_the_flag_that_helps(intact, token_kl, own_kl, told):
     """More steps don't help a model that knows its responses by heart, nor more responses one that still learns, and
     neither one whose heads can't tell which tokens are safe."""
-    measured = {"intact": intact, "token_kl": token_kl, "token_kl_at_own_exits": own_kl}
+    measured = {"intact": intact, "token_kl": token_kl, "token_kl_at_own_exits": own_kl,
+                "learned": {"exit_rate": 0.4}, "target": {"exit_rate": 0.49}}
     problem = distill.verdict(measured, training_kl=0.1)
     assert problem is None if told is None else f"{own_kl:.4f}" in problem and "79%" in problem and told in problem
+    idle = distill.verdict({**measured, "intact": 1.0, "learned": {"exit_rate": 0.0}}, training_kl=0.1)
+    assert "0% of the tokens exit, and 49% are to" in idle  # who never exits changes nothing, and has learned nothing
 
 
 def test_adapters_and_heads_step_at_their_own_rates(tmp_path):

@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 from data.hub import UserError
 from data.weights import config_fields
 from model import Config, RMSNorm, Transformer
-from tests.toys import FIXTURES, assert_close, toy_config, toy_model
-
-FLOAT32 = ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "llama-tied"]
+from tests.toys import FIXTURES, GOLDEN, assert_close, toy_config, toy_model
 
 
 @pytest.fixture
@@ -54,7 +52,7 @@ def shard(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ parity
 
 
-@pytest.mark.parametrize("name", FLOAT32)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_logits_equal_transformers_golden_ones(name):
     """Any slip in the architecture shows here: norm, bias, RoPE, grouping, gating, tying. Every result rests on it."""
     golden = load_file(FIXTURES / name / "golden.safetensors")

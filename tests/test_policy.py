@@ -12,7 +12,19 @@ import sample
 from data.hub import UserError
 from exits import ExitHeads, Policy, adapters_off, base_pass, collate, exit_depths, score
 from sample import generate
-from tests.toys import FIXTURES, KINDS, PROMPTS, L, assert_close, reference, responses, set_heads, toy_model, toy_policy
+from tests.toys import (
+    FIXTURES,
+    GOLDEN,
+    KINDS,
+    PROMPTS,
+    L,
+    assert_close,
+    reference,
+    responses,
+    set_heads,
+    toy_model,
+    toy_policy,
+)
 
 # -------------------------------------------------------------------------------------------- exits and heads
 
@@ -83,7 +95,7 @@ def test_parallel_pass_equals_the_reference_at_mixed_depths(kind, tied, head_wid
         assert_close(out.exit_logits[0, :, e], slow.exit_logit(streams[depth], e))
 
 
-@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "llama-tied"])
+@pytest.mark.parametrize("name", GOLDEN)
 def test_frozen_logits_equal_transformers_golden_ones(name):
     """Once without the reference: the golden logits are transformers' own, with hooks that freeze tokens."""
     golden = load_file(FIXTURES / name / "golden.safetensors")

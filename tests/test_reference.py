@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.reference import Reference
+from tests.toys import FIXTURES, GOLDEN
 
-FIXTURES = Path(__file__).parent / "fixtures"
 
-
-@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "llama-tied"])
+@pytest.mark.parametrize("name", GOLDEN)
 def test_logits_equal_transformers_golden_ones_at_full_depth_and_frozen(name):
     """Whatever the referee gets wrong, every other test would take for right. The golden frozen logits are those of
     transformers' own network, with hooks that put back the streams of tokens that have stopped."""

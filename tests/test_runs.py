@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -242,9 +243,34 @@ def test_a_moved_model_is_named_by_a_flag_and_another_one_is_refused(home):
     run("distill.py", "--resume", "one", "--model", "there", "--steps", 3, cwd=home)
     assert config(home / "one")["model"] == str(home / "there")
     toy_checkpoint(home / "other", seed=1)
-    for command in (("distill.py", "--resume", "one", "--steps", 4), ("rloo.py", *RL, "--init", "one"),
-                    ("evaluate.py", "one")):
+    refused("distill.py", "--resume", "one", "--steps", 4, "--model", "other", home=home, naming="responses for model")
+    for command in (("rloo.py", *RL, "--init", "one"), ("evaluate.py", "one")):
         refused(*command, "--model", "other", home=home, naming="another base model")
+
+
+def test_a_moved_task_goes_on(home):
+    """Else base responses that took hours are refused for where their questions lie."""
+    (home / "sums.jsonl").write_text("".join(f'{{"question": "{a} + 1?", "answer": {a + 1}}}\n' for a in range(40)))
+    run("distill.py", "--model", "toy", *SMALL, "--task", "sums.jsonl", "--out", "r", cwd=home)
+    (home / "there").mkdir()
+    (home / "sums.jsonl").rename(home / "there" / "sums.jsonl")
+    run("distill.py", "--resume", "r", "--task", "there/sums.jsonl", "--steps", 3, cwd=home)
+    assert config(home / "r")["task"] == str(home / "there" / "sums.jsonl")
+
+
+def test_a_run_whose_prompts_have_changed_stays_complete(home):
+    """Else another chat template costs the held-out figures, and stage 2 no longer finds the run."""
+    path = home / "one" / "teacher.jsonl"
+    path.write_text(re.sub(r'"prompt_ids": \[\d+', '"prompt_ids": [7', path.read_text(), count=1))
+    refused("distill.py", "--resume", "one", "--steps", 3, home=home, naming="responses to other prompts")
+    assert (home / "one" / "complete.json").exists() and config(home / "one")["steps"] == 2
+
+
+def test_stage_2_starts_from_stage_1_alone(home):
+    """Else a second stage 2 passes for the first one's, with its base's KL paid twice."""
+    refused("rloo.py", *RL, "--init", "two", home=home, naming="two is a run of rloo.py, not of distill.py; to go on "
+            "with it: python rloo.py --resume two")
+    refused("rloo.py", *RL, "--init", "one/step-000002", home=home, naming="give one, whose newest checkpoint is taken")
 
 
 def test_a_copied_run_is_a_run(home):
@@ -359,6 +385,7 @@ def test_the_next_command_is_one_that_works(home):
     """Else it names a run that the command won't take: the newest one, or one that --out put elsewhere."""
     flags = {"rloo.py": RL, "evaluate.py": ("--n", 2, "--out", "eval")}
     done = run("distill.py", "--model", "toy", *SMALL, "--out", "a sweep/r", cwd=home)
+    assert "the base solves 0.0% of 6 training problems: stage 2 learns from" in done.stdout
     for script in ("rloo.py", "evaluate.py"):
         (command,) = [line.removeprefix("next: python ") for line in done.stdout.splitlines() if "next: " in line]
         done = run(*shlex.split(command), *flags[script], cwd=home)
@@ -379,7 +406,7 @@ def test_responses_of_another_run_are_taken_as_far_as_asked_for(home):
 
 def test_a_run_keeps_the_responses_that_it_took(home):
     """Else it can't go on once the other run is gone."""
-    run("distill.py", "--model", "toy", *SMALL, "--teacher", "one/teacher.jsonl", "--out", "r", cwd=home)
+    run("distill.py", "--model", "toy", *SMALL, "--teacher", "one", "--out", "r", cwd=home)
     shutil.rmtree(home / "one")
     run("distill.py", "--resume", "r", "--steps", 3, cwd=home)
 
@@ -432,6 +459,8 @@ def test_an_evaluation_never_writes_into_a_run(home):
     """Else it overwrites the run's completions."""
     before = (home / "two" / "completions.jsonl").read_bytes()
     refused("evaluate.py", "two", "--n", 2, "--out", "two", home=home, naming="--out two is a run")
+    refused("evaluate.py", "two", "--n", 2, "--max-new-tokens", 99_999, home=home, naming="leave room for")
+    assert not list((home / "runs").glob("evaluate*"))
     assert (home / "two" / "completions.jsonl").read_bytes() == before
 
 

@@ -79,6 +79,12 @@ def test_cached_sampling_equals_teacher_forced_scoring(kind, tied, used, bias, t
     r = min(drawn, key=lambda r: (len(set(r.depths)) == 1, len(r) < 3, len(r.prompt_ids) + len(r)))
     slow = reference(policy).score(r.prompt_ids, r.token_ids, r.depths, temperature=temperature, delta=delta)
     assert_close([r.logp_exit, r.logp_token], slow[:2])
+    batch = collate([r], L)
+    with torch.no_grad():
+        out = policy(batch.ids, batch.depths)
+        kl = joint_logp(policy, out.h[batch.predicting], out.exit_logits[batch.predicting], torch.tensor(r.depths),
+                        base_h=base_pass(policy, batch)[0], temperature=temperature, delta=delta)[2]
+    assert_close(kl, slow[2])
 
 
 WAYS = [dict(rows=1), dict(rows=5), {}, dict(LONG=0), dict(graphs=True), dict(graphs=True, rows=7)]
@@ -324,7 +330,7 @@ def test_the_cache_ends_with_the_call_that_made_it(graphs, monkeypatch):
         gc.enable()
 
 
-@pytest.mark.parametrize("free, wanted", [(0, 1), (10**6, None), (10**15, 256)])
+@pytest.mark.parametrize("free, wanted", [(0, 1), (2**20, None), (2**50, 256)])
 def test_rows_follow_free_memory(free, wanted, monkeypatch):
     """A fixed number either runs out of memory or leaves most of it idle."""
     config, like = toy_model().config, torch.zeros(1)
@@ -332,8 +338,16 @@ def test_rows_follow_free_memory(free, wanted, monkeypatch):
     assert size == 30 * (2 * L * config.num_key_value_heads * config.head_dim + config.hidden_size) * 4
     cache = Cache(config, 5, 30, 3, like)
     assert sum(t.numel() * t.element_size() for t in (cache.k, cache.v, cache.streams)) == 5 * size
-    monkeypatch.setattr(fast.cache.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_AVPHYS_PAGES": free}[name])
+    monkeypatch.setattr(fast.cache.Path, "read_text", lambda path: f"MemFree: 7 kB\nMemAvailable:  {free // 1024} kB\n")
     assert fitting_rows(config, 30, like) == (wanted or free // 2 // size)
+
+
+def test_weights_that_overflow_are_told():
+    """Else the last token of the vocabulary is drawn again and again, and graded."""
+    policy = toy_policy()
+    policy.model.model.norm.weight[3] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        generate(policy, PROMPTS, max_new_tokens=3, eos_ids=[])
 
 
 # ------------------------------------------------------------------------------------------- what may be asked for

@@ -81,6 +81,9 @@ def test_a_sweep_is_read_between_its_settings():
         rows = [{"depths": [depth] * length, "correct": x} for length, x in zip((3, 5), right, strict=True)]
         return common.Answers(rows, [2, 8], None)
 
+    longer = swept(8, (0, 0))._replace(rows=[{"depths": [8] * 24, "correct": 0}] * 2)
+    half = swept(4, (1, 1))  # 8 tokens at half depth ten times to 48 at full depth once: (40 + 48) / (80 + 48)
+    assert baselines.at_compute([half, longer], 44 / 64) == pytest.approx([10 / 11, 10 / 11])
     sweep = [swept(6, (1, 1)), swept(2, (0, 1)), swept(8, (1, 1))]
     assert baselines.at_compute(sweep, 0.625) == [0.75, 1.0]
     assert baselines.at_compute(sweep, 0.2) is None
@@ -137,6 +140,8 @@ def test_answers_are_sampled_once_and_anew_for_other_weights(home, monkeypatch):
     common.answers(args, home / "one")
     assert len(made) == 4 and not common.judgement(first.path).exists()
     assert common.about_the_same(args, home / "one")
+    with pytest.raises(UserError, match="one has kl_factor 1.0, and this study 4: choose another --runs"):
+        common.about_the_same(args, home / "one", kl_factor=4)
     args.task = "stories"
     with pytest.raises(UserError, match="another --runs"):
         common.about_the_same(args, home / "one")
@@ -169,6 +174,10 @@ def test_what_a_run_is_named_for_outweighs_the_users_flags(tmp_path, monkeypatch
 
     assert [last(called[0], "--kl-factor"), last(called[0], "--steps")] == ["16", "7"]
     assert [last(called[1], flag) for flag in ("--lam", "--seed", "--steps")] == ["0.3", "1", "7"]
+    args.model = "another"
+    common.stage_one(args)
+    common.stage_one(args, "-stories")  # of the other task: at the same factor, or both are compared at two
+    assert [last(options, "--kl-factor") for options in called[2:]] == ["1", "1"]
 
 
 @pytest.mark.parametrize("command", [baselines, crossdomain, fig2, fronts, table1, tokens])
@@ -183,13 +192,13 @@ def test_where_nothing_has_been_trained_nothing_is_written(command, tmp_path, mo
 def test_a_figure_mixes_no_problems(tmp_path, capsys):
     """Simpler exits over 100 problems beside a base over 200: a distance that nobody measured."""
     (tmp_path / "data").mkdir()
-    ours = {"model": "m", "task": "t", "n": 200, "temperature": 1.0}
+    ours = {"model": "m", "task": "t", "problems": "those", "temperature": 1.0}
     (tmp_path / "data" / "baselines.json").write_text(json.dumps({**ours, "points": [1, 2]}))
-    args = argparse.Namespace(out=tmp_path)
+    args = argparse.Namespace(out=None, runs=tmp_path)
     assert fronts.made(args, ours, "baselines", "points") == [1, 2] and fronts.made(args, ours, "table1", "rows") == []
     assert not capsys.readouterr().err
-    assert fronts.made(args, {**ours, "n": 100}, "baselines", "points") == []
-    assert "other problems: left out" in capsys.readouterr().err
+    assert fronts.made(args, {**ours, "problems": "others"}, "baselines", "points") == []
+    assert "or another temperature: left out" in capsys.readouterr().err
 
 
 def test_a_study_of_another_model_does_not_overwrite_what_is_there(tmp_path, monkeypatch):
@@ -251,6 +260,8 @@ def test_new_heads_are_fitted_to_what_the_old_ones_read(home, monkeypatch):
     assert [row["width"] for row in data["rows"]] == [None, 0, 5]
     assert fitted[0]["exit_cross_entropy"] != fitted[1]["exit_cross_entropy"]
     assert len({row["average_compute"] for row in data["rows"]}) == 3
+    assert fitted[1]["gained"] == pytest.approx(fitted[1]["accuracy"] - fitted[0]["accuracy"])
+    assert "gained" not in trained and data["run"] == "one"
     text = "\n".join(write.heads(data))
     assert "| 256 hidden units, as trained |" in text and "| linear, fitted |" in text
 
@@ -319,17 +330,24 @@ def test_the_verdict_follows_the_interval(change, half, wanted):
 def test_the_monitors_table_reads_the_regime_that_is_the_models_own():
     """Base and exits side by side: full depth for one, learned for the other, and the claim that monitor.py makes."""
     def rows(own, value, **more):
-        keys = [key for _, key, _ in write.EVALS if key != "E1 chain random"]
+        keys = [key for _, key, _ in write.EVALS if key[:7] not in ("E1 gain", "E4 lost") and key != "E1 chain random"]
         return {f"{key} {own}>{own}" if key == "E2 aoc" else f"{key} {own}": {"value": value, **more} for key in keys}
 
     learned = rows("learned", 0.25, difference=-0.5, d_low=-0.625, d_high=-0.25)
-    text = "\n".join(write.monitor({"about": {"n": 9}, "results": {
-        "base": rows("full", 0.75), "runs/study/s1": learned | rows("full", 0.9)}}))
-    assert "`python monitor.py base runs/study/s1 --n 9`" in text
+    learned |= {"E1 gain, learned over full": {"value": 0.1, "low": -0.1, "high": 0.3}, "E4 lost 4": {"value": 7.0},
+                "E1 chain, learned over random": {"value": 0.5, "low": 0.3, "high": 0.7}, "E4 lost 12": {"value": 8.0}}
+    data = {"command": "python monitor.py base runs/s1", "about": {"model": "m"}, "results": {
+        "base": rows("full", 0.75), "runs/study/s1": learned | rows("full", 0.9)}}
+    text = "\n".join(write.monitor(data))
+    assert "`python monitor.py base runs/s1`: m, arithmetic" in text
     assert "| E1 accuracy with the chain | 75.0% | 25.0%, −50.0 (−62.5 to −25.0) |" in text
     assert "| E2 area over the early-answering curve | 0.75 | 0.25, −0.50 (−0.62 to −0.25) |" in text
     assert "| E1 with the chain, exits at random |  |  |" in text
     assert "s1: E1: with the chain 25.0%, base 75.0%" in text and "not shown that the uplift grew" in text
+    assert "that it is above that at full depth" in text and "beat random" not in text
+    assert "at full depth |  | 10.0% |" in text and "first exit (not validated) |  | 7.00 |" in text
+    data["results"]["runs/other/s1"] = learned | rows("full", 0.9)  # two of one name: neither is dropped
+    assert "|  | base | runs/study/s1 | runs/other/s1 |" in "\n".join(write.monitor(data))
 
 
 def test_figures_are_small(tmp_path):

@@ -317,8 +317,12 @@ def test_the_readmes_own_tasks_run(home, name):
     assert name in done.stdout
     rows, (metrics,) = lines(home / "b" / "completions.jsonl"), lines(home / "b" / "metrics.jsonl")
     if name == "sums.py":
-        wanted = [row["finished"] * (row["correct"] - 0.001 * len(row["text"])) for row in rows]
-        assert [row["reward_task"] for row in rows] == pytest.approx(wanted, abs=1e-12) and any(wanted)
+        assert not any(row["reward_task"] for row in rows)  # the toy answers nothing
+        problem = load(str(home / name), "train", n=1)[0]
+        best, wrong = (f"<think>7</think> \\boxed{{{gold}}}" for gold in (problem.gold, f"1{problem.gold}"))
+        for said, right in ((best, True), (wrong, False), (f"{best}</think> It's 7.", False)):
+            assert problem.grade(said, True).strict == right
+            assert problem.reward(said, True, problem.grade(said, True)) == right * (1 - len(said) / 20_000)
     assert metrics["reward_task"] == pytest.approx(sum(row["reward_task"] for row in rows) / len(rows))
     assert metrics["reward"] == pytest.approx(sum(metrics[f"reward_{part}"] for part in ("task", "depth", "kl")))
 
@@ -347,6 +351,7 @@ def test_a_line_of_ones_own_becomes_a_problem(tmp_path):
     ({"question": "a", "answer": "b", "choices": [["b"]]}, "'choices' must be a list"),
     ({"question": "a", "answer": "b", "choices": ["c"]}, "the answer 'b' must be one of 'choices'"),
     ({"question": "a", "answer": "b", "instruction": 3}, "'instruction' must be text"),
+    ({"question": "a", "answer": "3 plus 3 is 6.\n#### 6"}, "no response can match the answer '3 plus 3"),
 ])
 def test_a_line_that_makes_no_problem_is_named(tmp_path, row, named):
     """Else it ends in a traceback, or in answers that no grader finds right."""
@@ -357,11 +362,12 @@ def test_a_line_that_makes_no_problem_is_named(tmp_path, row, named):
 
 @pytest.mark.parametrize("code, named", [
     ("def problems(split, n, seed)\n    return []", r"SyntaxError: .*"), ("import nothing_of_that_name", "nothing_of"),
-    ("x = 1", "has no attribute 'problems'"), ("def problems(split):\n    return []", "TypeError"),
+    ("x = 1", r"it defines no problems\(split, n, seed\)"), ("def problems(split):\n    return []", "TypeError"),
     ("def problems(split, n, seed):\n    return []", "gives none"),
     ("def problems(split, n, seed):\n    return [1 / 0]", r"ZeroDivisionError: .*mine\.py:2\)"),
     ("def problems(split, n, seed):\n    return ['x']", "must give dicts"),
     ("def problems(split, n, seed):\n    return [{'question': 'x'}]", "problem 0: column 'answer' is missing"),
+    ("def problems(split, n, seed):\n    return [{'question': 'x', 'answer': 'a\\nb'}]", "problem 0: no response can"),
 ])
 def test_a_module_that_gives_no_problems_is_told_in_one_line(tmp_path, code, named):
     """Else the user looks for the fault in our code."""
@@ -377,7 +383,8 @@ def test_a_module_that_gives_no_problems_is_told_in_one_line(tmp_path, code, nam
 def test_a_judge_of_ones_own_decides_and_its_error_is_told(tmp_path, judge, named):
     """Else a grader or a reward of one's own is not asked, or fails inside a training step with a traceback of ours."""
     path = tmp_path / "mine.py"
-    code = ("def problems(split, n, seed):\n    return [{'question': 'q', 'answer': 'a'}]\n"
+    answer = "'a'" if judge == "reward" else "'no grader of ours\\n can find this'"
+    code = (f"def problems(split, n, seed):\n    return [{{'question': 'q', 'answer': {answer}}}]\n"
             "def %s(problem, response):\n    ")
     path.write_text(code % judge + "return {'good': 1, 'better': 2.5, 'inf': float('inf')}.get(response, 0)\n")
     (problem,) = load(str(path), "train", n=2)

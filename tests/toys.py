@@ -19,6 +19,7 @@ SIZES = dict(vocab_size=61, hidden_size=20, intermediate_size=28, num_hidden_lay
 KINDS = [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)]  # (model_type, tied)
 PROMPTS = [[5, 17, 42], [9], [3, 58, 21, 0, 7, 33, 11], [60, 2]]  # ragged; 0 is also the padding
 FIXTURES = Path(__file__).parent / "fixtures"
+GOLDEN = ["qwen2-tied", "qwen2-untied", "qwen3-tied", "qwen3-untied", "llama-tied"]  # in float32
 
 
 def toy_config(**changes) -> Config:
