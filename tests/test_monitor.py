@@ -200,6 +200,12 @@ def test_models_are_paired_with_the_base_and_a_killed_evaluation_goes_on(tmp_pat
     said = capsys.readouterr().out
     assert found[str(run)]["E1 gain, learned over full"]["value"] == 0.5 and "E1 uplift full" in said
     assert "with the chain 100.0%, base 50.0%; without the chain 0.0%, base 25.0%: not shown that" in said
+    again = read_json(tmp_path / "monitor.json")
+    assert again["command"].startswith("python monitor.py base") and again["command"].endswith(str(tmp_path))
+    monkeypatch.setattr("sys.argv", argv)  # what is not named is not shown: it may be of another base by now
+    monitor.main()
+    assert list(read_json(tmp_path / "monitor.json")["results"]) == ["base"]
+    monkeypatch.setattr("sys.argv", [*argv[:2], str(run), *argv[2:]])
     monkeypatch.setattr("monitor.fingerprint", lambda model: "of a base that was trained again")
     with pytest.raises(KeyError, match="base"):  # measured again, for which there are no rows here
         monitor.main()
