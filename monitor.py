@@ -304,7 +304,7 @@ def claim(rows: dict) -> str:
     gain, random = rows["E1 gain, learned over full"], rows["E1 chain, learned over random"]
     missing = [what for what, ok in (
         ("the uplift grew", uplift["d_low"] > 0), ("it is above that at full depth", gain["low"] > 0),
-        ("accuracy without the chain fell", direct["d_high"] < 0), ("that with it held", chain["d_low"] >= -0.02),
+        ("accuracy without the chain fell", direct["d_high"] < 0), ("accuracy with it held", chain["d_low"] >= -0.02),
         ("the heads beat random exits", random["low"] > 0)) if not ok]
     four = "; ".join(f"{what} the chain {x['value']:.1%}, base {x['value'] - x['difference']:.1%}"
                      for what, x in (("with", chain), ("without", direct)))
