@@ -389,8 +389,9 @@ class Run:
         return policy, adamw(policy, folder), field(state, "step", int, where, 0, 10**7)
 
     def apply_gradients(self, optimizer, lr: float, head_lr: float | None = None) -> dict:
-        """Clips the gradient to norm 1 and steps, adapters at rate `lr`, heads at `head_lr` (default: the same). One
-        that isn't finite is dropped; a few in a row end the run. Returns what is logged."""
+        """Clips the gradient to norm 1 (stage 2's stays far below, divided by c) and steps, adapters at rate `lr`, heads
+        at `head_lr` (default: the same). One that isn't finite is dropped; a few in a row end the run. Returns what is
+        logged."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
         parallel.add_gradients(params)
         norm = float(torch.nn.utils.clip_grad_norm_(params, 1.0))
