@@ -389,7 +389,7 @@ class Run:
         return policy, adamw(policy, folder), field(state, "step", int, where, 0, 10**7)
 
     def apply_gradients(self, optimizer, lr: float, head_lr: float | None = None) -> dict:
-        """Clips the gradient to norm 1 (stage 2's stays far below, divided by c) and steps, adapters at rate `lr`, heads
+        """Clips the gradient to norm 1 (stage 2's, divided by c, stays far below) and steps, adapters at `lr`, heads
         at `head_lr` (default: the same). One that isn't finite is dropped; a few in a row end the run. Returns what is
         logged."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
