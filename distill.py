@@ -157,9 +157,9 @@ def verdict(measured: dict, training_kl: float) -> str | None:
     """
     at_target, at_own = measured["token_kl"], measured["token_kl_at_own_exits"]
     learned, target = (measured[name]["exit_rate"] for name in ("learned", "target"))
+    longer = "raise --steps (--resume RUN --steps N goes on)"
     if abs(learned - target) > 0.1:
-        return (f"not converged: {learned:.0%} of the tokens exit, and {target:.0%} are to: raise --steps (--resume "
-                f"RUN --steps N goes on)")
+        return f"not converged: {learned:.0%} of the tokens exit, and {target:.0%} are to: {longer}"
     if measured["intact"] > 0.8:
         return None
     if at_own > 4 * at_target:
@@ -168,7 +168,7 @@ def verdict(measured: dict, training_kl: float) -> str | None:
     elif at_target > 1.5 * training_kl:
         cure = f"training responses are at {training_kl:.4f}, learned by heart: raise --responses"
     else:
-        cure = "raise --steps (--resume RUN --steps N goes on)"
+        cure = longer
     return (f"not converged: at {at_own:.4f} nats a token about {measured['intact']:.0%} of the base's responses, or "
             f"of stretches of {STRETCH} tokens, stay as they were; {cure}")
 
@@ -191,7 +191,8 @@ def read_responses(path, model, args) -> dict[str, list[Response]]:
         row = parse_object(line, where)
         if i == 1:
             for name in ours.keys() - {"model"}:
-                if Path(str(row.get(name))).name != Path(str(ours[name])).name:  # wherever a file lies by now
+                same = Path(str(row.get(name))).name == Path(str(ours[name])).name  # wherever a file lies by now
+                if name not in row or not same:
                     name = "model" if name == "base" else name
                     raise UserError(f"{path} holds responses for {name} {row.get(name)!r:.80}, but this run has "
                                     f"{ours[name]!r:.80}: start a new run, without --teacher")
@@ -216,8 +217,11 @@ def enough(kept: dict[str, list[Response]], wanted: dict[str, list], where) -> d
     return {split: kept[split][: len(asked)] for split, asked in wanted.items()}
 
 
-def to_these(kept: dict[str, list[Response]], asked: dict[str, list], path) -> dict[str, list[Response]]:
-    """The responses, if they are to the prompts asked."""
+def usable(path, model, asked: dict, args) -> dict[str, list[Response]]:
+    """What a teacher.jsonl holds: with --teacher as many responses as asked for, else those to these very prompts."""
+    kept = read_responses(path, model, args)
+    if args.teacher:
+        return enough(kept, asked, args.teacher)
     for split, prompts in asked.items():
         if [r.prompt_ids for r in kept[split]] != prompts[: len(kept[split])]:
             raise UserError(f"{path} holds responses to other prompts: the task's data or the chat template has "
@@ -231,10 +235,7 @@ def kept_responses(run, policy: Policy, asked: dict, args) -> dict[str, list[Res
     source = path if path.exists() or not args.teacher else Path(args.teacher)
     whole = "".join(read_text(source).rpartition("\n")[:2]) if source.exists() else ""
     write_text(path, whole or as_json(about(policy.model, args)))
-    kept = read_responses(path, policy.model, args)
-    if args.teacher:
-        return enough(kept, asked, args.teacher)
-    return to_these(kept, asked, path)
+    return usable(path, policy.model, asked, args)
 
 
 def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict, args) -> dict[str, list[Response]]:
@@ -342,12 +343,11 @@ def main() -> None:
     model, tokenizer = runs.load_model(args)
     exits = exit_depths(model.config.num_hidden_layers, args.exit_every)
     prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
-    if args.teacher and run is None:  # before the run has a folder
-        args.teacher = str(Path(args.teacher, "teacher.jsonl") if Path(args.teacher).is_dir() else args.teacher)
-        enough(read_responses(Path(args.teacher), model, args), prompts, args.teacher)
-    if run and (path := run.folder / "teacher.jsonl").exists():  # before it is open again
-        kept = read_responses(path, model, args)
-        args.teacher or to_these(kept, prompts, path)
+    if args.teacher and Path(args.teacher).is_dir():
+        args.teacher = str(Path(args.teacher, "teacher.jsonl"))
+    there = run.folder / "teacher.jsonl" if run else args.teacher and Path(args.teacher)
+    if there and (there.exists() or not run):  # before the run has a folder, or is open again
+        usable(there, model, prompts, args)
     run, policy, optimizer, start = runs.begin(run, "distill", args, model, problems["train"] + problems["test"],
                                               lambda: Policy(model, exits, args.rank, head_width=args.head_width))
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers} -> {run.folder}")

@@ -151,8 +151,8 @@ def chosen_runs(args) -> dict[str, Path]:
     columns = {}
     for folder, stage in zip(folders, stages, strict=True):
         alike = [other for other, its in zip(folders, stages, strict=True) if its == stage]
-        tail = folder.name if [f.name for f in alike].count(folder.name) == 1 else folder
-        columns[(stage if len(alike) == 1 else f"{stage} {tail}") + runs.unfinished(folder)] = folder
+        name = stage if len(alike) == 1 else f"{stage} {runs.short(folder, alike)}"
+        columns[name + runs.unfinished(folder)] = folder
     return columns
 
 

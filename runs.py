@@ -490,6 +490,11 @@ def find(run: str, beside: Path) -> Path:
     return next((f for f in (Path(run), beside.parent / Path(run).name) if f.is_dir()), Path(run))
 
 
+def short(run: Path, among: list[Path]) -> str:
+    """A run's name, or, where another one has it, too, its path."""
+    return run.name if [other.name for other in among].count(run.name) == 1 else str(run)
+
+
 def refuse_stage(config: dict, folder, stage: str) -> None:
     if config["stage"] != stage:
         raise UserError(f"{folder} is a run of {config['stage']}.py, not of {stage}.py; to go on with it: python "

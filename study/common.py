@@ -67,6 +67,7 @@ def arguments(doc: str, more=None):
     if more:
         more(p)
     args = p.parse_args()
+    args.out = args.out or args.runs
     if run := getattr(args, "run", None):  # a command about one run takes from it what it was about
         flags.inherit(args, runs.read_config(run), run / "config.json")
     given = {name: value for name in PASSED if (value := getattr(args, name)) is not None}
@@ -117,9 +118,9 @@ def call(command: list[str]) -> int:
 
 def about_the_same(args, folder: Path, **named) -> Path:
     """Refuses a run about another model or task than the study's, or one that is not what its name says."""
+    recorded = runs.read_config(folder)["args"]
     for name, wanted in {"model": args.model, "task": args.task, **named}.items():
-        here = runs.read_config(folder)["args"].get(name)
-        if here != wanted:
+        if (here := recorded.get(name)) != wanted:
             raise UserError(f"{folder} has {name} {here!r:.80}, and this study {wanted!r:.80}: choose another --runs")
     return folder
 
@@ -269,7 +270,7 @@ def judgement(path: Path) -> Path:
 
 def save(args, name: str, command: str, **data) -> dict:
     """Writes data/NAME.json and returns what it holds."""
-    path = Path(args.out or args.runs) / "data" / f"{name}.json"
+    path = Path(args.out) / "data" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"model": Path(args.model).name, "task": Path(args.task).name}
     before = read_json(path) if path.exists() else about
@@ -297,7 +298,7 @@ def figure(args, name: str, columns: int = 1, rows: int = 1, width: float = 7, h
     drawing, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
 
     def finish():
-        path = Path(args.out or args.runs) / "figures" / f"{name}.png"
+        path = Path(args.out) / "figures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         drawing.savefig(path, dpi=110)
         plt.close(drawing)

@@ -52,7 +52,7 @@ def main() -> None:
 
 def made(args, ours: dict, name: str, part: str) -> list[dict]:
     """What another of the study's commands has written of the same problems, if it has."""
-    path = Path(args.out or args.runs) / "data" / f"{name}.json"
+    path = Path(args.out) / "data" / f"{name}.json"
     found = read_json(path) if path.exists() else {}
     same = all(found.get(key) == ours[key] for key in ("model", "problems", "temperature"))
     if found and not same:

@@ -243,9 +243,8 @@ EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without 
 
 
 def monitor(data: dict) -> list[str]:
-    names = [Path(name).name for name in data["results"]]
-    found = {last if names.count(last) == 1 else name: rows
-             for last, (name, rows) in zip(names, data["results"].items(), strict=True)}
+    models = list(map(Path, data["results"]))
+    found = {runs.short(model, models): rows for model, rows in zip(models, data["results"].values(), strict=True)}
 
     def cell(rows: dict, key: str, scale: int) -> str:
         own = "learned" if "E1 chain learned" in rows else "full"

@@ -194,7 +194,7 @@ def test_a_figure_mixes_no_problems(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     ours = {"model": "m", "task": "t", "problems": "those", "temperature": 1.0}
     (tmp_path / "data" / "baselines.json").write_text(json.dumps({**ours, "points": [1, 2]}))
-    args = argparse.Namespace(out=None, runs=tmp_path)
+    args = argparse.Namespace(out=tmp_path)
     assert fronts.made(args, ours, "baselines", "points") == [1, 2] and fronts.made(args, ours, "table1", "rows") == []
     assert not capsys.readouterr().err
     assert fronts.made(args, {**ours, "problems": "others"}, "baselines", "points") == []
@@ -244,12 +244,11 @@ def test_new_heads_are_fitted_to_what_the_old_ones_read(home, monkeypatch):
     old ones'."""
     monkeypatch.chdir(home)
     monkeypatch.setattr(heads, "EPOCHS", 200)
-    monkeypatch.setattr(sys, "argv", ["heads", *(
-        "one --model toy --task arithmetic --runs runs --n 3 --max-new-tokens 12 --widths 0 5 --out docs".split())])
-    monkeypatch.setattr(sys, "argv", [*sys.argv[:1], "two", *sys.argv[2:]])
+    given = "--model toy --task arithmetic --runs runs --n 3 --max-new-tokens 12 --widths 0 5 --out docs".split()
+    monkeypatch.setattr(sys, "argv", ["heads", "two", *given])
     with pytest.raises(UserError, match="a run of rloo.py, not of distill.py"):
         heads.main()
-    monkeypatch.setattr(sys, "argv", [*sys.argv[:1], "one", *sys.argv[2:]])
+    monkeypatch.setattr(sys, "argv", ["heads", "one", *given])
     heads.main()
     data = json.loads((home / "docs" / "data" / "heads.json").read_text())
     trained, *fitted = data["rows"]
