@@ -225,6 +225,13 @@ def test_probes_find_what_is_there_and_nothing_else():
     assert 0.4 < float((probes.ridge_guess(x, noise, fit) == noise)[~fit].double().mean()) < 0.6
 
 
+def test_short_responses_have_no_later_tokens_to_probe(subject):
+    """Else one response of three tokens ends the evals of a model after an hour."""
+    said = [Response([1, 2, 3], list(range(5, 5 + n)), [8] * n, [], [], True) for n in (2, 9, 9, 3)]
+    gain = probes.future_gain(subject, said, probes.kept_streams(subject, said))["E5 future gain 5"]
+    assert np.isfinite(gain[1]) and np.isnan(gain[3])
+
+
 def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
     """An eval that shares the first words of another's name must not borrow its verdict."""
     verdicts = {"E2 aoc": "", "E3 fill gain, dots": "", "E7 g-mean2 mentions": "failed validation",
