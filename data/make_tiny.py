@@ -194,7 +194,7 @@ def evaluate(folder: Path, tokenizer: Tokenizer, n: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="training state; resumed if it exists")
-    parser.add_argument("--export", type=Path, default=Path("data/tiny"), help="folder of the checkpoint")
+    parser.add_argument("--export", type=Path, help="folder of the checkpoint (default: model/ in --out)")
     parser.add_argument("--steps", type=int, default=2560)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--story-share", type=float, default=0.55, help="share of stories, the longer texts")
@@ -203,12 +203,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     args = parser.parse_args()
+    export = args.export or args.out / "model"  # and not data/tiny, which would be gone at the first step
 
     # Model, optimizers, and where the last run stopped
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(args.export)
-    model = Transformer(Config(**config_fields(json.loads((args.export / "config.json").read_text()))))
+    tokenizer = make_tokenizer(export)
+    model = Transformer(Config(**config_fields(json.loads((export / "config.json").read_text()))))
     initialise(model)
     optimizers = make_optimizers(model)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -241,10 +242,10 @@ def main() -> None:
 
         if step % args.save_every == 0 or step >= args.steps:
             save_state(state, model, optimizers, step)
-            save_weights(args.export, model)
+            save_weights(export, model)
             row = {"step": step, "loss": sum(losses) / len(losses)}
             row |= {"tokens_per_s": tokens / (time.time() - clock)}
-            row |= evaluate(args.export, tokenizer, args.eval_problems)
+            row |= evaluate(export, tokenizer, args.eval_problems)
             with open(args.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             bar.write(json.dumps(row))

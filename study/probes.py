@@ -75,6 +75,9 @@ def future_gain(s: Subject, responses, h: list[torch.Tensor]) -> dict:
         fit = owner % 2 == 0
         known = torch.isin(labels, labels[fit])  # a token never met in training tells nothing about a probe
         states, nearby, labels, owner, fit = (x[known] for x in (states, nearby, labels, owner, fit))
+        if not len(labels):  # no response, or none of those that probes learn from, is long enough
+            values[f"E5 future gain {k}"] = [np.nan] * n
+            continue
         labels = labels.unique(return_inverse=True)[1]
         gain = softmax_probe(nearby, labels, fit) - softmax_probe(states, labels, fit)
         values[f"E5 future gain {k}"] = [float(gain[owner == i].mean()) if i % 2 else np.nan for i in range(n)]

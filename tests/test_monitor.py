@@ -228,8 +228,10 @@ def test_probes_find_what_is_there_and_nothing_else():
 def test_short_responses_have_no_later_tokens_to_probe(subject):
     """Else one response of three tokens ends the evals of a model after an hour."""
     said = [Response([1, 2, 3], list(range(5, 5 + n)), [8] * n, [], [], True) for n in (2, 9, 9, 3)]
-    gain = probes.future_gain(subject, said, probes.kept_streams(subject, said))["E5 future gain 5"]
-    assert np.isfinite(gain[1]) and np.isnan(gain[3])
+    some, none = (probes.future_gain(subject, them, probes.kept_streams(subject, them))["E5 future gain 5"]
+                  for them in (said, [said[0], said[3]]))
+    assert np.isfinite(some[1]) and np.isnan(some[3])
+    assert np.isnan(none).all()
 
 
 def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
