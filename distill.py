@@ -319,9 +319,9 @@ def main() -> None:
     p.add_argument("--responses-per-step", type=flags.whole(1), default=8, help="(default: 8)")
     p.add_argument("--draws", type=flags.whole(1), default=1, help="depth samples of each response, in a pass that "
                    "shares its prompt (default: 1)")
-    p.add_argument("--lr", type=flags.number(0, 10), help="the adapters' peak rate: 0.012 / (0.5 / hidden size, since "
+    p.add_argument("--lr", type=flags.number(0, 10), help="the adapters' peak rate: 0.012 / (1 / hidden size, since "
                    "a logit sums over the width)")
-    p.add_argument("--head-lr", type=flags.number(0, 10), help="the heads' peak rate, --lr / ten times --lr")
+    p.add_argument("--head-lr", type=flags.number(0, 10), help="the heads' peak rate, --lr / five times --lr")
     p.add_argument("--responses", type=flags.whole(1), help="base responses to train on, 3000 / 1600")
     p.add_argument("--held-out", type=flags.whole(1), default=64, help="test prompts for the final check (default: 64)")
     p.add_argument("--teacher", help="an earlier run, or its teacher.jsonl, whose base responses to take, not sampling "
@@ -342,6 +342,10 @@ def main() -> None:
         tasks.refuse_shared(problems)
     model, tokenizer = runs.load_model(args)
     exits = exit_depths(model.config.num_hidden_layers, args.exit_every)
+    # Recorded, so that a resumed run keeps them. On pretrained layers the adapters have little to change, the heads all
+    # to learn.
+    args.lr = 1 / model.config.hidden_size if args.lr is None else args.lr
+    args.head_lr = args.lr * (1 if args.model == "embedded" else 5) if args.head_lr is None else args.head_lr
     prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
     if args.teacher and Path(args.teacher).is_dir():
         args.teacher = str(Path(args.teacher, "teacher.jsonl"))
@@ -354,14 +358,11 @@ def main() -> None:
     data = base_responses(run, policy, tokenizer, problems, prompts, args)
     report_accuracy(problems["train"], prompts["train"], data["train"], tokenizer)
 
-    lr = 0.5 / model.config.hidden_size if args.lr is None else args.lr
-    # On pretrained layers the adapters have little to change, and the heads all to learn.
-    head_lr = lr * (1 if args.model == "embedded" else 10) if args.head_lr is None else args.head_lr
     for step in run.steps(start, policy, optimizer):
         chosen = [data["train"][i] for i in runs.pick(len(data["train"]), args.responses_per_step, step, args.seed)]
         metrics = {"step": step, **train_step(policy, chosen, step, args)}
         factor = runs.schedule(step, args.steps)
-        metrics |= run.apply_gradients(optimizer, lr * factor, head_lr * factor)
+        metrics |= run.apply_gradients(optimizer, args.lr * factor, args.head_lr * factor)
         run.log("metrics.jsonl", [metrics])
         rates = [metrics[name]["exit_rate"] for name in ("learned", "target")]
         run.bar.set_postfix_str(f"token KL {metrics['token_kl']:.3f}  exit CE {metrics['exit_cross_entropy']:.3f}  "

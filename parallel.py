@@ -43,7 +43,10 @@ def start() -> None:
         if local() < torch.cuda.device_count():
             torch.cuda.set_device(local())
         store, _, _ = next(rendezvous("env://"))
-        dist.init_process_group(store=store, rank=rank(), world_size=size(), timeout=PATIENCE)
+        gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        # Both by name: unasked, torch takes the accelerator's backend alone, which can't add what lies on the CPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank(), world_size=size(),
+                                timeout=PATIENCE)
         if rank():
             sys.stdout = open(os.devnull, "w")
 

@@ -161,12 +161,13 @@ def main() -> None:
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(problems, model, tokenizer, args)
+    args.lr = 0.1 / model.config.hidden_size if args.lr is None else args.lr  # recorded: a resumed run keeps it
     run, policy, optimizer, start = runs.begin(run, "rloo", args, model, problems, lambda: load_policy(model, init))
     print(f"stage 1: {init}{runs.unfinished(init)}")
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers}, lambda {args.lam}, beta "
           f"{args.beta}, {args.prompts_per_step} prompts x {args.samples} samples -> {run.folder}")
 
-    lr, warned = 0.1 / model.config.hidden_size if args.lr is None else args.lr, False
+    warned = False
     for step in run.steps(start, policy, optimizer):
         # Roll out: k samples of each problem with stochastic exits, at temperature 1, nothing cut off.
         times = [time.perf_counter()]
@@ -193,7 +194,7 @@ def main() -> None:
 
         # Update: one gradient step.
         accumulate_gradient(policy, responses, advantages, base, args.prompts_per_step * args.samples, args)
-        updated = run.apply_gradients(optimizer, lr * runs.schedule(step, args.steps))
+        updated = run.apply_gradients(optimizer, args.lr * runs.schedule(step, args.steps))
         times.append(time.perf_counter())
 
         seconds = [b - a for a, b in zip(times, times[1:], strict=False)]

@@ -136,6 +136,8 @@ def load_model(args) -> tuple[Transformer, Tokenizer]:
     where = EMBEDDED if args.model == "embedded" else args.model
     tokenizer = Tokenizer.from_pretrained(where, args.revision)
     device = "cpu" if args.shard else parallel.device(args.device)  # from where share_out takes it
+    if parallel.device(args.device).startswith("cuda:"):
+        torch.cuda.set_device(parallel.device(args.device))  # streams and graphs belong to the current one
     model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype), device)
     model.recompute, model.graphs = args.recompute, args.cuda_graphs
     if max(tokenizer.size, 1 + max(tokenizer.eos_ids)) > model.config.vocab_size:
@@ -272,6 +274,8 @@ class Run:
         if field(recorded, "problems", str, where, default=problems) != problems:
             raise UserError(f"{self.folder}: the problems of --task {self.args.task} are not those that it was started "
                             f"with: restore them, or start a new run")
+        for partial in self.folder.glob(".partial-*/"):  # a checkpoint that a kill cut short
+            shutil.rmtree(partial)
         # Before the new --steps: a kill between leaves it resumable.
         (self.folder / "complete.json").unlink(missing_ok=True)
         self.write_config(stage, problems)

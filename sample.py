@@ -22,6 +22,7 @@ from fast.chunks import in_chunks
 from fast.graphs import Graphs
 from fast.packing import Sequences, send
 
+PREFILL = 2**14  # prompt tokens in one pass: an MLP's inside, of all of them, would outgrow the cache
 NEVER = 2.0  # in place of a uniform number: no probability exceeds it, so it never stops
 
 
@@ -64,13 +65,17 @@ def prefill(policy: Policy, prompts: list[list[int]], cache: Cache, rows: torch.
     """Runs each prompt but for its last token at full depth, once for all the cache rows (P, G) that continue it. The
     last one predicts the first token of the response, so it may exit: the first step runs it."""
     length = torch.tensor([len(prompt) - 1 for prompt in prompts])
-    if length.max() > 0:
-        ids = torch.zeros(len(prompts), int(length.max()), dtype=torch.long)
-        for b, prompt in enumerate(prompts):
+    at_once = max(1, PREFILL // max(1, int(length.max())))
+    for i in range(0, len(prompts), at_once):
+        part, size = prompts[i : i + at_once], length[i : i + at_once, None]
+        if size.max() == 0:
+            continue
+        ids = torch.zeros(len(part), int(size.max()), dtype=torch.long)
+        for b, prompt in enumerate(part):
             ids[b, : len(prompt) - 1] = torch.tensor(prompt[:-1])
-        there = torch.arange(ids.shape[1]) < length[:, None]
-        place = Sequences(ids.shape, cache=cache, rows=send(rows, policy.device))
-        place.run(policy.model, policy.model.embed(send(ids, policy.device)), 0, range(policy.n_layers), there)
+        place = Sequences(ids.shape, cache=cache, rows=send(rows[i : i + at_once], policy.device))
+        place.run(policy.model, policy.model.embed(send(ids, policy.device)), 0, range(policy.n_layers),
+                  torch.arange(ids.shape[1]) < size)
     cache.admit(rows, length)
 
 

@@ -6,8 +6,8 @@ set -e
 cd "$(dirname "$0")/.."
 out=bench/results-gpu
 mkdir -p $out
-CUDA_VISIBLE_DEVICES= python -m pytest -q  # its tolerances are those of float32 on a CPU
-python -m pytest -q -k on_cuda
+CUDA_VISIBLE_DEVICES= python -m pytest -q
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} python -m pytest -q -k on_cuda
 python bench/dry_run.py --shape qwen3-4b
 python bench/dry_run.py --shape r1-distill-1.5b
 for way in "" "--cuda-graphs"; do

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import flags  # noqa: E402
 import runs  # noqa: E402
 from checkpoints import load_policy  # noqa: E402
+from data.grade import after_thinking  # noqa: E402
 from data.hub import UserError, write_text  # noqa: E402
 from exits import Policy, exit_depths  # noqa: E402
 from sample import generate  # noqa: E402
@@ -61,7 +62,7 @@ class Exits(LM):
                                  delta=self.args.delta, depths=self.depths, seed=(self.args.seed,), rows=self.args.rows)
             for i, r in zip(group, responses, strict=True):
                 text = self.tokenizer.decode(r.token_ids[:-1] if r.finished else r.token_ids)
-                text = text.rpartition("</think>")[2]
+                text = after_thinking(text, self.tokenizer.think_open(r.prompt_ids)) or ""
                 for stop in requests[i].args[1].get("until", ()):
                     text = text.partition(stop)[0] if stop else text
                 texts[i] = text

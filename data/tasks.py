@@ -17,6 +17,7 @@ import io
 import json
 import math
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 
 from data import arithmetic, stories
-from data.grade import Grade, grade, number
+from data.grade import Grade, grade, normalise, number
 from data.hub import UserError, is_text, resolve
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -130,7 +131,9 @@ def own_problem(row: dict, where: str, name: str) -> Problem:
         choices = tuple(str(choice).strip() for choice in choices)
         if gold not in choices:
             raise UserError(f"{where}: the answer {gold!r:.60} must be one of 'choices'")
-    kind = "number" if choices is None and number(gold) is not None else "choice"
+    # Of "5 May" or "5 pm" the number is only a part.
+    kind = "number" if choices is None and number(gold) is not None and not re.search(
+        r"[^\W\d_]{2}|\s[^\W\d_]", gold) else "choice"
     form = BOXED if kind == "number" else ANSWER.format(" or ".join(choices) if choices else "the answer alone")
     return Problem(name, question, gold, kind, choices,
                    instruction=_field(row, "instruction", where) if "instruction" in row else form)
@@ -142,6 +145,11 @@ def gradable(problem: Problem, where: str) -> Problem:
     if problem.own_grade is None and not problem.grade(best, True).strict:
         raise UserError(f"{where}: no response can match the answer {problem.gold!r:.60}: give the final answer alone, "
                         f"in one line, or a .py task with a grade(); --task gsm8k --data FILE reads GSM8K's format")
+    if problem.own_grade is None and problem.kind == "choice":
+        forms = [normalise(choice, "choice") for choice in problem.choices or (problem.gold,)]
+        if "" in forms or len(set(forms)) < len(set(problem.choices or forms)):
+            raise UserError(f"{where}: the grader ignores case, articles and punctuation, and so can't tell the answer "
+                            f"{problem.gold!r:.60} from others: rename the choices, or give a .py task with a grade()")
     return problem
 
 
@@ -156,8 +164,8 @@ def own_file(path: str, split: str) -> list[Problem]:
 def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
     """The problems of a Python file of the user's: its problems(split, n, seed) gives dicts or Problems, and its
     grade(problem, response) and reward(problem, response), where there, judge the text of a response."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where a dataclass looks itself up
     with own_errors(f"--task {path}"):
         spec.loader.exec_module(module)
         if not callable(getattr(module, "problems", None)):

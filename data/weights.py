@@ -78,7 +78,8 @@ def shard_paths(folder: Path) -> list[Path]:
             raise UserError(f"{index}: shard name {outside[0]!r} points outside the folder")
     absent = [name for name in names if not (folder / name).is_file()]
     if absent or not names:
-        raise UserError(f"{folder}: weight file(s) {', '.join(absent)} missing; download the checkpoint again")
+        raise UserError(f"{folder}: weight file(s) {', '.join(absent)} missing; download the checkpoint again, or take "
+                        f"one that has safetensors files")
     return [folder / name for name in names]
 
 
@@ -86,7 +87,8 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a safetensors file, from its header. Raises UserError for a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}
+            # Old Llama checkpoints also hold the rotary frequencies, which follow from the config.
+            parts = {name: file.get_slice(name) for name in file.keys() if not name.endswith("rotary_emb.inv_freq")}
             for name, part in parts.items():
                 if part.get_dtype() not in DTYPES:
                     raise UserError(f"{path}: {name} is of type {part.get_dtype()}: only {', '.join(DTYPES)} are read")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import distill
@@ -182,6 +183,27 @@ def test_processes_that_would_share_a_gpu_are_refused(device, naming, monkeypatc
         monkeypatch.setenv(name, "2")
     with pytest.raises(UserError, match=naming):
         flags.check_device(argparse.Namespace(device=device, shard=False, cuda_graphs=False))
+
+
+def test_what_lies_on_the_cpu_is_summed_beside_gpus_too(monkeypatch):
+    """Left to itself torch takes the accelerator's backend alone, and several GPUs end in an error at the first sum on
+    the host. Here gloo stands in for NCCL, in a group of one that takes itself for two."""
+    real, store = dist.init_process_group, dist.HashStore()
+    monkeypatch.setattr(dist, "init_process_group", lambda backend=None, **_: real(
+        backend and backend.replace("nccl", "gloo"), store=store, rank=0, world_size=1))
+    monkeypatch.setattr(parallel, "rendezvous", lambda url: iter([(store, 0, 1)]))
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))  # what torch asks
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(parallel, "store", None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    try:
+        parallel.start()
+        assert set(map(str, dist.group.WORLD._device_types)) == {"cpu", "cuda"}
+        parallel.add(value := torch.ones(3))
+        assert value.tolist() == [1, 1, 1]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_under_torchrun_a_bad_input_that_one_process_meets_ends_all_and_is_told_once(tmp_path):

@@ -202,6 +202,17 @@ def test_stray_folders_are_no_checkpoints(home):
     (home / "one" / "step-000009.tmp").mkdir()
     (home / "one" / ".partial-000009").mkdir()
     assert runs.checkpoint(home / "one").name == "step-000002"
+    run("distill.py", "--resume", "one", "--steps", 3, cwd=home)
+    assert not (home / "one" / ".partial-000009").exists()  # it would lie there for ever
+
+
+def test_the_rates_of_a_run_are_recorded(home):
+    """Else it goes on at what another version takes for the default."""
+    for name, rates in (("one", ("lr", "head_lr")), ("two", ("lr",))):
+        logged = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()][0]
+        for rate in rates:
+            assert config(home / name)[rate] * runs.schedule(0, config(home / name)["steps"]) == pytest.approx(
+                logged[rate])
 
 
 # copied and moved

@@ -197,6 +197,19 @@ def test_full_depth_responses_do_not_depend_on_where_exits_would_be():
 # --------------------------------------------------------------------------- whatever shares the batch or the cache
 
 
+def test_prompts_prefilled_in_several_passes_are_those_of_one(monkeypatch):
+    """Memory bounds a pass; a prompt's keys must not land in another's rows, nor one of a single token stop it."""
+    policy, prompts = toy_policy().double(), [[4], [6], *PROMPTS]
+    options = dict(samples=2, max_new_tokens=6, eos_ids=OFTEN, seed=(1, 9))
+    whole, passes, run = generate(policy, prompts, **options), [], Sequences.run
+    monkeypatch.setattr(Sequences, "run", lambda self, *args: passes.append(self.shape) or run(self, *args))
+    monkeypatch.setattr(sample, "PREFILL", 6)
+    again = generate(policy, prompts, **options)
+    assert len(passes) > 1 and max(B * T for B, T in passes) <= max(6, *map(len, prompts))
+    assert actions(again) == actions(whole)
+    assert_close(logps(again), logps(whole))
+
+
 def test_a_responses_sample_depends_neither_on_the_rows_nor_on_other_prompts():
     """Results would change with the memory of the machine. Rows leave the cache at different steps here."""
     policy, widths = toy_policy().double(), []
@@ -222,7 +235,7 @@ def test_samples_and_scores_on_cuda_are_the_cpus():
     """In float32, with graphs and without."""
     options = dict(samples=3, max_new_tokens=24, eos_ids=[7, 30], seed=(2, 7))
     wanted = generate(toy_policy(), PROMPTS, **options)
-    policy = Policy(toy_model().to("cuda"), (2, 4), rank=3)
+    policy = Policy(toy_model().to("cuda"), (2, 4), rank=3, head_width=toy_policy().heads.hidden)
     policy.load_state_dict(toy_policy().state_dict())
     for policy.model.graphs in (False, True):
         drawn = generate(policy, PROMPTS, **options)

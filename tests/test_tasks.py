@@ -344,6 +344,29 @@ def test_a_line_of_ones_own_becomes_a_problem(tmp_path):
     assert load(path, "train", n=3, seed=1) != load(path, "train", n=3, seed=2)
 
 
+@pytest.mark.parametrize("answer, kind, right, wrong", [
+    ("5 May", "choice", "ANSWER: 5 May", "\\boxed{5 June}"),
+    ("3 Idiots", "choice", "ANSWER: 3 idiots.", "\\boxed{3 Men}"),
+    ("1,000.50", "number", "\\boxed{1000.5}", "\\boxed{1000}"), ("$5", "number", "\\boxed{5}", "\\boxed{6}"),
+    ("1e3", "number", "\\boxed{1000}", "\\boxed{1}"), ("20%", "number", "\\boxed{20\\%}", "\\boxed{2}"),
+])
+def test_an_answer_with_words_is_more_than_its_number(tmp_path, answer, kind, right, wrong):
+    """Else 5 June is right where the answer is 5 May."""
+    path = jsonl(tmp_path / "mine.jsonl", [{"question": f"{i}?", "answer": answer} for i in range(20)])
+    problem = load(path, "train", n=1)[0]
+    assert problem.kind == kind
+    assert problem.grade(right, True).strict and not problem.grade(wrong, True).strict
+
+
+def test_a_task_of_ones_own_may_define_dataclasses(tmp_path):
+    """They look their module up by its name."""
+    (tmp_path / "mine.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                                      "@dataclass\nclass Case:\n    answer: str\n"
+                                      "def problems(split, n, seed):\n"
+                                      "    return [{'question': 'q', **vars(Case('a'))}]")
+    assert load(str(tmp_path / "mine.py"), "train", n=1)[0].gold == "a"
+
+
 @pytest.mark.parametrize("row, named", [
     ({"question": "a"}, "column 'answer' is missing"), ({"question": 1, "answer": "b"}, "'question' must be text"),
     ({"question": "a", "answer": None}, "'answer' must be text"), ({"question": "a", "answer": ["b"]}, "'answer' must"),
@@ -351,6 +374,9 @@ def test_a_line_of_ones_own_becomes_a_problem(tmp_path):
     ({"question": "a", "answer": "b", "choices": [["b"]]}, "'choices' must be a list"),
     ({"question": "a", "answer": "b", "choices": ["c"]}, "the answer 'b' must be one of 'choices'"),
     ({"question": "a", "answer": "b", "instruction": 3}, "'instruction' must be text"),
+    ({"question": "a", "answer": ".", "choices": [".", ","]}, "the grader ignores case, articles"),
+    ({"question": "a", "answer": "Polish", "choices": ["polish", "Polish"]}, "the grader ignores case, articles"),
+    ({"question": "a", "answer": "?!"[1:]}, "the grader ignores case, articles"),
     ({"question": "a", "answer": "3 plus 3 is 6.\n#### 6"}, "no response can match the answer '3 plus 3"),
 ])
 def test_a_line_that_makes_no_problem_is_named(tmp_path, row, named):
