@@ -117,9 +117,11 @@ def call(command: list[str]) -> int:
 
 
 def about_the_same(args, folder: Path, **named) -> Path:
-    """Refuses a run about another model or task than the study's, or one that is not what its name says."""
+    """Refuses a run about another model or task than the study's, or one that is not what its name says. What --stage1
+    and --stage2 would have set is not compared."""
     recorded = runs.read_config(folder)["args"]
-    for name, wanted in {"model": args.model, "task": args.task, **named}.items():
+    ours = {name: getattr(args, name) for name in ("model", "task", "thinking", "max_new_tokens")}
+    for name, wanted in {**ours, **named}.items():
         if (here := recorded.get(name)) != wanted:
             raise UserError(f"{folder} has {name} {here!r:.80}, and this study {wanted!r:.80}: choose another --runs")
     return folder

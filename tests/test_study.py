@@ -142,6 +142,9 @@ def test_answers_are_sampled_once_and_anew_for_other_weights(home, monkeypatch):
     assert common.about_the_same(args, home / "one")
     with pytest.raises(UserError, match="one has kl_factor 1.0, and this study 4: choose another --runs"):
         common.about_the_same(args, home / "one", kl_factor=4)
+    args.max_new_tokens += 1
+    with pytest.raises(UserError, match="max_new_tokens"):
+        common.about_the_same(args, home / "one")
     args.task = "stories"
     with pytest.raises(UserError, match="another --runs"):
         common.about_the_same(args, home / "one")
