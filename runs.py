@@ -135,10 +135,11 @@ def load_model(args) -> tuple[Transformer, Tokenizer]:
         torch.set_num_threads(1)
     where = EMBEDDED if args.model == "embedded" else args.model
     tokenizer = Tokenizer.from_pretrained(where, args.revision)
-    device = "cpu" if args.shard else parallel.device(args.device)  # from where share_out takes it
-    if parallel.device(args.device).startswith("cuda:"):
-        torch.cuda.set_device(parallel.device(args.device))  # streams and graphs belong to the current one
-    model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype), device)
+    device = parallel.device(args.device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # streams and graphs belong to the current one
+    model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype),
+                                        "cpu" if args.shard else device)  # from where share_out takes it
     model.recompute, model.graphs = args.recompute, args.cuda_graphs
     if max(tokenizer.size, 1 + max(tokenizer.eos_ids)) > model.config.vocab_size:
         raise UserError(f"{args.model}: its tokenizer has {tokenizer.size} ids and ends responses by "

@@ -141,11 +141,13 @@ def own_problem(row: dict, where: str, name: str) -> Problem:
 
 def gradable(problem: Problem, where: str) -> Problem:
     """Refuses a problem to which the built-in grader would call no response right: training would go on for nothing."""
+    if problem.own_grade:
+        return problem
     best = f"\\boxed{{{problem.gold}}}" if problem.kind == "number" else f"ANSWER: {problem.gold}"
-    if problem.own_grade is None and not problem.grade(best, True).strict:
+    if not problem.grade(best, True).strict:
         raise UserError(f"{where}: no response can match the answer {problem.gold!r:.60}: give the final answer alone, "
                         f"in one line, or a .py task with a grade(); --task gsm8k --data FILE reads GSM8K's format")
-    if problem.own_grade is None and problem.kind == "choice":
+    if problem.kind == "choice":
         forms = [normalise(choice, "choice") for choice in problem.choices or (problem.gold,)]
         if "" in forms or len(set(forms)) < len(set(problem.choices or forms)):
             raise UserError(f"{where}: the grader ignores case, articles and punctuation, and so can't tell the answer "

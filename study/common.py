@@ -2,9 +2,8 @@
 
 Under --runs lie the runs, as distill.py and rloo.py write them, and answers/, what each said to the held-out problems:
 
-    kl-F           stage 1 at KL factor F, from one set of base responses
-    s1             the stage-1 run that stage 2 starts from: exits after every layer, trained longer (on other models
-                   than the embedded one it is kl-1)
+    s1             the stage-1 run that stage 2 starts from, at KL factor 16 (on other models than the embedded one 1)
+    kl-F           stage 1 at KL factor F, from s1's base responses
     rl-LAM-SEED    stage 2 from it;  closed-SEED: stage 2 without exits, from the base (study.baselines)
     rl-LAM-gated   stage 2 that charges depth for right answers only (study.fronts)
     …-TASK         the same on another task (study.crossdomain)
@@ -43,9 +42,8 @@ from study.coherence import COLUMNS, score
 
 ROOT = Path(__file__).parent.parent
 # The record on the embedded model; other models take the scripts' own defaults.
-RECORD_1 = "--kl-factor 16 --exit-every 1 --rank 16 --steps 3000 --responses 24000 --lr 0.01 --held-out 200"
+RECORD_1 = "--exit-every 1 --rank 16 --steps 3000 --responses 24000 --lr 0.01 --held-out 200"
 RECORD_2 = "--steps 150 --lr 0.0015 --save-every 30"
-FACTORS = ((16, 64, 4, 2, 1, 0.5, 0.25), (1, 4, 16, 2, 0.5, 0.25))  # the first run's base responses serve the others
 PASSED = ("model", "revision", "task", "data", "thinking", "max_new_tokens", "rows", "micro_batch", "recompute",
           "cuda_graphs", "device", "dtype")  # flags that go to the trainings
 
@@ -127,21 +125,24 @@ def about_the_same(args, folder: Path, **named) -> Path:
     return folder
 
 
+def stage_one(args, suffix: str = "") -> Path | None:
+    """s1, the run that stage 2 starts from."""
+    return calibrated(args, f"s1{suffix}", 16 if args.model == "embedded" else 1)
+
+
 def kl_run(args, factor: float) -> Path | None:
-    first = FACTORS[args.model != "embedded"][0]
-    options = [] if factor == first else ["--teacher", (kl_run(args, first) or Path()) / "teacher.jsonl"]
-    folder = trained(args, f"kl-{factor:g}", "distill.py", *shlex.split(args.stage1), "--kl-factor", f"{factor:g}",
+    """Stage 1 at a KL factor, s1 where it is s1's."""
+    s1 = stage_one(args)
+    if s1 is None or runs.read_config(s1)["args"]["kl_factor"] == factor:
+        return s1
+    return calibrated(args, f"kl-{factor:g}", factor, "--teacher", s1 / "teacher.jsonl")
+
+
+def calibrated(args, name: str, factor: float, *options) -> Path | None:
+    record = RECORD_1.split() if args.model == "embedded" else ()
+    folder = trained(args, name, "distill.py", *record, *shlex.split(args.stage1), "--kl-factor", f"{factor:g}",
                      *options)  # last, since of a flag given twice the last one counts
     return folder and about_the_same(args, folder, kl_factor=factor)
-
-
-def stage_one(args, suffix: str = "") -> Path | None:
-    """The run that stage 2 starts from."""
-    if args.model != "embedded" and not suffix:
-        return kl_run(args, 1)
-    record, last = (RECORD_1.split(), ()) if args.model == "embedded" else ((), ("--kl-factor", 1))
-    folder = trained(args, f"s1{suffix}", "distill.py", *record, *shlex.split(args.stage1), *last)
-    return folder and about_the_same(args, folder)
 
 
 def stage_two(args, name: str, lam: float, seed: int, init: Path | None, *options) -> Path | None:

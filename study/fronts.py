@@ -42,7 +42,7 @@ def main() -> None:
                 for m in (parse_object(text, run) for text in read_text(run / "metrics.jsonl").splitlines())]
     data = common.save(args, "fronts", "fronts", base=point(args, common.base_answers(args)), front=front,
                        training=training)
-    factors = [row for row in made(args, data, "table1", "rows") if row["name"] not in (BASE, "s1")]
+    factors = [row for row in made(args, data, "table1", "rows") if row["name"] != BASE]
     draw_fronts(args, data, factors, made(args, data, "baselines", "points"))
     if front["lambda"]:
         draw_verbosity(args, data)

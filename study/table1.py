@@ -21,10 +21,8 @@ def total_variation(p: list[float], q: list[float]) -> float:
 
 def main() -> None:
     args = common.arguments(__doc__)
-    factors = sorted(common.FACTORS[args.model != "embedded"])
+    factors = (0.25, 0.5, 1, 2, 4, 16, 64)[:7 if args.model == "embedded" else 6]
     found = {f"{factor:g}": run for factor in factors if (run := common.kl_run(args, factor))}
-    if args.model == "embedded" and (s1 := common.stage_one(args)):
-        found["s1"] = s1
     if not found:
         return
     base = base_answers(args)
@@ -52,7 +50,7 @@ def draw(args, distributions: list[dict]) -> None:
         for shift, which, color in ((-0.2, "target", "0.65"), (0.2, "learned", "C0")):
             ax.bar([x + shift for x in at], [100 * share for share in d[which]], 0.4, color=color, label=which)
         ax.set_xticks(at, d["depths"])
-        ax.set_title(f"κ = {d['name']}" if d["name"] != "s1" else "s1 (κ = 16)", fontsize=9)
+        ax.set_title(f"κ = {d['name']}", fontsize=9)
     axes[0].legend()
     for ax in axes[len(distributions):]:
         ax.axis("off")

@@ -54,15 +54,13 @@ def about(data: dict, also: str = "") -> str:
 
 
 def table1(data: dict) -> list[str]:
-    names = {"s1": "16, s1", "base": "base"}
-    rows = [[names.get(r["name"], r["name"]), f"{r['coherence']:.3f}", f"{r['perplexity']:.3f}",
+    rows = [[r["name"], f"{r['coherence']:.3f}", f"{r['perplexity']:.3f}",
              percent(r["exit_rate"]), percent(r["layer_savings"]), accuracy(r),
              *(("", "") if r["token_kl"] is None else (change(r), f"{r['token_kl']:.4f}")),
              f"{r['paper'][0]}, {r['paper'][1]:.0%}, {r['paper'][2]:.1%}" if r["paper"] else ""] for r in data["rows"]]
     return ["### Table 1: the KL factor", "", about(data, "; one seed of stage 1 each"),
-            ("s1 has an exit after every layer and was trained longer. " if any(r["name"] == "s1" for r in data["rows"])
-             else "") + "Coherence is study/coherence.py's, from 0 to 1, and not the paper's judge's of 10: compare it "
-            "down the column.",
+            "Coherence is study/coherence.py's, from 0 to 1, and not the paper's judge's of 10: compare it down the "
+            "column.",
             *table(["KL factor", "coherence", "perplexity to the base", "exit rate", "layer savings",
                     "accuracy (95% interval)", "change from the base, points", "held-out token KL, nats",
                     "paper: coherence, exit rate, savings"], rows)]

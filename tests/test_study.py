@@ -164,23 +164,28 @@ def test_another_base_at_the_same_place_is_sampled_anew(home, monkeypatch):
 
 
 def test_what_a_run_is_named_for_outweighs_the_users_flags(tmp_path, monkeypatch):
-    """Else --stage1 "--kl-factor 16" would train every row of Table 1 at 16."""
+    """Else --stage1 "--kl-factor 3" would train every row of Table 1 at 3. All rows learn from s1's base responses."""
     args = settled(monkeypatch, "--runs", tmp_path, "--n", 2, "--stage1", "--kl-factor 3 --steps 7",
                    "--stage2", "--lam 9 --seed 9 --steps 7")
     called = []
-    monkeypatch.setattr(common, "trained", lambda args, name, script, *options: called.append(list(map(str, options))))
-    common.kl_run(args, 16)
+    monkeypatch.setattr(common, "trained", lambda args, name, script, *options: called.append(list(map(str, options)))
+                        or tmp_path / name)
+    monkeypatch.setattr(common, "about_the_same", lambda args, folder, **named: folder)
+    monkeypatch.setattr(common.runs, "read_config", lambda folder: {"args": {"kl_factor": 16}})
+    assert common.kl_run(args, 16) == tmp_path / "s1" and common.kl_run(args, 4) == tmp_path / "kl-4"
+    _, *called = called
     common.stage_two(args, "rl-0.3-1", 0.3, 1, tmp_path)
 
     def last(options, flag):
         return options[max(i for i, text in enumerate(options) if text == flag) + 1]
 
-    assert [last(called[0], "--kl-factor"), last(called[0], "--steps")] == ["16", "7"]
-    assert [last(called[1], flag) for flag in ("--lam", "--seed", "--steps")] == ["0.3", "1", "7"]
+    assert [last(options, "--kl-factor") for options in called[:2]] == ["16", "4"] and last(called[1], "--steps") == "7"
+    assert last(called[1], "--teacher") == str(tmp_path / "s1" / "teacher.jsonl")
+    assert [last(called[2], flag) for flag in ("--lam", "--seed", "--steps")] == ["0.3", "1", "7"]
     args.model = "another"
     common.stage_one(args)
     common.stage_one(args, "-stories")  # of the other task: at the same factor, or both are compared at two
-    assert [last(options, "--kl-factor") for options in called[2:]] == ["1", "1"]
+    assert [last(options, "--kl-factor") for options in called[3:]] == ["1", "1"]
 
 
 @pytest.mark.parametrize("command", [baselines, crossdomain, fig2, fronts, table1, tokens])
@@ -359,5 +364,5 @@ def test_figures_are_small(tmp_path):
     pytest.importorskip("matplotlib")
     args = argparse.Namespace(out=tmp_path)
     table1.draw(args, [{"name": name, "depths": [1, 2, 3], "target": [0.2, 0.3, 0.5], "learned": [0.3, 0.3, 0.4]}
-                       for name in ("1", "16", "s1")])
+                       for name in ("1", "4", "16")])
     assert 2000 < (tmp_path / "figures" / "fig4.png").stat().st_size < 80_000
