@@ -246,7 +246,7 @@ def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict
         done = kept[split]
         with parallel.bar(total=len(asked), initial=len(done), desc=f"base, {split}") as bar, adapters_off(policy):
             # A kill loses at most so many, but the last rows of each wait for no others.
-            stride = 4 * (args.rows or 32) * parallel.size()
+            stride = 4 * (args.rows or 64) * parallel.size()
             for i in range(len(done), len(asked), stride):
                 new = generate_shared(policy, asked[i : i + stride], max_new_tokens=args.max_new_tokens,
                                       eos_ids=tokenizer.eos_ids, depths=policy.n_layers, rows=args.rows, progress=bar,

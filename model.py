@@ -21,6 +21,9 @@ from data.hub import read_json, resolve
 from data.weights import config_fields, load_weights
 from fast.linear import Linear
 
+# Else cuBLAS may round partial sums to bfloat16 at some shapes, at sampling's few rows for one, and not in scoring.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
 
 @dataclass(frozen=True)
 class Config:

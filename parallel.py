@@ -2,8 +2,8 @@
 
 Every process, called a rank, holds the whole base model and takes its share of a step's prompts; the gradients of
 adapters and heads, small beside it, are added up. A random number belongs to a response's place in the whole step
-and never to a rank, so the same run on another number of ranks draws the same samples. Rank 0 alone writes and speaks.
-Without torchrun there is one rank, and nothing here does anything.
+and never to a rank, so the same run on another number of ranks draws by the same random numbers. Rank 0 alone
+writes and speaks. Without torchrun there is one rank, and nothing here does anything.
 """
 
 import os
