@@ -2,11 +2,13 @@
 
 Under --runs lie the runs, as distill.py and rloo.py write them, and answers/, what each said to the held-out problems:
 
-    s1             the stage-1 run that stage 2 starts from, at KL factor 16 (on other models than the embedded one 1)
-    kl-F           stage 1 at KL factor F, from s1's base responses
-    rl-LAM-SEED    stage 2 from it;  closed-SEED: stage 2 without exits, from the base (study.baselines)
-    rl-LAM-gated   stage 2 that charges depth for right answers only (study.fronts)
-    …-TASK         the same on another task (study.crossdomain)
+    s1                stage 1 at KL factor 16 (on other models than the embedded one at 1)
+    kl-F              stage 1 at another factor, from s1's base responses
+    rl-LAM-SEED       stage 2 from s1
+    rl-LAM-gated      the same, with depth charged for right answers only (study.fronts)
+    rl-LAM-SEED-kl-F  stage 2 from kl-F (study.fronts)
+    closed-SEED       stage 2 without exits, from the base (study.baselines)
+    …-TASK            the same on another task (study.crossdomain)
 
 What is complete is not made again, what was begun goes on; so every command can be killed and repeated. Each writes
 data/NAME.json, some a figure to figures/, and `python -m study.write` the text around them, results.md; all of it under

@@ -25,7 +25,7 @@ def main() -> None:
     s1 = common.stage_one(args)
     if s1 is None:
         return
-    front = {key: [] for key in ("lambda", "gated", "delta stage 1", "delta stage 2")}
+    front = {key: [] for key in ("lambda", "gated", "lower kappa", "delta stage 1", "delta stage 2")}
     for lam in LAMBDAS:
         for seed in range(args.seeds if lam == 0.1 else 1):
             if run := common.rl_run(args, lam, seed):
@@ -34,6 +34,9 @@ def main() -> None:
         front["gated"].append(point(args, answers(args, run), value=0.1, seed=0))
         if ungated := common.rl_run(args):
             front["gated"][0]["less_ungated"] = paired(*(correct(answers(args, of)) for of in (ungated, run)))
+    kappa = runs.read_config(s1)["args"]["kl_factor"] / 4  # how far down does it go?
+    if run := common.stage_two(args, f"rl-0.1-0-kl-{kappa:g}", 0.1, 0, common.kl_run(args, kappa)):
+        front["lower kappa"].append(point(args, answers(args, run), value=0.1, seed=0, kappa=kappa))
     for name, run in (("delta stage 1", s1), ("delta stage 2", common.rl_run(args))):
         for delta in DELTAS if run else ():
             front[name].append(point(args, answers(args, run, delta=delta), value=delta))
@@ -78,6 +81,8 @@ def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> N
         curve(ax, front["lambda"], "stage 2, each λ and seed", color="C3", marker="o", linestyle="")
         curve(ax, front["delta stage 2"], "stage 2, λ = 0.1: δ swept", color="C3", linestyle="-", marker=".")
     curve(axes[0], front["delta stage 1"], "stage 1: δ swept", color="C0", marker=".")
+    curve(axes[0], front["lower kappa"], "stage 2 from a lower κ", color="C3", marker="s", linestyle="",
+          markerfacecolor="w")
     curve(axes[0], factors, "stage 1: κ swept", color="C2", marker="s", linestyle=":")
     for rule, weights, style in (
             ("confidence", "base", dict(color="C1", marker="^")),
