@@ -107,8 +107,9 @@ def fig2(data: dict) -> list[str]:
 def fronts(data: dict) -> list[str]:
     front, base = data["front"], data["base"]
     rows = [[what, f"{r['value']:g}".replace("-", "−") + (f", seed {r['seed']}" if "seed" in r else "") +
-             (f", from κ = {r['kappa']:g}" if "kappa" in r else ""), percent(r["average_compute"]), accuracy(r), change(r), f"{r['length']:.1f}", change(r, "length"),
-             f"{r['total_compute']:.1f}", change(r, "total_compute")]
+             (f", from κ = {r['kappa']:g}" if "kappa" in r else ""), percent(r["average_compute"]),
+             accuracy(r), change(r), f"{r['length']:.1f}", change(r, "length"), f"{r['total_compute']:.1f}",
+             change(r, "total_compute")]
             for what, key in (("λ", "lambda"), ("λ for right answers only", "gated"), ("λ", "lower kappa"),
                               ("δ on stage 1", "delta stage 1"),
                               ("δ on stage 2, λ = 0.1, seed 0", "delta stage 2"))
