@@ -67,7 +67,7 @@ def test_targets_and_loss_equal_the_naive_tables(bench):
     assert max(record[name] for name in ("lens KL", "token KL", "gradient")) < 1e-5
 
 
-def test_harness_gets_what_the_sampler_writes(trained):
+def test_harness_gets_what_the_sampler_writes(trained, monkeypatch):
     """If it fails, lm-evaluation-harness scores other texts than ours, at other depths, or a task's settings that we
     lack are ignored. The stand-ins for its requests have what it documents: args = (context, settings)."""
     (folder,) = trained.glob("runs/rloo-*")
@@ -90,6 +90,8 @@ def test_harness_gets_what_the_sampler_writes(trained):
     assert ask(do_sample=False, until=[stop, ""]) == [text.split(stop)[0] for text in texts]
     assert ask(do_sample=True, temperature=1.0) != texts
     assert max(len(tokenizer.encode(text)) for text in ask(do_sample=False, max_gen_toks=1)) <= 1
+    monkeypatch.setattr(Tokenizer, "think_open", lambda self, prompt_ids: True)
+    assert not any(ask(do_sample=False))  # all thought, since no </think> comes
     with pytest.raises(UserError, match="top_p"):
         ask(do_sample=True, top_p=0.9)
     with pytest.raises(UserError, match="ranks"):

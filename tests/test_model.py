@@ -207,6 +207,17 @@ def test_one_error_lists_missing_unexpected_and_misshaped_tensors(sharded, check
     assert "model.layers.1" not in str(error.value)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_rotary_frequencies_of_old_llama_checkpoints_are_passed_over(sharded, checkpoint):
+    """Early transformers wrote them. They follow from the config; to refuse them is to refuse those models."""
+    edit_weights(checkpoint, lambda tensors: tensors.update({
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}))
+    if sharded:
+        shard(checkpoint)
+    golden = load_file(checkpoint / "golden.safetensors")
+    assert_close(Transformer.from_pretrained(checkpoint)(golden["ids"]), golden["logits"], 1e-5)
+
+
 def test_every_parameter_is_materialised_once_in_the_asked_dtype(checkpoint):
     """A parameter left on the meta device fails deep in a forward pass; one in another dtype doubles the memory."""
     shard(checkpoint)
