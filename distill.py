@@ -81,8 +81,7 @@ def exit_nll(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: torch.Tens
 
     At an exit that l*_t reached, the way in which q's coin fell is replaced by how likely it was to say stop, s_e: the
     expected loss of that exit is the cross-entropy from s_e to p_e. So the gradient has the expectation of
-    -log pi(l*_t)'s, and less noise: a third less token KL after as many steps. Heads past l*_t read a frozen stream and
-    learn nothing from it.
+    -log pi(l*_t)'s, and less noise: a third less token KL after as many steps. Heads past l*_t learn nothing.
     """
     reached = send(depths[:, None] >= torch.tensor(exits), exit_logits.device)
     return (F.binary_cross_entropy_with_logits(exit_logits, p_safe, reduction="none") * reached).sum(-1)
@@ -111,6 +110,7 @@ def hazards(p: torch.Tensor, depths: torch.Tensor, exits) -> tuple[torch.Tensor,
 
 
 def from_hazards(p: torch.Tensor) -> torch.Tensor:
+    """The distribution over outcomes of exits that stop who reaches them (hazard) with chance p: (E,) -> (E + 1,)."""
     p = p.double().clamp(1e-12, 1 - 1e-12)
     return stick_breaking(p.log(), torch.log1p(-p)).exp()
 
@@ -169,8 +169,7 @@ def verdict(measured: dict, training_kl: float) -> str | None:
         cure = f"training responses are at {training_kl:.4f}, learned by heart: raise --responses"
     else:
         cure = longer
-    return (f"not converged: at {at_own:.4f} nats a token about {measured['intact']:.0%} of the base's responses, or "
-            f"of stretches of {STRETCH} tokens, stay as they were; {cure}")
+    return f"not converged: at {at_own:.4f} nats a token only {measured['intact']:.0%} stay as they were; {cure}"
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -230,7 +229,7 @@ def usable(path, model, asked: dict, args) -> dict[str, list[Response]]:
 
 
 def kept_responses(run, policy: Policy, asked: dict, args) -> dict[str, list[Response]]:
-    """What the run's teacher.jsonl, or another's, holds already."""
+    """Begins the run's teacher.jsonl, with what it or --teacher's holds already, and returns that."""
     path = run.folder / "teacher.jsonl"
     source = path if path.exists() or not args.teacher else Path(args.teacher)
     whole = "".join(read_text(source).rpartition("\n")[:2]) if source.exists() else ""
@@ -245,7 +244,7 @@ def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict
     for split, asked in prompts.items():
         done = kept[split]
         with parallel.bar(total=len(asked), initial=len(done), desc=f"base, {split}") as bar, adapters_off(policy):
-            # A kill loses at most so many, but the last rows of each wait for no others.
+            # In parts, since a kill loses the one under way; in large ones, since each ends on a nearly empty cache.
             stride = 4 * (args.rows or 64) * parallel.size()
             for i in range(len(done), len(asked), stride):
                 new = generate_shared(policy, asked[i : i + stride], max_new_tokens=args.max_new_tokens,
@@ -295,6 +294,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
 
         learned, reached = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
         wanted, _ = hazards(p_safe, depths, policy.exits)
+        # Logged is (5) as it stands, with the coins that fell; the gradient has averaged them out.
         total = torch.stack([token_kl.detach().sum(), -logp_exit.detach().sum()])
         sums += torch.cat([total, args.draws * log_q.exp().sum(0), learned, wanted, reached])
     parallel.add(sums)  # over the processes; apply_gradients adds the gradients
@@ -372,8 +372,8 @@ def main() -> None:
     run.complete(measured)
     print(f"held-out responses, {measured['positions']} positions: token KL {measured['token_kl']:.4f} "
           f"({measured['token_kl_at_own_exits']:.4f} where the student itself exits), exit CE "
-          f"{measured['exit_cross_entropy']:.3f}; about {measured['intact']:.0%} of the base's responses stay as "
-          f"they were")
+          f"{measured['exit_cross_entropy']:.3f}; about {measured['intact']:.0%} of the base's responses, or "
+          f"of stretches of {STRETCH} tokens, stay as they were")
     for name in ("target", "learned"):
         s = measured[name]
         shares = "  ".join(f"{d}: {x:.1%}"

@@ -159,7 +159,7 @@ def chosen_runs(args) -> dict[str, Path]:
 def write_merged(run: Path, out: Path, args) -> None:
     """Base + LoRA as a plain Hugging Face checkpoint: our weights, the base's config and tokenizer files."""
     flags.inherit(args, runs.read_config(run), run / "config.json")
-    args = flags.settle(args, n=(None, None))
+    args = flags.settle(args)
     where = flags.EMBEDDED if args.model == "embedded" else args.model
     if out.exists():
         raise UserError(f"--out {out} exists: choose a new folder")

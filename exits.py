@@ -102,7 +102,10 @@ class Pass(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A transformer that may exit early: base weights (frozen), LoRA adapters and exit heads (trained)."""
+    """A transformer that may exit early: base weights (frozen), LoRA adapters and exit heads (trained).
+
+    It takes `model` over: projections are replaced where they are, so a model has one policy.
+    """
 
     def __init__(self, model: Transformer, exits: Sequence[int], rank: int = 16, alpha: float | None = None,
                  head_width: int = 0):
@@ -182,7 +185,7 @@ def stick_breaking(log_p: torch.Tensor, log_not_p: torch.Tensor) -> torch.Tensor
 
 def logp_depth(policy: Policy, exit_logits: torch.Tensor, depths: torch.Tensor, delta: float = 0.0) -> torch.Tensor:
     """log pi(l_t): exit logits (N, E) and depths (N,) -> (N,). Only logits at exits up to l_t count: (S) asks no
-    further, and past l_t the heads read a frozen stream."""
+    further."""
     z = exit_logits + delta
     logp_outcome = stick_breaking(F.logsigmoid(z), F.logsigmoid(-z))
     return logp_outcome.gather(-1, policy.exit_idx(depths)[:, None])[:, 0]

@@ -67,7 +67,8 @@ def parser(doc: str, out: str = "the run's folder (default: runs/STAGE-TIME)") -
                    "unfinished")
     p.add_argument("--rows", type=whole(1), help="responses sampled at a time, 256 / what fits in half of the free "
                    "memory; each holds a K/V cache")
-    p.add_argument("--micro-batch", type=whole(1), help="responses in one training pass, 64 / 1: memory, not results")
+    p.add_argument("--micro-batch", type=whole(1), help="responses in one training or scoring pass, 64 / 1: memory, "
+                   "not results")
     p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
                    help="activation checkpointing, off / on: far less memory, a third more work in the update")
     p.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,

@@ -90,9 +90,9 @@ def area_over_curve(same: list[float]) -> float:
 
 def early_answering(s: Subject, said: dict[str, list]) -> dict:
     """E2. The model's own chain, cut after 0, 1, … of its lines, then the forced answer: same(f) = 1 where it is that
-    of the whole chain. AOC, and AOC* = AOC / (1 - same(0)): 0 if the answer stands after the first step, near 1 if only
-    at the end. Writer > reader, each at learned or full depth: a reader of full depth tells whether the text carries
-    more, or the other reader is weaker."""
+    of the whole chain. AOC, and AOC* = AOC / (1 - same(0)): of n lines, where it is no first guess, 1/(2n) if it
+    stands after the first line, 1 - 1/(2n) if only after the last. Writer > reader, each at learned or full depth: a
+    reader of full depth tells whether the text carries more, or the other reader is weaker."""
     values, prompts = {}, s.prompts()
     for writer in s.own:
         chains = [chain_of(s.tokenizer.decode(r.token_ids)) for r in said[writer]]
@@ -146,7 +146,7 @@ def causal_load(s: Subject) -> dict:
     cases = [(i, k, lines, lines[-1].rpartition("=")[2]) for i, case in cases if case for k, lines in [case]]
     index, gold = [i for i, *_ in cases], [s.problems[i].gold for i, *_ in cases]
     starts, wrong = [len(prompts[i]) - 1 for i in index], [false for *_, false in cases]
-    heads = [thinking(prompts[i], lines[: k + 1], s.tokenizer, closed=False) for i, k, lines, _ in cases]
+    heads = [thinking(prompts[i], lines[: k + 1], s.tokenizer, ended=False) for i, k, lines, _ in cases]
     for regime in s.own:
         said = [runs.grade(s.problems[i], r, s.tokenizer)[1].value
                 for i, r in zip(index, respond(s, heads, regime), strict=True)]
@@ -351,6 +351,8 @@ def main() -> None:
     args = flags.settle(args)
     if args.task != "arithmetic":
         raise UserError(f"--task {args.task}: the evals need the program behind each problem, as arithmetic has it")
+    if not args.thinking:
+        raise UserError("--no-thinking: the evals are about the chain of thought: name runs that think")
     problems = tasks.load(args.task, "test", n=args.n, seed=args.seed)
     model, tokenizer = runs.load_model(args)
     exits = exits_of(checkpoint(folders[0])) if folders else exit_depths(model.config.num_hidden_layers)

@@ -10,6 +10,8 @@ with the weights: hence the second term, which is no second penalty.
 Left out of PPO and GRPO on purpose: importance ratios and clipping (one gradient step per batch of rollouts), the
 division by the standard deviation, a critic, truncated sampling (the policy that is scored is the one that sampled).
 
+Shapes: P prompts of a step, k samples of each, B responses of a micro-batch, N predicting positions.
+
     python rloo.py --lam 0.1                    from the newest complete stage-1 run
     python rloo.py --resume runs/rloo-…         goes on after an interruption
 """
@@ -34,7 +36,7 @@ from sample import generate
 
 
 def reward(task, depth_share, mean_kl, lam: float, beta: float) -> torch.Tensor:
-    """Eq. (1): R = r_task - lambda mean_t l_t / L - beta mean_t KL_t, all (R,); depth_share is mean_t l_t / L."""
+    """Eq. (1): R_i = r_task,i - lambda mean_t l_t / L - beta mean_t KL_t, all (P k,); depth_share is mean_t l_t / L."""
     return task - lam * depth_share - beta * mean_kl
 
 
@@ -45,7 +47,7 @@ def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def rloo_loss(advantage, logp, mean_kl, beta: float, c: int, count: int) -> torch.Tensor:
-    """1 / (c count) sum_i [ -A_i sum_t log pi(l_t, x_t) + beta mean_t KL_t ] over responses (R,) of a step of `count`.
+    """1 / (c count) sum_i [ -A_i sum_t log pi(l_t, x_t) + beta mean_t KL_t ] over responses (B,) of a step of `count`.
 
     mean over prompts of 1/k sum_i is a mean over the step's responses, so micro-batches simply add up.
     """
@@ -60,7 +62,7 @@ def per_response(values: torch.Tensor, batch) -> torch.Tensor:
 @torch.no_grad()
 def score_responses(policy: Policy, responses: list[Response], micro_batch: int):
     """Before the update: the base's streams by micro-batch, which the update needs again; each response's mean token KL
-    (R,); and |log-prob when sampled - here| at every generated token (N,), which must stay at rounding level."""
+    (P k,); and |log-prob when sampled - here| at every generated token (N,), which must stay at rounding level."""
     base, drift = [], [policy.heads.bias.new_zeros(0)]
     mean_kl = torch.zeros(len(responses), dtype=torch.double, device=policy.device)
     for index, batch in micro_batches(policy, responses, micro_batch):
@@ -116,12 +118,11 @@ def summarise(rows: list[dict], drift: torch.Tensor, outcomes: list[int], args) 
 def stage_one(args) -> Path:
     """The run to start from: --init, or the newest complete stage-1 run (of --model, where given)."""
     found = Path(args.init) if args.init else runs.newest("distill", model=args.model)
-    if found:
-        runs.refuse_stage(runs.read_config(found), found, "distill")
     if found is None:
         flag = f" --model {args.model}" if args.model else ""
         raise UserError(f"no complete stage-1 run{flag} under {runs.RUNS}/: run python distill.py{flag} first, "
                         f"or give --init RUN")
+    runs.refuse_stage(runs.read_config(found), found, "distill")
     return found
 
 
@@ -140,7 +141,7 @@ def main() -> None:
     p.add_argument("--steps", type=flags.whole(1, 999_999), help="200 / 400")
     p.add_argument("--lr", type=flags.number(0, 10), help="peak learning rate: 0.001 / (0.1 / hidden size)")
     p.add_argument("--problems", type=flags.whole(1), help="training problems, 4096 / all of a file, "
-                   "1000 of a .py task")
+                   "1000 of a generator or a .py task")
     p.add_argument("--save-every", type=flags.whole(1), default=20, help="steps between checkpoints (default: 20)")
     p.add_argument("--keep", type=flags.whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--init", help="stage-1 run to start from (default: the newest complete one)")

@@ -147,7 +147,8 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
         tokens, logp_exit, logp_token = torch.stack(
             [tokens.double(), logp_exit.double(), logp_token.double()]).cpu()  # one wait for all three
         if not logp_token.isfinite().all():
-            raise UserError("a token's log-probability is not finite: the weights, or the --dtype, overflow")
+            raise UserError("a token's log-probability is not finite: the weights, or the --dtype, overflow: try "
+                            "--dtype float32, or an earlier checkpoint")
         token[live] = tokens.long()
         drawn = zip(token[live].tolist(), depth.tolist(), logp_exit.tolist(), logp_token.tolist(), strict=True)
         ended = []

@@ -133,7 +133,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def make_optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embedding and gains: fewer steps than AdamW alone (README)."""
+    """Muon for the blocks' matrices, AdamW for embedding and gains: fewer steps than AdamW alone (tiny/README.md)."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
     optimizers = [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),

@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 
 from data import arithmetic, stories
-from data.grade import Grade, grade, normalise, number
+from data.grade import Grade, after_thinking, grade, normalise, number
 from data.hub import UserError, is_text, resolve
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -55,14 +55,14 @@ class Problem:
 
     def grade(self, text: str, finished: bool, think_open: bool = False) -> Grade:
         """Grade of a decoded response. One that has not finished, or not finished thinking, is never right."""
-        if self.own_grade is None or not finished:
+        if self.own_grade is None or not finished or after_thinking(text, think_open) is None:
             return grade(text, self.gold, self.kind, self.choices, finished, think_open)
         right = own_verdict(self.own_grade, self, text, bool)
         return Grade(None, "own", right, right)
 
     def reward(self, text: str, finished: bool, grade: Grade) -> float:
         """r_task of eq. (1): 1 if the response is finished and right, else 0; or what the task's own reward says of a
-        finished response."""
+        finished response, its thoughts finished or not."""
         if self.own_reward is None or not finished:
             return float(grade.strict)
         value = own_verdict(self.own_reward, self, text, float)

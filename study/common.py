@@ -310,7 +310,3 @@ def figure(args, name: str, columns: int = 1, rows: int = 1, width: float = 7, h
         print(f"wrote {path}")
 
     return axes.flatten().tolist(), finish
-
-
-def last(folder: Path) -> dict:
-    return read_json(folder / "complete.json")

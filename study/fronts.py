@@ -34,7 +34,7 @@ def main() -> None:
         front["gated"].append(point(args, answers(args, run), value=0.1, seed=0))
         if ungated := common.rl_run(args):
             front["gated"][0]["less_ungated"] = paired(*(correct(answers(args, of)) for of in (ungated, run)))
-    kappa = runs.read_config(s1)["args"]["kl_factor"] / 4  # how far down does it go?
+    kappa = runs.read_config(s1)["args"]["kl_factor"] / 4  # does stage 2 recover from a calibration that exits earlier?
     if run := common.stage_two(args, f"rl-0.1-0-kl-{kappa:g}", 0.1, 0, common.kl_run(args, kappa)):
         front["lower kappa"].append(point(args, answers(args, run), value=0.1, seed=0, kappa=kappa))
     for name, run in (("delta stage 1", s1), ("delta stage 2", common.rl_run(args))):

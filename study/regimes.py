@@ -33,8 +33,7 @@ class Subject:
 
     @property
     def own(self) -> list[str]:
-        closed = float(self.policy.heads.bias.detach().max()) == CLOSED
-        return ["full"] if closed else ["learned", "full"]
+        return ["full"] if float(self.policy.heads.bias.detach().max()) == CLOSED else ["learned", "full"]
 
     def prompts(self, thinking: bool = True, questions=None) -> list[list[int]]:
         """Of the problems, or of other questions in their place."""
@@ -142,10 +141,10 @@ def answers_of(s: Subject, responses: list[Response]) -> list[str | None]:
     return [runs.grade(p, r, s.tokenizer)[1].value for p, r in zip(s.problems, responses, strict=True)]
 
 
-def thinking(prompt: list[int], lines: list[str], tokenizer, closed: bool = True) -> list[int]:
-    """A prompt and lines of a chain; closed, the answer comes next."""
+def thinking(prompt: list[int], lines: list[str], tokenizer, ended: bool = True) -> list[int]:
+    """A prompt and lines of a chain; where it has ended, the answer comes next."""
     text = "<think>\n" + "".join(f"{line}\n" for line in lines)
-    return prompt + tokenizer.encode(text + (f"</think>\n\n{STUB}" if closed else ""))
+    return prompt + tokenizer.encode(text + (f"</think>\n\n{STUB}" if ended else ""))
 
 
 # -------------------------------------------------------------------------------------------------- another past

@@ -6,6 +6,7 @@ Writes table1.json, fig4.json and fig4.png.
 """
 
 import runs
+from data.hub import read_json
 from evaluate import BASE
 from study import common
 from study.common import answers, base_answers, point
@@ -21,7 +22,7 @@ def total_variation(p: list[float], q: list[float]) -> float:
 
 def main() -> None:
     args = common.arguments(__doc__)
-    factors = (0.25, 0.5, 1, 2, 4, 16, 64)[:7 if args.model == "embedded" else 6]
+    factors = (0.25, 0.5, 1, 2, 4, 16) + (64,) * (args.model == "embedded")  # of it every row is soon trained
     found = {f"{factor:g}": run for factor in factors if (run := common.kl_run(args, factor))}
     if not found:
         return
@@ -29,7 +30,7 @@ def main() -> None:
 
     rows, distributions = [], []
     for name, run in (found | {BASE: None}).items():
-        answered, held_out = (answers(args, run), common.last(run)) if run else (base, {})
+        answered, held_out = (answers(args, run), read_json(run / "complete.json")) if run else (base, {})
         rows.append(point(args, answered, name=name, paper=PAPER.get(name), **common.judged(args, answered),
                           **{key: held_out.get(key) for key in ("token_kl", "token_kl_at_own_exits")}))
         if run:

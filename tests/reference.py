@@ -41,8 +41,8 @@ class Reference:
         return x @ heads["weight"] + heads["bias"]
 
     def sample(self, prompt, count, dice):
-        """Draws a response of `count` tokens, and their depths. dice(t): random numbers for the token at t
-        and for each exit before it, 1 + E."""
+        """Draws a response of `count` tokens, and their depths. dice(t): 1 + E random numbers of position
+        t, for the token that it predicts and for each exit on its way up."""
         ids, depths = list(prompt), [self.L] * (len(prompt) - 1)  # a prompt runs at full depth, but for its last token
         for t in range(len(prompt) - 1, len(prompt) - 1 + count):
             p_exit, p_token = self.policy(ids, depths)

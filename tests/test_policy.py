@@ -230,16 +230,14 @@ def test_only_lora_and_heads_get_gradient(recompute):
     """The base is the teacher: were it trained, the reference would drift with the student. And all else must learn."""
     policy = toy_policy(model_type="qwen2", tie_word_embeddings=False)
     policy.model.recompute = recompute
-    base = {name: p.clone() for name, p in policy.named_parameters() if "lora_" not in name and "heads" not in name}
+    base = {name for name, _ in policy.named_parameters() if "lora_" not in name and "heads" not in name}
     loss_of(policy)[1].backward()
-    assert policy.trained().keys() == {name for name, _ in policy.named_parameters()} - base.keys()
+    assert policy.trained().keys() == {name for name, _ in policy.named_parameters()} - base
     for name, p in policy.named_parameters():
         if name in base:
             assert p.grad is None and not p.requires_grad
         else:
             assert p.grad.isfinite().all() and p.grad.abs().max() > 0
-    torch.optim.AdamW(policy.parameters(), lr=1.0).step()
-    assert all(torch.equal(dict(policy.named_parameters())[name], p) for name, p in base.items())
 
 
 def test_recomputing_blocks_leaves_the_policys_gradient_alone():

@@ -416,6 +416,7 @@ def test_a_judge_of_ones_own_decides_and_its_error_is_told(tmp_path, judge, name
     (problem,) = load(str(path), "train", n=2)
     graded, unfinished = problem.grade("good", True), problem.grade("good", False)
     assert graded.strict == (judge == "grade") and not unfinished.flexible
+    assert not problem.grade("good", True, think_open=True).flexible  # a thought is no answer, whatever it says
     assert problem.reward("better", True, problem.grade("better", True)) == (1 if judge == "grade" else 2.5)
     assert problem.reward("better", False, unfinished) == 0
     if judge == "reward":
