@@ -14,7 +14,7 @@ import runs
 from data.hub import parse_object, read_json, read_text
 from evaluate import BASE, paired
 from study import common
-from study.common import answers, correct, point
+from study.common import answers, correct, mean, point
 
 LAMBDAS = (0, 0.03, 0.1, 0.3, 1)
 DELTAS = (-4, -2, -1, 0, 1, 2)
@@ -34,9 +34,8 @@ def main() -> None:
         front["gated"].append(point(args, answers(args, run), value=0.1, seed=0))
         if ungated := common.rl_run(args):
             front["gated"][0]["less_ungated"] = paired(*(correct(answers(args, of)) for of in (ungated, run)))
-    kappa = runs.read_config(s1)["args"]["kl_factor"] / 4  # does stage 2 recover from a calibration that exits earlier?
-    if run := common.stage_two(args, f"rl-0.1-0-kl-{kappa:g}", 0.1, 0, common.kl_run(args, kappa)):
-        front["lower kappa"].append(point(args, answers(args, run), value=0.1, seed=0, kappa=kappa))
+    kappa = runs.read_config(s1)["args"]["kl_factor"] / 4
+    recovery = from_lower_kappa(args, kappa, common.kl_run(args, kappa), front["lower kappa"])
     for name, run in (("delta stage 1", s1), ("delta stage 2", common.rl_run(args))):
         for delta in DELTAS if run else ():
             front[name].append(point(args, answers(args, run, delta=delta), value=delta))
@@ -44,13 +43,29 @@ def main() -> None:
                 for run in [common.rl_run(args)] if run
                 for m in (parse_object(text, run) for text in read_text(run / "metrics.jsonl").splitlines())]
     data = common.save(args, "fronts", "fronts", base=point(args, common.base_answers(args)), front=front,
-                       training=training)
+                       recovery=recovery, training=training)
     factors = [row for row in made(args, data, "table1", "rows") if row["name"] != BASE]
     draw_fronts(args, data, factors, made(args, data, "baselines", "points"))
     if front["lambda"]:
         draw_verbosity(args, data)
     if training:
         draw_histogram(args, training)
+
+
+def from_lower_kappa(args, kappa: float, start: Path | None, rows: list[dict]) -> dict | None:
+    """Does stage 2 win back what an earlier exit costs? Appends a row for each seed and returns what all come to."""
+    name = f"rl-0.1-{{}}-kl-{kappa:g}"
+    found = common.over_seeds(args, lambda seed: common.stage_two(args, name.format(seed), 0.1, seed, start))
+    for run in found:
+        seed = runs.read_config(run)["args"]["seed"]
+        rows.append(point(args, answers(args, run), value=0.1, seed=seed, kappa=kappa))
+    if not found:
+        return None
+    ended = [mean(values) for values in zip(*(correct(answers(args, run)) for run in found), strict=True)]
+    return {"kappa": kappa, "seeds": len(found), "accuracy": mean(ended), "start": point(args, answers(args, start)),
+            "average_compute": mean(row["average_compute"] for row in rows),
+            "change_from_base": paired(correct(common.base_answers(args)), ended),
+            "change_from_start": paired(correct(answers(args, start)), ended)}
 
 
 def made(args, ours: dict, name: str, part: str) -> list[dict]:

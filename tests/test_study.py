@@ -197,6 +197,22 @@ def test_where_nothing_has_been_trained_nothing_is_written(command, tmp_path, mo
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_what_stage_2_wins_back_is_the_mean_of_its_seeds_over_the_same_problems(tmp_path, monkeypatch):
+    """One seed's luck, or a difference from another start, would be taken for a recovery."""
+    right = {"base": [1, 1, 1, 0], "start": [0, 1, 0, 0], "rl-0.1-0-kl-4": [1, 1, 0, 0], "rl-0.1-2-kl-4": [1, 0, 1, 1]}
+    monkeypatch.setattr(common, "stage_two", lambda args, name, lam, seed, start: seed != 1 and tmp_path / name)
+    monkeypatch.setattr(common, "base_answers", lambda args: "base")
+    monkeypatch.setattr(fronts, "answers", lambda args, run: run.name)
+    monkeypatch.setattr(fronts, "correct", right.get)
+    monkeypatch.setattr(fronts, "point", lambda args, answered, **about: {"average_compute": len(answered), **about})
+    monkeypatch.setattr(fronts.runs, "read_config", lambda run: {"args": {"seed": int(run.name.split("-")[2])}})
+    rows = []
+    found = fronts.from_lower_kappa(argparse.Namespace(seeds=3), 4.0, tmp_path / "start", rows)
+    assert [row["seed"] for row in rows] == [0, 2] and (found["seeds"], found["accuracy"]) == (2, 0.625)
+    assert found["change_from_start"][0] == 0.375 and found["change_from_base"][0] == -0.125
+    assert fronts.from_lower_kappa(argparse.Namespace(seeds=0), 4.0, tmp_path / "start", rows) is None
+
+
 def test_a_figure_mixes_no_problems(tmp_path, capsys):
     """Simpler exits over 100 problems beside a base over 200: a distance that nobody measured."""
     (tmp_path / "data").mkdir()
