@@ -95,9 +95,9 @@ def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> N
         curve(ax, [data["base"]], "base model", color="k", marker="*", markersize=9, linestyle="")
         curve(ax, front["lambda"], "stage 2, each λ and seed", color="C3", marker="o", linestyle="")
         curve(ax, front["delta stage 2"], "stage 2, λ = 0.1: δ swept", color="C3", linestyle="-", marker=".")
+        curve(ax, front["lower kappa"], "stage 2 from a lower κ", color="C3", marker="s", linestyle="",
+              markerfacecolor="w")
     curve(axes[0], front["delta stage 1"], "stage 1: δ swept", color="C0", marker=".")
-    curve(axes[0], front["lower kappa"], "stage 2 from a lower κ", color="C3", marker="s", linestyle="",
-          markerfacecolor="w")
     curve(axes[0], factors, "stage 1: κ swept", color="C2", marker="s", linestyle=":")
     for rule, weights, style in (
             ("confidence", "base", dict(color="C1", marker="^")),
