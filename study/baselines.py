@@ -30,7 +30,7 @@ from distill import lens_kl
 from evaluate import measure, paired
 from exits import Policy, token_logits
 from study import common
-from study.common import answers, correct, mean, point
+from study.common import answers, correct, mean, mean_correct, point
 from study.regimes import closed, random_depths
 
 TAUS = (0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
@@ -164,7 +164,7 @@ def at_compute(sweep: list, compute: float) -> list[float] | None:
 
 def pooled(answered: list) -> tuple[list[float], float]:
     """Accuracy of each problem, and average compute, as means over runs."""
-    return [mean(values) for values in zip(*map(correct, answered), strict=True)], mean(map(compute_of, answered))
+    return mean_correct(answered), mean(map(compute_of, answered))
 
 
 def against(name: str, mine: list[float], other: list[float] | None, **about) -> list[dict]:

@@ -251,6 +251,11 @@ def correct(answered) -> list[float]:
     return [float(row["correct"]) for row in answered.rows]
 
 
+def mean_correct(answered: list) -> list[float]:
+    """Of each problem, the share of the runs that solve it."""
+    return [mean(values) for values in zip(*map(correct, answered), strict=True)]
+
+
 def mean(values) -> float:
     values = list(values)
     return sum(values) / len(values)

@@ -9,7 +9,7 @@ import runs
 from checkpoints import checkpoint, checkpoints
 from evaluate import paired
 from study import common
-from study.common import answers, base_answers, correct, mean, point
+from study.common import answers, base_answers, correct, mean, mean_correct, point
 
 SHOWN = {"accuracy": "accuracy (%)", "average_compute": "average compute (% of layers)",
          "total_compute": "total compute (full-depth tokens)", "coherence": "coherence (0 to 1)"}
@@ -36,7 +36,7 @@ def main() -> None:
     base = measured(base_answers(args))
     seeds = [{"run": run.name, "steps": [measured(answers(args, of[step]), step=step) for step in steps]}
              for run, of in zip(rl, found, strict=True)]
-    ended = [mean(values) for values in zip(*(correct(answers(args, of[steps[-1]])) for of in found), strict=True)]
+    ended = mean_correct([answers(args, of[steps[-1]]) for of in found])
     data = common.save(
         args, "fig2", "fig2", base=base, seeds=seeds, change_from_base=paired(correct(base_answers(args)), ended),
         change_from_stage_1=paired(correct(answers(args, found[0][0])), ended),

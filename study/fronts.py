@@ -14,7 +14,7 @@ import runs
 from data.hub import parse_object, read_json, read_text
 from evaluate import BASE, paired
 from study import common
-from study.common import answers, correct, mean, point
+from study.common import answers, correct, mean, mean_correct, point
 
 LAMBDAS = (0, 0.03, 0.1, 0.3, 1)
 DELTAS = (-4, -2, -1, 0, 1, 2)
@@ -56,16 +56,16 @@ def from_lower_kappa(args, kappa: float, start: Path | None, rows: list[dict]) -
     """Does stage 2 win back what an earlier exit costs? Appends a row for each seed and returns what all come to."""
     name = f"rl-0.1-{{}}-kl-{kappa:g}"
     found = common.over_seeds(args, lambda seed: common.stage_two(args, name.format(seed), 0.1, seed, start))
-    for run in found:
-        seed = runs.read_config(run)["args"]["seed"]
-        rows.append(point(args, answers(args, run), value=0.1, seed=seed, kappa=kappa))
     if not found:
         return None
-    ended = [mean(values) for values in zip(*(correct(answers(args, run)) for run in found), strict=True)]
-    return {"kappa": kappa, "seeds": len(found), "accuracy": mean(ended), "start": point(args, answers(args, start)),
+    before, after = answers(args, start), [answers(args, run) for run in found]
+    for run, answered in zip(found, after, strict=True):
+        rows.append(point(args, answered, value=0.1, seed=runs.read_config(run)["args"]["seed"], kappa=kappa))
+    ended = mean_correct(after)
+    return {"kappa": kappa, "seeds": len(found), "accuracy": mean(ended), "start": point(args, before),
             "average_compute": mean(row["average_compute"] for row in rows),
             "change_from_base": paired(correct(common.base_answers(args)), ended),
-            "change_from_start": paired(correct(answers(args, start)), ended)}
+            "change_from_start": paired(correct(before), ended)}
 
 
 def made(args, ours: dict, name: str, part: str) -> list[dict]:
