@@ -34,7 +34,7 @@ from study.common import answers, correct, mean, mean_correct, point
 from study.regimes import closed, random_depths
 
 TAUS = (0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
-PS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of an exit
+PS = (0.01, 0.02, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9)  # of an exit
 EPS = (0.3, 0.1, 0.03, 0.01, 0.001)  # nats
 SURE = 30.0  # an exit logit: sigmoid(30) is 1 but for 1e-13
 
@@ -182,18 +182,20 @@ def main() -> None:
         return
     exits, base = exits_of(checkpoint(s1)), common.base_answers(args)
     rl = common.over_seeds(args, lambda seed: common.rl_run(args, 0.1, seed))
+    kappa, low, rl_low = common.lower_kappa(args)
     plain = common.over_seeds(args, lambda seed: plain_rl(args, seed))
-    weights = {"base": tuple(exits), "stage 1": s1, **({"stage 2": rl[0]} if rl else {})}
-    learned = {name: [answers(args, run) for run in found] for name, found in (("stage 1", [s1]), ("stage 2", rl))
-               if found}
+    trained = {"stage 1": [s1], "stage 2": rl, f"stage 1 at κ = {kappa:g}": [low] if low else [],
+               f"stage 2 from κ = {kappa:g}": rl_low}
+    trained = {name: found for name, found in trained.items() if found}
+    learned = {name: [answers(args, run) for run in found] for name, found in trained.items()}
     points = [point(args, each[0], rule="learned", weights=name) for name, each in learned.items()]
     points += [point(args, answers(args, run), rule="plain RL", weights=run.name) for run in plain]
     comparisons = []
 
-    for name, source in weights.items():
+    for name, source in {"base": tuple(exits), **{name: found[0] for name, found in trained.items()}}.items():
         full = base if name == "base" else answers(args, source, "full depth", static(base.outcomes[-1]))
         points.append(point(args, full, rule="full depth", weights=name))
-        mine = [whose for whose in learned if name in ("base", whose)]
+        mine = [whose for whose in learned if name in ("base", "stage 1", whose)]
         for rule, make, values in (("static", static, exits), ("confidence", partial(with_heads, Confidence), TAUS),
                                    ("oracle", oracle, EPS),
                                    *([] if name == "base" else [("heads", partial(with_heads, Thresholded), PS)])):
@@ -201,7 +203,7 @@ def main() -> None:
             points += [point(args, a, rule=rule, weights=name, value=v) for a, v in zip(sweep, values, strict=True)]
             for whose in mine:
                 # Seed 0's adapters against seed 0 alone: the mean over seeds would be compared with one seed's luck.
-                accuracy, compute = pooled(learned[whose] if name == "base" else learned[whose][:1])
+                accuracy, compute = pooled(learned[whose][:1] if name == whose else learned[whose])
                 comparisons += against(whose, accuracy, at_compute([*sweep, full], compute), rule=rule, weights=name,
                                        compute=compute)
         for whose in mine:
@@ -223,7 +225,7 @@ def main() -> None:
         comparisons += against(whose, pooled(each)[0], correct(base), rule="full depth", weights="base",
                                compute=pooled(each)[1])
     common.save(args, "baselines", "baselines", points=points, comparisons=comparisons,
-                runs={"stage 2": len(rl), "plain RL": len(plain)})
+                runs={**{name: len(found) for name, found in trained.items()}, "plain RL": len(plain)})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Under --runs lie the runs, as distill.py and rloo.py write them, and answers/, w
     kl-F              stage 1 at another factor, from s1's base responses
     rl-LAM-SEED       stage 2 from s1
     rl-LAM-gated      the same, with depth charged for right answers only (study.fronts)
-    rl-LAM-SEED-kl-F  stage 2 from kl-F (study.fronts)
+    rl-LAM-SEED-kl-F  stage 2 from kl-F (study.fronts, study.baselines)
     closed-SEED       stage 2 without exits, from the base (study.baselines)
     …-TASK            the same on another task (study.crossdomain)
 
@@ -163,6 +163,14 @@ def rl_run(args, lam: float = 0.1, seed: int = 0, suffix: str = "") -> Path | No
 def over_seeds(args, make) -> list[Path]:
     """The runs make(seed) that there are."""
     return [folder for seed in range(args.seeds) if (folder := make(seed))]
+
+
+def lower_kappa(args) -> tuple[float, Path | None, list[Path]]:
+    """A quarter of s1's KL factor, stage 1 at it, and stage 2 from there over the seeds."""
+    kappa = runs.read_config(stage_one(args))["args"]["kl_factor"] / 4
+    start = kl_run(args, kappa)
+    name = f"rl-0.1-{{}}-kl-{kappa:g}"
+    return kappa, start, over_seeds(args, lambda seed: stage_two(args, name.format(seed), 0.1, seed, start))
 
 
 # --------------------------------------------------------------------------------------------- answers and metrics

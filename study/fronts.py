@@ -34,8 +34,7 @@ def main() -> None:
         front["gated"].append(point(args, answers(args, run), value=0.1, seed=0))
         if ungated := common.rl_run(args):
             front["gated"][0]["less_ungated"] = paired(*(correct(answers(args, of)) for of in (ungated, run)))
-    kappa = runs.read_config(s1)["args"]["kl_factor"] / 4
-    recovery = from_lower_kappa(args, kappa, common.kl_run(args, kappa), front["lower kappa"])
+    recovery = from_lower_kappa(args, front["lower kappa"])
     for name, run in (("delta stage 1", s1), ("delta stage 2", common.rl_run(args))):
         for delta in DELTAS if run else ():
             front[name].append(point(args, answers(args, run, delta=delta), value=delta))
@@ -44,18 +43,12 @@ def main() -> None:
                 for m in (parse_object(text, run) for text in read_text(run / "metrics.jsonl").splitlines())]
     data = common.save(args, "fronts", "fronts", base=point(args, common.base_answers(args)), front=front,
                        recovery=recovery, training=training)
-    factors = [row for row in made(args, data, "table1", "rows") if row["name"] != BASE]
-    draw_fronts(args, data, factors, made(args, data, "baselines", "points"))
-    if front["lambda"]:
-        draw_verbosity(args, data)
-    if training:
-        draw_histogram(args, training)
+    draw(args, data)
 
 
-def from_lower_kappa(args, kappa: float, start: Path | None, rows: list[dict]) -> dict | None:
+def from_lower_kappa(args, rows: list[dict]) -> dict | None:
     """Does stage 2 win back what an earlier exit costs? Appends a row for each seed and returns what all come to."""
-    name = f"rl-0.1-{{}}-kl-{kappa:g}"
-    found = common.over_seeds(args, lambda seed: common.stage_two(args, name.format(seed), 0.1, seed, start))
+    kappa, start, found = common.lower_kappa(args)
     if not found:
         return None
     before, after = answers(args, start), [answers(args, run) for run in found]
@@ -77,6 +70,15 @@ def made(args, ours: dict, name: str, part: str) -> list[dict]:
         print(f"{path} is about another model, other problems or another temperature: left out; run study.{name} with "
               f"the same flags", file=sys.stderr)
     return found[part] if same else []
+
+
+def draw(args, data: dict) -> None:
+    factors = [row for row in made(args, data, "table1", "rows") if row["name"] != BASE]
+    draw_fronts(args, data, factors, made(args, data, "baselines", "points"))
+    if data["front"]["lambda"]:
+        draw_verbosity(args, data)
+    if data["training"]:
+        draw_histogram(args, data["training"])
 
 
 def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> None:
@@ -101,6 +103,8 @@ def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> N
     curve(axes[0], factors, "stage 1: κ swept", color="C2", marker="s", linestyle=":")
     for rule, weights, style in (
             ("confidence", "base", dict(color="C1", marker="^")),
+            ("confidence", "stage 1", dict(color="C1", marker="^", linestyle="--", markerfacecolor="w")),
+            ("heads", "stage 1", dict(color="C9", marker="p", linestyle="--")),
             ("confidence", "stage 2", dict(color="C1", marker="^", linestyle=":", markerfacecolor="w")),
             ("oracle", "base", dict(color="0.5", marker="v")), ("oracle", "stage 2", dict(color="0.5", marker="v",
                                                                                          linestyle=":")),

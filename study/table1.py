@@ -39,11 +39,11 @@ def main() -> None:
                                   "positions": held_out["positions"],
                                   "total_variation": total_variation(target, learned)})
     common.save(args, "table1", "table1", rows=rows)
-    common.save(args, "fig4", "table1", distributions=distributions)
-    draw(args, distributions)
+    draw(args, common.save(args, "fig4", "table1", distributions=distributions))
 
 
-def draw(args, distributions: list[dict]) -> None:
+def draw(args, data: dict) -> None:
+    distributions = data["distributions"]
     columns = min(4, len(distributions))
     axes, finish = common.figure(args, "fig4", columns, -(-len(distributions) // columns), 7.5, 3.6)
     for ax, d in zip(axes, distributions, strict=False):

@@ -1,4 +1,5 @@
-"""Writes the study's part of results.md from data/*.json beside it, so that no figure in the text can drift.
+"""Writes the study's part of results.md from data/*.json beside it, so that no figure in the text can drift, and draws
+its figures anew.
 
 What stands between the two marks is replaced; all else in the file stays, which is made where there is none. A
 command that has not been run leaves its section out.
@@ -15,6 +16,9 @@ from pathlib import Path
 import runs
 from data.hub import UserError, read_json, read_text, write_text
 from monitor import claim
+from study.fig2 import draw as draw_fig2
+from study.fronts import draw as draw_fronts
+from study.table1 import draw as draw_fig4
 
 BEGIN, END = "<!-- study: written by python -m study.write -->\n", "<!-- /study -->\n"
 
@@ -179,32 +183,32 @@ def baselines(data: dict) -> list[str]:
         return [c["of"], labels[c["rule"]] + on, percent(c["compute"]), percent(c["accuracy"]), percent(c["other"]),
                 signed(c["change"], c["half"])]
 
-    answers = []
-    for whose in ("stage 1", "stage 2"):
-        for rule, weights, other in (("confidence", "base", "a confidence threshold on the base"),
-                                     ("confidence", whose, "a confidence threshold on its own adapters"),
-                                     ("heads", whose, "its own heads, thresholded where they sample")):
-            if c := found.get((whose, rule, weights)):
-                answers.append(f"{whose}'s exits against {other}: {signed(c['change'], c['half'])} points, " + verdict(
-                    c["change"], c["half"], "the learned, sampled exit is better", "the threshold is better",
-                    "no significant difference"))
-    if c := found.get(("stage 2", "plain RL", "plain RL")):
-        answers.append(f"stage 2 against RLOO without exits: {signed(c['change'], c['half'])} points, " + verdict(
-            c["change"], c["half"], "above plain RL", "below plain RL", "no significant difference from plain RL"))
+    def verdicts(whose: str) -> str:
+        """Its differences from the others that the question is about, in one sentence."""
+        others = {("confidence", "base"): "a confidence threshold on the base",
+                  ("confidence", "stage 1"): "such a threshold on stage 1's adapters",
+                  ("confidence", whose): "such a threshold on its own adapters",
+                  ("heads", whose): "its own heads, thresholded and not sampled",
+                  ("plain RL", "plain RL"): "reinforcement learning without exits"}
+        texts = [f"{signed(c['change'], c['half'])} points against {other}"
+                 + verdict(c["change"], c["half"], ", better", ", worse", ", no significant difference")
+                 for (rule, weights), other in others.items() if (c := found.get((whose, rule, weights)))]
+        return f"{whose[0].upper()}{whose[1:]}: {'; '.join(texts)}."
+
+    policies = [name for name in dict.fromkeys(c["of"] for c in data["comparisons"]) if name != "plain RL"]
     sweeps = {}
     for p in data["points"]:
         value = "" if p.get("value") is None else f"{p['value']}: "
         sweeps.setdefault((p["rule"], p["weights"]), []).append(
             f"{value}{percent(p['accuracy'])} at {percent(p['average_compute'])}")
     return ["### Baselines at equal compute", "",
-            about(data, f"; {data['runs']['stage 2']} seeds of stage 2, {data['runs']['plain RL']} of plain RL"),
+            about(data, "; runs: " + ", ".join(f"{count} of {name}" for name, count in data["runs"].items())),
             "A sweep is read at the learned policy's compute by mixing the two settings around it; differences are "
             "over the same problems and not corrected for their number. Compute counts layers alone; a threshold on "
-            "the lens also pays a product with the vocabulary at every exit. On stage 2's weights, "
-            "and where its exits are drawn at random, it is seed 0 against seed 0.", "",
-            "Does a learned exit beat a threshold" + (
-                ", and is accuracy more than plain RL's" if data["runs"]["plain RL"] else "") + "? "
-            + ". ".join(answer[0].upper() + answer[1:] for answer in answers) + ".",
+            "the lens also pays a product with the vocabulary at every exit. On its own weights, and where its exits "
+            "are drawn at random, a policy is its first seed; else it is the mean over its seeds.", "",
+            "Does a learned exit beat a threshold, and is accuracy more than plain RL's?",
+            *(line for whose in policies for line in ("", verdicts(whose))),
             *table(["learned", "against", "average compute", "accuracy", "the other's", "difference, points"],
                    [row(c) for c in data["comparisons"]]),
             "Every setting, as accuracy at average compute; intervals are in data/baselines.json.",
@@ -245,8 +249,14 @@ EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without 
          ("E2 area over the early-answering curve", "E2 aoc", 1),
          ("E3 load: follows a falsified step less recovers", "E3 load", 1),
          ("E3 recovers the true answer", "E3 recover", 100),
+         ("E3 worth of filler (dots) in the chain's place, points", "E3 fill gain, dots,", 100),
          ("E6 the base, from the chain alone, comes to the model's answer", "E6 reader", 100),
-         ("E4 nats lost where all earlier tokens are frozen at the first exit (not validated)", "E4 lost", 1))
+         ("E4 nats a token loses where all earlier ones are frozen at the first exit (not validated)", "E4 lost", 1),
+         ("E4 the same of the answer's tokens (not validated)", "E4 lost, answer", 1),
+         ("E5 what a stream tells of the token 5 ahead, over what the next token tells (not validated)",
+          "E5 future gain 5", 1),
+         ("layer-tokens of a response", "D layer-tokens", 1),
+         ("opaque serial depth: the most layers run between one readable thing and the next", "D serial depth", 1))
 
 
 def monitor(data: dict) -> list[str]:
@@ -258,11 +268,19 @@ def monitor(data: dict) -> list[str]:
         depths = sorted(int(name.split()[-1]) for name in rows if re.fullmatch(rf"{key} \d+", name))
         row = next((rows[name] for name in (f"{key} {own}", f"{key} {own}>{own}", key, *(f"{key} {d}" for d in depths))
                     if name in rows), {})
-        digits, unit = (1, "%") if scale == 100 else (2, "")
-        text = "" if row.get("value") is None else f"{scale * row['value']:.{digits}f}{unit}"  # None: not defined
+        if row.get("value") is None:  # not defined
+            return ""
+        digits, unit = (1, "%") if scale == 100 else (1 if abs(row["value"]) >= 10 else 2, "")
+
+        def numbers(*names, sign="") -> list[str]:
+            return [f"{scale * row[name]:{sign}.{digits}f}" for name in names]
+
+        text = numbers("value")[0] + unit
         if row.get("difference") is not None:
-            change, low, high = (f"{scale * row[name]:+.{digits}f}" for name in ("difference", "d_low", "d_high"))
+            change, low, high = numbers("difference", "d_low", "d_high", sign="+")
             text += f", {change} ({low} to {high})"
+        elif row.get("low") is not None:
+            text += " ({} to {})".format(*numbers("low", "high"))
         return text.replace("-", "−")
 
     return ["### Did reasoning move into the text?", "",
@@ -274,6 +292,7 @@ def monitor(data: dict) -> list[str]:
                                   for label, key, scale in EVALS])]
 
 
+FIGURES = {"fig4": draw_fig4, "fig2": draw_fig2, "fronts": draw_fronts}
 SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens, monitor)
 
 
@@ -293,9 +312,9 @@ def written(folder: Path) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", default="runs/study", help="folder of data/ and results.md (default: "
-                   "runs/study)")
-    folder = Path(p.parse_args().out)
+    p.add_argument("--out", default="runs/study", help="folder of data/, figures/ and results.md (default: runs/study)")
+    args = p.parse_args()
+    folder = Path(args.out)
     path = folder / "results.md"
     text = read_text(path) if path.exists() else BEGIN + END
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -303,6 +322,9 @@ def main() -> None:
     before, rest = text.split(BEGIN)
     write_text(path, before + BEGIN + written(folder) + END + rest.split(END)[1])
     print(f"wrote {path}")
+    for name, draw in FIGURES.items():
+        if (data := folder / "data" / f"{name}.json").exists():
+            draw(args, read_json(data))
 
 
 if __name__ == "__main__":

@@ -199,19 +199,24 @@ def test_where_nothing_has_been_trained_nothing_is_written(command, tmp_path, mo
 
 def test_what_stage_2_wins_back_is_the_mean_of_its_seeds_over_the_same_problems(tmp_path, monkeypatch):
     """One seed's luck, or a difference from another start, would be taken for a recovery."""
-    right = {"base": [1, 1, 1, 0], "start": [0, 1, 0, 0], "rl-0.1-0-kl-4": [1, 1, 0, 0], "rl-0.1-2-kl-4": [1, 0, 1, 1]}
-    monkeypatch.setattr(common, "stage_two", lambda args, name, lam, seed, start: seed != 1 and tmp_path / name)
+    right = {"base": [1, 1, 1, 0], "s1": [1] * 4, "kl-4": [0, 1, 0, 0], "rl-0.1-0-kl-4": [1, 1, 0, 0],
+             "rl-0.1-2-kl-4": [1, 0, 1, 1]}
+    monkeypatch.setattr(common, "stage_one", lambda args: tmp_path / "s1")
+    monkeypatch.setattr(common, "kl_run", lambda args, kappa: tmp_path / f"kl-{kappa:g}")
+    monkeypatch.setattr(common, "stage_two", lambda args, name, lam, seed, start:
+                        seed != 1 and start.name == "kl-4" and tmp_path / name)
     monkeypatch.setattr(common, "base_answers", lambda args: "base")
     monkeypatch.setattr(fronts, "answers", lambda args, run: run.name)
     for module in (common, fronts):
         monkeypatch.setattr(module, "correct", right.get)
     monkeypatch.setattr(fronts, "point", lambda args, answered, **about: {"average_compute": len(answered), **about})
-    monkeypatch.setattr(fronts.runs, "read_config", lambda run: {"args": {"seed": int(run.name.split("-")[2])}})
+    monkeypatch.setattr(common.runs, "read_config", lambda run: {"args": {"kl_factor": 16} if run.name == "s1" else
+                                                                 {"seed": int(run.name.split("-")[2])}})
     rows = []
-    found = fronts.from_lower_kappa(argparse.Namespace(seeds=3), 4.0, tmp_path / "start", rows)
+    found = fronts.from_lower_kappa(argparse.Namespace(seeds=3), rows)
     assert [row["seed"] for row in rows] == [0, 2] and (found["seeds"], found["accuracy"]) == (2, 0.625)
     assert found["change_from_start"][0] == 0.375 and found["change_from_base"][0] == -0.125
-    assert fronts.from_lower_kappa(argparse.Namespace(seeds=0), 4.0, tmp_path / "start", rows) is None
+    assert fronts.from_lower_kappa(argparse.Namespace(seeds=0), rows) is None
 
 
 def test_a_figure_mixes_no_problems(tmp_path, capsys):
@@ -341,8 +346,8 @@ def test_the_text_says_what_the_json_says_and_leaves_out_what_was_not_run(tmp_pa
         write.main()
 
 
-@pytest.mark.parametrize("change, half, wanted", [(0.03, 0.01, "above plain"), (-0.03, 0.01, "below plain"),
-                                                  (0.01, 0.03, "no significant difference from plain")])
+@pytest.mark.parametrize("change, half, wanted", [(0.03, 0.01, "better"), (-0.03, 0.01, "worse"),
+                                                  (0.01, 0.03, "no significant difference")])
 def test_the_verdict_follows_the_interval(change, half, wanted):
     """A text that says 'beats' whatever was measured."""
     comparison = {"of": "stage 2", "rule": "plain RL", "weights": "plain RL", "compute": 0.7, "accuracy": 0.6,
@@ -350,7 +355,7 @@ def test_the_verdict_follows_the_interval(change, half, wanted):
     text = "\n".join(write.baselines({"command": "c", "model": "m", "task": "t", "n": 9, "temperature": 1.0,
                                       "points": [], "comparisons": [comparison],
                                       "runs": {"stage 2": 5, "plain RL": 5}}))
-    assert wanted in text
+    assert f"points against reinforcement learning without exits, {wanted}." in text
 
 
 def test_the_monitors_table_reads_the_regime_that_is_the_models_own():
@@ -371,7 +376,7 @@ def test_the_monitors_table_reads_the_regime_that_is_the_models_own():
     assert "| E1 with the chain, exits at random |  |  |" in text
     assert "s1: E1: with the chain 25.0%, base 75.0%" in text and "not shown that the uplift grew" in text
     assert "that it is above that at full depth" in text and "beat random" not in text
-    assert "at full depth |  | 10.0% |" in text and "first exit (not validated) |  | 7.00 |" in text
+    assert "at full depth |  | 10.0% (−10.0 to 30.0) |" in text and "first exit (not validated) |  | 7.00 |" in text
     data["results"]["runs/other/s1"] = learned | rows("full", 0.9)  # two of one name: neither is dropped
     assert "|  | base | runs/study/s1 | runs/other/s1 |" in "\n".join(write.monitor(data))
 
@@ -380,6 +385,6 @@ def test_figures_are_small(tmp_path):
     """Pages that load at once, and a repository that stays light."""
     pytest.importorskip("matplotlib")
     args = argparse.Namespace(out=tmp_path)
-    table1.draw(args, [{"name": name, "depths": [1, 2, 3], "target": [0.2, 0.3, 0.5], "learned": [0.3, 0.3, 0.4]}
-                       for name in ("1", "4", "16")])
+    table1.draw(args, {"distributions": [{"name": name, "depths": [1, 2, 3], "target": [0.2, 0.3, 0.5],
+                                          "learned": [0.3, 0.3, 0.4]} for name in ("1", "4", "16")]})
     assert 2000 < (tmp_path / "figures" / "fig4.png").stat().st_size < 80_000
