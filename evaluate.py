@@ -28,6 +28,7 @@ from data.hub import UserError, as_json, field, resolve, write_json, write_text
 from exits import Policy, Response, adapters_off, collate, exit_depths, token_logp_all
 from fast.chunks import in_chunks
 from model import Transformer
+from report.kinds import by_kind
 from sample import generate_shared
 
 Z = 1.96  # 95% intervals
@@ -219,8 +220,9 @@ def main() -> None:
         for label in ([] if metrics else [BASE]) + ([name] if run else []):
             base = label == BASE
             responses, rows = answer(policy, problems, prompts, tokenizer, base, args)
-            metrics.append({"name": label, "run": None if base else str(run),
-                            **measure(rows, policy.depth_of_outcome.tolist())})
+            outcomes = policy.depth_of_outcome.tolist()
+            metrics.append({"name": label, "run": None if base else str(run), **measure(rows, outcomes),
+                            "kinds": by_kind(rows, outcomes, tokenizer)})
             completions += [{"model": label, **row} for row in rows]
             by_label[label] = rows
             for problem, response, row in zip(shown, responses, rows, strict=False) if parallel.rank() == 0 else ():

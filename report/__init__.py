@@ -11,6 +11,7 @@ from pathlib import Path
 from string import Template
 
 from data.hub import write_text
+from report.kinds import MEANING
 
 METRICS = ("name", "n", "accuracy", "accuracy_low", "accuracy_high", "exit_rate", "layer_savings", "average_compute",
            "total_compute", "length", "finished", "exit_histogram")
@@ -46,7 +47,9 @@ def pack(record: dict) -> dict:
 
     problems = [problem | {"runs": [pack_run(problem["id"], name, run) for name, run in problem["runs"].items()]}
                 for problem in record["problems"]]
-    metrics = [{key: metric[key] for key in METRICS} for metric in record["metrics"]]
+    metrics = [{key: metric[key] for key in METRICS} | {"kinds": {
+        MEANING[kind["kind"]]: [kind["share"], kind["average_compute"]] for kind in metric["kinds"]
+        if kind["part"] == "all" != kind["kind"]}} for metric in record["metrics"]]
     return record | {"metrics": metrics, "problems": problems, "strings": list(ids)}
 
 
@@ -54,7 +57,8 @@ def page(record: dict) -> str:
     """The whole page as text.
 
     record: title, subtitle, perhaps headline (one sentence), n_layers, exits (depths in layers run), metrics (one dict
-    per model, with the keys of METRICS; exit_histogram is {"depth": share}), problems (id, question, gold, runs). runs
+    per model, with the keys of METRICS; exit_histogram is {"depth": share}; and kinds, report.kinds.by_kind's rows),
+    problems (id, question, gold, runs). runs
     maps a model's name to tokens, depths, correct, finished, value and, for each token, exit_probs (conditional, per
     exit; [] without heads) and top (per exit and at full depth, [token, probability] pairs).
     """

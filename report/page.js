@@ -60,6 +60,13 @@ function histogram(metric) {
   const rows = shares.map((p, k) => row(depthLabel(k), bar(p, share(p), "d" + k)));
   return el("table", "", el("caption", "", prose(metric.name)), el("tbody", "", ...rows));
 }
+function kinds(models) {  // of those that exit; the kinds that run fewest layers in the last of them come first
+  const order = Object.entries(models.at(-1).kinds).sort(([, a], [, b]) => a[1] - b[1]);
+  const cell = (m, kind) => m.kinds[kind] ? bar(m.kinds[kind][1], share(m.kinds[kind][1]), "") : td();
+  const rows = order.map(([kind, [part]]) => row(th(`${kind} (${share(part)})`), ...models.map(m => cell(m, kind))));
+  const names = row(th(), ...models.map(m => th(prose(m.name))));
+  return el("table", "", el("thead", "", names), el("tbody", "", ...rows));
+}
 
 function ticks(values) {  // round numbers, six at most, that enclose them
   const low = Math.min(...values), high = Math.max(...values);
@@ -199,6 +206,8 @@ document.head.append(el("style", "", ...colours(depths.length).map(([ground, ink
 $("results").append(results());
 plot();
 $("histograms").append(...data.metrics.map(histogram));
+const exiting = data.metrics.filter(m => m.exit_rate);
+if (exiting.length) $("early").append(kinds(exiting)); else $("early").remove();
 $("depths").append(...depths.map(depthButton));
 const names = new Set(data.problems.flatMap(({runs}) => runs.map(run => run.name)));
 $("run").append(...[...names].map(name => new Option(prose(name), name)));

@@ -19,7 +19,7 @@ FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def standard(x: torch.Tensor, fit: torch.Tensor) -> torch.Tensor:
     """Features (n, D) less their mean, over their deviation, both taken where `fit` (n,), and a constant."""
     some = x[fit]
-    return torch.cat([(x - some.mean(0)) / some.std(0).clamp(min=1e-6), x.new_ones(len(x), 1)], 1)
+    return torch.cat([(x - some.mean(0)) / some.std(0, correction=0).clamp(min=1e-6), x.new_ones(len(x), 1)], 1)
 
 
 def softmax_probe(x: torch.Tensor, labels: torch.Tensor, fit: torch.Tensor, steps: int = 40) -> torch.Tensor:

@@ -84,9 +84,11 @@ def respond(s: Subject, prompts: list[list[int]], regime: str) -> list[Response]
 
 
 @torch.no_grad()
-def streams(s: Subject, texts: list[list[int]], starts: list[int], regime: str):
+def streams(s: Subject, texts: list[list[int]], starts: list[int], regime: str, numbers=None):
     """Teacher-forced passes of 64 texts of ids at a time, every position from `starts` on in the regime: yields the
-    texts' numbers (n,) and the streams (n, T, D)."""
+    texts' places in the list (n,) and the streams (n, T, D). A text's draws are those of its number (default: its
+    place)."""
+    numbers = range(len(texts)) if numbers is None else numbers
     for i in range(0, len(texts), 64):
         part = texts[i : i + 64]
         T = max(map(len, part))
@@ -96,9 +98,9 @@ def streams(s: Subject, texts: list[list[int]], starts: list[int], regime: str):
             free = torch.arange(starts[i + b], len(text))
             ids[b, : len(text)], depths[b, : len(text)] = torch.tensor(text), s.policy.n_layers
             if regime == "random":
-                depths[b, free] = random_depths(s.policy, s.histogram, len(free), s.args.seed + 1 + i + b)
+                depths[b, free] = random_depths(s.policy, s.histogram, len(free), s.args.seed + 1 + numbers[i + b])
             elif regime != "full":
-                u[b, free] = uniforms((s.args.seed, DRAWS), [i + b], free.numpy(), len(s.policy.exits))
+                u[b, free] = uniforms((s.args.seed, DRAWS), [numbers[i + b]], free.numpy(), len(s.policy.exits))
         with within(s.policy, regime):
             yield range(i, i + len(part)), s.policy(send(ids, s.policy.device), depths,
                                                     None if regime in ("full", "random") else u).h
@@ -109,7 +111,8 @@ def force(s: Subject, heads: list[list[int]], starts: list[int], regime: str) ->
     texts, live = [list(head) for head in heads], list(range(len(heads)))
     for _ in range(2):
         found = []
-        for rows, h in streams(s, [texts[i] for i in live], [starts[i] for i in live], regime):
+        # Under its own number: the second digit is read past the exits that the first was read past.
+        for rows, h in streams(s, [texts[i] for i in live], [starts[i] for i in live], regime, live):
             last = torch.tensor([len(texts[live[row]]) - 1 for row in rows])
             found += token_logp_all(s.policy.model, h[torch.arange(len(last)), last]).argmax(-1).tolist()
         digits = [s.tokenizer.decode([token]).isdecimal() for token in found]

@@ -1,75 +1,26 @@
-"""Which tokens leave early? Depth by kind of token, in the thoughts and in the answer.
+"""Which tokens leave early? Depth by kind of token (report/kinds.py), in the thoughts and in the answer.
 
-A token's depth is that of the pass that predicts it; it has the kind of the word that its first printed character is
-in. Writes tokens.json.
+A token's depth is that of the pass that predicts it. Writes tokens.json.
 
     python -m study.tokens
 """
 
-import re
-from collections import defaultdict
-
 import runs
-from data.arithmetic import ORDINALS
-from data.text import thoughts
+from report.kinds import MEANING, by_kind
 from study import common
 from study.common import answers
-
-FUNCTION = ("a an and are as at be by does for from has have he her his how i if in into is it its my no not now of on "
-            "or our she so than that the their them then there they this to was we were what when where who will with")
-KINDS = re.compile("|".join((
-    r"(?P<control><[|/a-z_]+>)", r"(?<==)\s*(?P<result>\d+)", r"(?<=\{)(?P<boxed>\d+)(?=\})", r"(?P<number>\d+)",
-    r"(?P<operator>[-+*/×÷=])", r"(?P<function>\b(?:" + FUNCTION.replace(" ", "|") + r")\b)",
-    r"(?P<ordinal>\b(?:" + "|".join(ORDINALS) + r")\b)", r"(?P<name>\b[A-Z][a-z]+\b)", r"(?P<word>\\?[^\W\d_]+)",
-    r"(?P<punctuation>[^\w\s])")))
-MEANING = {"result": "digits of a result (after =)", "boxed": "digits of the boxed answer", "number": "other digits",
-           "operator": "operators and =", "name": "names (capitalised words)", "ordinal": "First, Second, …",
-           "function": "function words", "word": "other words", "rest": "later pieces of a word",
-           "punctuation": "punctuation", "blank": "spaces and line breaks", "control": "<think>, </think>, end"}
-
-
-def kinds_of(pieces: list[str]) -> list[str]:
-    """The kind of each token of a text."""
-    text = "".join(pieces)
-    kind_at, start_at, kinds, at = {}, {}, [], 0
-    for found in KINDS.finditer(text):
-        start, end = found.span(found.lastgroup)
-        for i in range(start, end):
-            kind_at[i], start_at[i] = found.lastgroup, start
-    for piece in pieces:
-        first = at + len(piece) - len(piece.lstrip())
-        kind = kind_at.get(first, "blank") if piece.strip() else "blank"
-        later = kind in ("word", "name", "function") and start_at[first] < first
-        kinds.append("rest" if later else kind)
-        at += len(piece)
-    return kinds
-
-
-def by_kind(args, answered, tokenizer) -> list[dict]:
-    found, outcomes = defaultdict(list), answered.outcomes
-    for row in answered.rows:
-        pieces = tokenizer.pieces(row["token_ids"])
-        closed = thoughts(pieces)
-        for i, (kind, depth) in enumerate(zip(kinds_of(pieces), row["depths"], strict=True)):
-            for part in ("all", "thoughts" if i < closed else "answer"):
-                found[part, kind].append(depth)
-                found[part, "all"].append(depth)
-    count, L = len(found["all", "all"]), outcomes[-1]
-    return [{"part": part, "kind": kind, "share": len(depths) / count, "tokens": len(depths),
-             "exit_rate": common.mean(d < L for d in depths), "average_compute": common.mean(depths) / L,
-             "exit_histogram": {str(d): depths.count(d) / len(depths) for d in outcomes}}
-            for (part, kind), depths in found.items()]
 
 
 def main() -> None:
     args = common.arguments(__doc__)
     _, tokenizer = runs.load_model(args)
     found = {"stage 1": common.stage_one(args), "stage 2": common.rl_run(args)}
-    if not any(found.values()):
+    found = {name: (run, answers(args, run)) for name, run in found.items() if run}
+    if not found:
         return
     common.save(args, "tokens", "tokens", meaning=MEANING, runs={
-        name: {"run": run.name, "kinds": by_kind(args, answers(args, run), tokenizer)}
-        for name, run in found.items() if run})
+        name: {"run": run.name, "kinds": by_kind(answered.rows, answered.outcomes, tokenizer)}
+        for name, (run, answered) in found.items()})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 import runs
 from data.hub import UserError, read_json, read_text, write_text
 from monitor import claim
+from study.common import mean
 from study.fig2 import draw as draw_fig2
 from study.fronts import draw as draw_fronts
 from study.table1 import draw as draw_fig4
@@ -148,7 +149,15 @@ def fronts(data: dict) -> list[str]:
                  f"{change(dearest, 'length') or '0'} tokens a response, " + verdict(
                      dearest["length_change"], dearest["length_change_half"], "significantly longer than the base's",
                      "shorter than the base's", "no significant difference from the base") + ".", "",
-                 "![Length and total compute against λ](figures/verbosity.png)", "",
+                 "![Length and total compute against λ](figures/verbosity.png)"]
+    if training := data["training"]:
+        def share(depth: str, part: list[dict]) -> str:
+            return percent(mean(m["exit_histogram"][depth] for m in part))
+
+        shares = [f"{depth}: {share(depth, training[:10])} → {share(depth, training[-10:])}"
+                  for depth in training[0]["exit_histogram"]]
+        text += ["", "Does stage 2 just drop the last layers? Tokens that leave at each depth, first ten steps → last "
+                 f"ten (λ = 0.1, seed 0): {', '.join(shares)}.", "",
                  "![Where tokens leave over the steps of stage 2](figures/histogram.png)"]
     return text + table(["swept", "value", "average compute", "accuracy (95% interval)", "change, points",
                          "length, tokens", "change", "total compute, full-depth tokens", "change"], rows)

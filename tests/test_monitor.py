@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import monitor
 from checkpoints import save_policy
@@ -139,6 +140,24 @@ def test_forced_answers_of_a_whole_gold_chain_are_right(subject):
                                                      strict=True)) for regime in ("full", "learned", "cap-2")}
     assert right["full"] == right["learned"] >= 11 > right["cap-2"]
     assert float(subject.policy.heads.bias.detach().max()) == regimes.CLOSED  # the cap is gone
+
+
+@pytest.mark.parametrize("regime", ["learned", "random"])
+def test_the_digits_of_an_answer_are_read_past_the_same_exits(subject, monkeypatch, regime):
+    """A text that needs no second digit must not leave its draws to those behind it."""
+    policy, passes = Policy(Transformer.from_pretrained(EMBEDDED), [2, 4, 6]), []
+    policy.heads.bias.data.zero_()
+    plain = policy.forward
+    monkeypatch.setattr(policy, "forward", lambda *args: passes.append(plain(*args)) or passes[-1])
+    heads = [subject.tokenizer.encode(text) for text in ("None, \\boxed", "17+2=19, \\boxed{", "30+8=38, \\boxed{")]
+    said = torch.tensor([subject.tokenizer.encode(token)[0] for token in "}77"])
+    monkeypatch.setattr(regimes, "token_logp_all", lambda model, h: F.one_hot(said[-len(h) :], 4096).float())
+    forced = regimes.force(replace(subject, policy=policy, histogram=[0.25] * 4), heads, [0] * 3, regime)
+    first, second = (out.depths for out in passes)
+    assert forced == ["", "77", "77"] and len(second) == 2
+    for b, head in enumerate(heads[1:]):
+        depths = first[1 + b, : len(head)]
+        assert torch.equal(depths, second[b, : len(head)]) and len(set(depths.tolist())) > 1
 
 
 def test_logp_of_an_answer_is_that_of_its_tokens(subject):

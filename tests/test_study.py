@@ -10,6 +10,7 @@ from checkpoints import checkpoint, load_policy
 from data.hub import UserError
 from evaluate import paired
 from model import Transformer
+from report import kinds
 from sample import generate
 from study import baselines, common, crossdomain, fig2, fronts, heads, table1, tokens, write
 from tests.chance import assert_frequencies
@@ -311,12 +312,17 @@ def test_total_variation_is_half_of_the_sum():
 
 
 def test_kinds_of_tokens():
-    """A digit copied and a digit computed must not fall into one row."""
+    """A digit copied and a digit computed must not fall into one row; nor a thought that was cut among the answers."""
     pieces = ["<think>", "\n", "First", " An", "ne", " gives", " the", " eggs", ":", " ", "1", "7", "+", "2", "=", "1",
               "9", "\n", "</think>", "\n\n", "\\boxed", "{", "1", "9", "}", "<|im_end|>"]
     wanted = ("control blank ordinal name rest word function word punctuation blank number number operator number "
               "operator result result blank control blank word punctuation boxed boxed punctuation control").split()
-    assert tokens.kinds_of(pieces) == wanted
+    assert kinds.kinds_of(pieces) == wanted
+    cut = [{"token_ids": ids, "depths": [2] * len(ids)} for ids in (range(4), range(20, 26))]
+    found = kinds.by_kind(cut, [2, 4], argparse.Namespace(pieces=lambda ids: [pieces[i] for i in ids]))
+    parts = {part: sum(k["tokens"] for k in found if (k["part"], k["kind"]) == (part, "all"))
+             for part in ("thoughts", "answer")}
+    assert parts == {"thoughts": 4, "answer": 6}
 
 
 # ------------------------------------------------------------------------------------------------------- the text
