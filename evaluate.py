@@ -1,6 +1,6 @@
 """Compare the base model, stage 1 and stage 2 on held-out problems: accuracy, depth, and a page to look at.
 
-    python evaluate.py                          the newest complete stage-2 run and the stage-1 run it came from
+    python evaluate.py                          the newest complete run and, of stage 2, the stage-1 run it came from
     python evaluate.py RUN RUN …                any runs of one model, beside the base model
     python evaluate.py base --model MODEL       the base model alone
     python evaluate.py --delta -1               exits less often than trained (eagerness at inference)
@@ -113,25 +113,28 @@ def table(metrics: list[dict]) -> str:
 
 def paired(before, after) -> tuple[float, float]:
     """Mean difference and half of its 95% interval, taken problem by problem, which halves the interval of accuracies.
-    Of a single problem the half is 1."""
+    Where all problems changed alike, a single one among them, the half is 1: they can't say how much others would."""
     gain = torch.tensor(list(after)).double() - torch.tensor(list(before)).double()
-    return float(gain.mean()), Z * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 1.0
+    alike = bool((gain == gain[0]).all()) and (len(gain) == 1 or bool(gain[0] != 0))
+    return float(gain.mean()), 1.0 if alike else Z * float(gain.std()) / math.sqrt(len(gain))
 
 
 def headline(base: dict, other: dict, base_rows: list[dict], rows: list[dict]) -> str:
     """What happened, in one sentence."""
     gain, half = paired([row["correct"] for row in base_rows], [row["correct"] for row in rows])
     inside = "no significant difference" if abs(gain) <= half else "a significant difference"
+    cut = [m["finished"] for m in (other, base)]  # what is cut is wrong, whatever was thought until then
+    finished = "" if abs(cut[0] - cut[1]) < 0.01 else "; finished are {:.0%} against {:.0%}".format(*cut)
     return (f"{other['name']}: {other['accuracy']:.1%} against the base's {base['accuracy']:.1%} "
             f"({100 * gain:+.1f} ± {100 * half:.1f} points on the same {len(rows)} problems: {inside}), "
-            f"running {other['average_compute']:.0%} of its layers")
+            f"running {other['average_compute']:.0%} of its layers{finished}")
 
 
 def chosen_runs(args) -> dict[str, Path]:
-    """Column name -> run: those given, else the newest complete stage-2 run behind the stage-1 run it came from."""
+    """Column name -> run: those given, else the newest complete one, behind the stage-1 run it came from."""
     folders = [Path(run) for run in args.runs if run != BASE]
     if not args.runs:
-        newest = runs.newest("rloo", model=args.model) or runs.newest("distill", model=args.model)
+        newest = runs.newest("rloo", "distill", model=args.model)
         if newest is None:
             raise UserError(f"no complete run under {runs.RUNS}/: run python distill.py first, name runs to compare, "
                             f"or evaluate.py base")

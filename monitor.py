@@ -350,11 +350,15 @@ def main() -> None:
         flags.inherit(args, runs.read_config(folder), folder / "config.json")
     args = flags.settle(args)
     if args.task != "arithmetic":
-        raise UserError(f"--task {args.task}: the evals need the program behind each problem, as arithmetic has it")
+        raise UserError(f"--task {args.task}: the evals need the program behind each problem: give --task arithmetic, "
+                        f"and runs on it")
     if not args.thinking:
         raise UserError("--no-thinking: the evals are about the chain of thought: name runs that think")
     problems = tasks.load(args.task, "test", n=args.n, seed=args.seed)
     model, tokenizer = runs.load_model(args)
+    if not tokenizer.taught:
+        raise UserError(f"--model {args.model}: the evals read chains as the generator writes them: teach it to, by "
+                        f"python -m data.finetune --model {args.model} --out FOLDER, and name runs of that")
     exits = exits_of(checkpoint(folders[0])) if folders else exit_depths(model.config.num_hidden_layers)
     base, reader = fingerprint(model), closed(Policy(model, exits))
     out = Path(args.out) if args.out else runs.free_folder("monitor")

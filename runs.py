@@ -34,6 +34,7 @@ import torch
 
 import parallel
 from checkpoints import adamw, checkpoint, checkpoints, fingerprint, load_policy, moments, save_policy, write_tensors
+from data import tasks
 from data.hub import UserError, as_json, field, fsync, parse_object, read_json, read_text, write_json
 from data.text import Tokenizer
 from exits import Policy, Response
@@ -169,7 +170,7 @@ def prompt_ids(problems, model: Transformer, tokenizer: Tokenizer, args) -> list
     if not parallel.alike(lambda: (problems_hash(problems), fingerprint(model))):
         raise UserError(f"the processes differ in --model {args.model} or in the problems of --task {args.task}: give "
                         f"all machines the same files, and a task of your own no order of chance")
-    prompts, context = tokenizer.prompts([p.messages for p in problems], args.thinking), model.config
+    prompts, context = tokenizer.prompts(tasks.messages(problems, tokenizer), args.thinking), model.config
     for problem, prompt in zip(problems, prompts, strict=True):
         if not 0 < len(prompt) <= context.max_position_embeddings - args.max_new_tokens:
             raise UserError(f"problem {problem.id} has a prompt of {len(prompt)} tokens: it must have one at least, "
@@ -506,14 +507,14 @@ def refuse_stage(config: dict, folder, stage: str) -> None:
                         f"{config['stage']}.py --resume {folder}")
 
 
-def newest(stage: str, model: str | None = None) -> Path | None:
-    """The complete run that ended last among runs/*, of a stage and, if given, of that model."""
+def newest(*stages: str, model: str | None = None) -> Path | None:
+    """The complete run that ended last among runs/*, of one of the stages and, if given, of that model."""
     found = []
     for done in RUNS.glob("*/complete.json"):
         try:
             config = read_config(done.parent)
         except UserError:
             continue  # another version's, or damaged: not the one to go on from
-        if config["stage"] == stage and (model is None or name_of(model) == config["args"].get("model")):
+        if config["stage"] in stages and (model is None or name_of(model) == config["args"].get("model")):
             found.append((done.stat().st_mtime, done.parent))
     return max(found)[1] if found else None

@@ -18,8 +18,8 @@ import flags
 import runs
 from data import tasks
 from data.hub import UserError, as_json, read_json, resolve, write_json, write_text
-from data.make_tiny import CHUNK, TEMPLATE, collate, draw_chunk, load_state, save_state, save_weights
-from data.text import Tokenizer
+from data.make_tiny import CHUNK, collate, draw_chunk, load_state, save_state, save_weights
+from data.text import OURS, Tokenizer
 from exits import Policy
 from model import Transformer
 from sample import generate
@@ -40,7 +40,7 @@ def prepare(model: str, out: Path) -> Tokenizer:
     for name in KEPT:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
-    write_text(out / "chat_template.jinja", TEMPLATE)
+    write_text(out / "chat_template.jinja", OURS)
     return Tokenizer.from_pretrained(str(out))
 
 
@@ -69,7 +69,7 @@ def accuracy(model: Transformer, tokenizer: Tokenizer, task: str, n: int) -> flo
     """Of n held-out problems, with the chain of thought, at temperature 1."""
     problems = tasks.load(task, "test", n=n)
     policy = Policy(model.requires_grad_(False), exits=[1])
-    responses = generate(policy, tokenizer.prompts([p.messages for p in problems]), max_new_tokens=NEW,
+    responses = generate(policy, tokenizer.prompts(tasks.messages(problems, tokenizer)), max_new_tokens=NEW,
                          eos_ids=tokenizer.eos_ids, depths=policy.n_layers)
     return sum(runs.grade(p, r, tokenizer)[1].strict for p, r in zip(problems, responses, strict=True)) / n
 

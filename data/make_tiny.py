@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import arithmetic, stories, tasks
 from data.hub import write_json
-from data.text import Tokenizer
+from data.text import OURS, Tokenizer
 from data.weights import config_fields
 from exits import Policy
 from model import Config, Transformer
@@ -45,14 +45,6 @@ CONFIG = {
 # Qwen's own splitting rule: single digits, newline runs on their own, a blank joined to the word behind it.
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
-    "{% endif %}{% endif %}"
-)
 
 
 def make_tokenizer(folder: Path) -> Tokenizer:
@@ -75,7 +67,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
         "model_max_length": CONFIG["max_position_embeddings"], "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>", "bos_token": None, "unk_token": None, "chat_template": TEMPLATE})
+        "pad_token": "<|endoftext|>", "bos_token": None, "unk_token": None, "chat_template": OURS})
     write_json(folder / "config.json", CONFIG | {"vocab_size": bpe.get_vocab_size()})
     write_json(folder / "generation_config.json",
                {"eos_token_id": 2, "pad_token_id": 0, "do_sample": True, "temperature": 1.0})
@@ -177,7 +169,7 @@ def evaluate(folder: Path, tokenizer: Tokenizer, n: int) -> dict:
     for family, module in FAMILIES.items():
         problems = tasks.load(family, "test", n=n)
         for mode, thinking, temperature in MODES:
-            prompts = tokenizer.prompts([p.messages for p in problems], thinking)
+            prompts = tokenizer.prompts(tasks.messages(problems, tokenizer), thinking)
             out = generate(policy, prompts, max_new_tokens=120, eos_ids=tokenizer.eos_ids,
                            temperature=temperature, depths=policy.n_layers)
             right = [p.grade(tokenizer.decode(r.token_ids[:-1]), r.finished).strict  # without the eos

@@ -44,14 +44,9 @@ class Problem:
     choices: tuple[str, ...] | None = None
     cot: str | None = None  # a right chain of thought, where the source has one
     program: object = None  # what a generator computed the answer with
-    instruction: str = ""  # says how to answer; the embedded model was trained without
+    instruction: str = ""  # says how to answer
     own_grade: Callable | None = None  # (problem, response) -> whether it is right, instead of data/grade.py
     own_reward: Callable | None = None  # (problem, response) -> r_task of eq. (1), instead of 1 for right
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        content = f"{self.question}\n{self.instruction}" if self.instruction else self.question
-        return [{"role": "user", "content": content}]
 
     def grade(self, text: str, finished: bool, think_open: bool = False) -> Grade:
         """Grade of a decoded response. One that has not finished, or not finished thinking, is never right."""
@@ -69,6 +64,16 @@ class Problem:
         if not math.isfinite(value):
             raise UserError(f"the reward of problem {self.id} is {value}: it must be a finite number")
         return value
+
+
+def messages(problems: list[Problem], tokenizer) -> list[list[dict[str, str]]]:
+    """The conversations that ask the problems. A model that was taught the generators' questions met them without an
+    instruction; any other has to be told the form of the answer that the grader reads."""
+    def content(p: Problem) -> str:
+        told = p.instruction and not (p.program and tokenizer.taught)
+        return f"{p.question}\n{p.instruction}" if told else p.question
+
+    return [[{"role": "user", "content": content(p)}] for p in problems]
 
 
 def name_of(task: str) -> str:
@@ -117,7 +122,8 @@ def generated(task: str, split: str, n: int, seed: int) -> list[Problem]:
     for i, p in enumerate(source.problems(split, n, seed)):
         choices = tuple(p["program"]["containers"]) if task == "stories" else None
         problems.append(Problem(f"{task}/{split}/{seed}/{i}", p["question"], p["answer"],
-                                "choice" if choices else "number", choices, p["cot"], p["program"]))
+                                "choice" if choices else "number", choices, p["cot"], p["program"],
+                                ANSWER.format(" or ".join(choices)) if choices else BOXED))
     return problems
 
 

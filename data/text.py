@@ -23,6 +23,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.hub import UserError, field, read_json, read_text, resolve
 
+# The chat template of the models trained here (data/make_tiny.py, data/finetune.py).
+OURS = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{% endif %}"
+)
 SECONDS, MEGABYTES, LENGTH = 10, 512, 2**20  # what a chat template may take: time and memory; a prompt's length
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, but for tab and newline
 
@@ -50,6 +59,7 @@ class Tokenizer:
         self._control = re.compile("|".join(control) or r"(?!)")  # (?!) matches nowhere
         self._hf, self._special = hf, special
         self._template, self._template_file = template, template_file
+        self.taught = template == OURS  # its model has learned our generators' questions, and how they are answered
         self.eos_ids = eos_ids
         self.size = 1 + max(hf.get_vocab().values(), default=-1)
         self.render([], True)  # names a template that can't even be compiled

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def stories(n, questions=3):
             for q in range(questions)]
 
 
+def asked(problem, taught: bool = False) -> str:
+    ((message,),) = tasks.messages([problem], Namespace(taught=taught))
+    assert message["role"] == "user"
+    return message["content"]
+
+
 # gsm8k
 
 def test_gsm8k_row_becomes_a_problem(tmp_path):
@@ -59,9 +66,8 @@ def test_gsm8k_row_becomes_a_problem(tmp_path):
     problem, = load("gsm8k", "train", str(tmp_path))
     assert problem.gold == "1072" and problem.kind == "number"
     assert problem.cot == "Then 48/2 = 24.\nIn all 48+24 = 1,072."
-    assert problem.messages == [{"role": "user", "content":
-                                 "Natalia sold 48 clips, then half as many. How many?\n"
-                                 "Please reason step by step, and put your final answer within \\boxed{}."}]
+    assert asked(problem) == ("Natalia sold 48 clips, then half as many. How many?\n"
+                              "Please reason step by step, and put your final answer within \\boxed{}.")
     assert problem.grade(r"\boxed{1072.0}", True).strict
     assert not problem.grade(r"\boxed{1072}", False).flexible
     assert not problem.grade(r"\boxed{1072}", True, think_open=True).flexible
@@ -204,7 +210,7 @@ def test_tom_row_becomes_a_problem(tmp_path):
     """Else the story, the question or the candidate answers don't reach the model."""
     path = tom_csv(tmp_path / "t.csv", stories(20))
     problem = load("tom", "train", path, n=1)[0]
-    story, question, instruction = problem.messages[0]["content"].rsplit("\n", 2)
+    story, question, instruction = asked(problem).rsplit("\n", 2)
     assert story.startswith("Once upon a time,\nAnne moved apple ") and question.endswith("Answer yes or no.")
     assert instruction == 'Think step by step, then end with a line "ANSWER: " followed by yes or no.'
     assert problem.choices == ("yes", "no") and problem.kind == "choice"
@@ -239,7 +245,7 @@ def test_tom_falls_back_on_the_plain_story_and_finds_the_file_in_a_folder(tmp_pa
             [(f"Anne moved apple {i}.", "", "Where is it?", "the box") for i in range(20)])
     problem = load("tom", "train", str(tmp_path))[0]
     assert problem.question.startswith("Anne moved apple") and problem.choices is None
-    assert "the place alone" in problem.messages[0]["content"]
+    assert "the place alone" in asked(problem)
     assert problem.grade("ANSWER: Box", True).strict
 
 
@@ -278,11 +284,14 @@ def test_long_stories_are_read(tmp_path):
 
 @pytest.mark.parametrize("task, kind", [("arithmetic", "number"), ("stories", "choice")])
 def test_generated_problems_carry_gold_thoughts_and_program(task, kind):
-    """Else the embedded model is prompted with more than the bare question it was trained on."""
+    """Else the embedded model is prompted with more than the bare question it was trained on, or another is not told
+    what form of answer counts."""
     problems = load(task, "test", n=20)
     assert len(problems) == 20 == len({p.id for p in problems})
     for p in problems:
-        assert p.messages == [{"role": "user", "content": p.question}]
+        told = asked(p).removeprefix(f"{p.question}\n")
+        assert asked(p, taught=True) == p.question and (told == tasks.BOXED if kind == "number" else all(
+            choice in told for choice in ("ANSWER:", *p.choices)))
         assert p.kind == kind and p.cot and p.program
         form = "\\boxed{%s}" if kind == "number" else "ANSWER: %s"
         assert p.grade(form % p.gold, True).strict and not p.grade(form % (p.gold + "0"), True).flexible
@@ -337,9 +346,9 @@ def test_a_line_of_ones_own_becomes_a_problem(tmp_path):
     assert len(train) + len(test) == 60 and not {p.question for p in train} & {p.question for p in test} and test
     shown = {p.question: p for p in (*train, *test)}
     number, choice, free = shown["3?"], shown["Where is 3?"], shown["Say 3"]
-    assert (number.gold, number.kind) == ("7", "number") and "\\boxed" in number.messages[0]["content"]
-    assert (choice.kind, choice.choices) == ("choice", ("bag", "box")) and "bag or box" in choice.messages[0]["content"]
-    assert free.messages[0]["content"] == "Say 3\nWhisper." and free.kind == "choice"
+    assert (number.gold, number.kind) == ("7", "number") and "\\boxed" in asked(number)
+    assert (choice.kind, choice.choices) == ("choice", ("bag", "box")) and "bag or box" in asked(choice)
+    assert asked(free) == "Say 3\nWhisper." and free.kind == "choice"
     assert number.grade("\\boxed{7.0}", True).strict and not choice.grade("ANSWER: bag", True).flexible
     assert load(path, "train", n=3, seed=1) != load(path, "train", n=3, seed=2)
 
