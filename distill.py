@@ -41,7 +41,7 @@ from exits import (
     token_logp_all,
 )
 from fast.chunks import in_chunks, kl_in_place
-from fast.packing import Sequences, send
+from fast.packing import send
 from sample import NEVER, draw, generate_shared, uniforms
 
 RESPONSES, DEPTHS, HELD_OUT = 0, 1, 2  # purposes of random numbers
@@ -127,7 +127,7 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
         u_exit = torch.full((*batch.ids.shape, E), NEVER, dtype=torch.double)
         u_exit[batch.row, batch.position] = u[:, :E]
-        out = policy(batch.ids, batch.depths, u_exit, place=Sequences(batch.ids.shape, batch.shared_from))
+        out = policy(batch.ids, batch.depths, u_exit, place=batch.place)
         own = out.depths[batch.row, batch.position]
         drawn += (own[:, None] == outcomes).sum(0)
 
@@ -307,7 +307,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
 
 @parallel.shared
 def main() -> None:
-    p = flags.parser(__doc__)
+    p = flags.training(__doc__, save_every=50)
     p.add_argument("--kl-factor", type=flags.number(0, 1e6, above=True), help="kappa of (4): larger exits later, and "
                    "costs less accuracy; 16 / 1, the paper's")
     p.add_argument("--exit-every", type=flags.whole(1), help="layers between exits (default: 5, or 2 in models under "
@@ -326,10 +326,6 @@ def main() -> None:
     p.add_argument("--held-out", type=flags.whole(1), default=64, help="test prompts for the final check (default: 64)")
     p.add_argument("--teacher", help="an earlier run, or its teacher.jsonl, whose base responses to take, not sampling "
                    "any")
-    p.add_argument("--save-every", type=flags.whole(1), default=50, help="steps between checkpoints (default: 50)")
-    p.add_argument("--keep", type=flags.whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
-    p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
-    p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps extends")
     args = p.parse_args()
     run = runs.Run.resume(args, p, "distill") if args.resume else None
     args = flags.settle(run.args if run else args, kl_factor=(16.0, 1.0), steps=(480, 200), lr=(0.012, None),

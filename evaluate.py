@@ -164,7 +164,7 @@ def write_merged(run: Path, out: Path, args) -> None:
     """Base + LoRA as a plain Hugging Face checkpoint: our weights, the base's config and tokenizer files."""
     flags.inherit(args, runs.read_config(run), run / "config.json")
     args = flags.settle(args)
-    where = flags.EMBEDDED if args.model == "embedded" else args.model
+    where = flags.location(args.model)
     if out.exists():
         raise UserError(f"--out {out} exists: choose a new folder")
     model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype), "cpu")
@@ -183,7 +183,7 @@ def write_merged(run: Path, out: Path, args) -> None:
 
 @parallel.shared
 def main() -> None:
-    p = flags.parser(__doc__)
+    p = flags.parser(__doc__, out="folder to write (default: runs/evaluate-TIME)")
     p.add_argument("runs", nargs="*", help="runs to compare (default: the newest complete ones), or 'base'")
     p.add_argument("--n", type=flags.whole(1), help="held-out problems, 200 / 100")
     p.add_argument("--temperature", type=flags.number(0, 1e4), default=1.0, help="of the tokens; 0 is argmax (default: "

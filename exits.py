@@ -51,7 +51,7 @@ class LoRALinear(nn.Module):
 
 class ExitHeads(nn.Module):
     """Per exit a perceptron with one layer of `hidden` units; with none, a linear map. That is enough for the embedded
-    model; on pretrained layers, whether later ones will change their mind is hardly linear in the stream. The stream is
+    model; on pretrained layers a linear map hardly tells whether later ones would change the prediction. The stream is
     read without its length, which grows by orders of magnitude with depth. All start at p = sigmoid(-4) = 0.018, so
     that an untrained policy hardly exits."""
 
@@ -135,9 +135,9 @@ class Policy(nn.Module):
 
         depths (B, T), on the host, prescribes how many layers each position runs (default: all); 0 means that nothing
         stands there, as in padding. With uniforms u (B, T, E), on the host, positions given depth L draw theirs, exit
-        by exit, with p_e = sigmoid(z_e + delta); the others obey. `place` runs a segment's layers for those that want
-        them, and knows whom they attend to: in Sequences, those before them in ids; in a Cache, whose rows' next tokens
-        are ids (R, 1), what the row holds.
+        by exit, with p_e = sigmoid(z_e + delta); the others obey. `place` runs a segment, the layers between two exits,
+        for those that want it, and knows whom they attend to: in Sequences, those before them in ids; in a Cache,
+        whose rows' next tokens are ids (R, 1), what the row holds.
         """
         L = self.n_layers
         place = Sequences(ids.shape) if place is None else place
@@ -273,6 +273,11 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # (N,) the token predicted at each
     shared_from: torch.Tensor | None  # (B, T) on the host: see Sequences
 
+    @property
+    def place(self) -> Sequences:
+        """Where Policy.forward runs the layers of this batch."""
+        return Sequences(self.ids.shape, self.shared_from)
+
 
 def collate(responses: Sequence[Response], n_layers: int, device="cpu") -> Batch:
     """A prompt that several responses have is run once, in the first one's row, but for its last token: that one
@@ -310,15 +315,14 @@ def micro_batches(policy: Policy, responses: Sequence[Response], size: int, shar
 def base_pass(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The base model at full depth: final stream (N, D) and the E streams (N, D) at the exits, without gradient."""
     with torch.no_grad(), adapters_off(policy):
-        out = policy(batch.ids, policy.n_layers * (batch.depths > 0), place=Sequences(batch.ids.shape,
-                                                                                      batch.shared_from))
+        out = policy(batch.ids, policy.n_layers * (batch.depths > 0), place=batch.place)
     return out.h[batch.predicting], [h[batch.predicting] for h in out.streams]
 
 
 def score(policy: Policy, batch: Batch, base_h: torch.Tensor | None = None, tokens: bool = True):
     """joint_logp of a batch at its recorded depths, teacher-forced: logp_exit, logp_token, token_kl, each (N,), and
     the exit logits (N, E). Without `tokens`, logp_token is None."""
-    out = policy(batch.ids, batch.depths, place=Sequences(batch.ids.shape, batch.shared_from))
+    out = policy(batch.ids, batch.depths, place=batch.place)
     exit_logits = out.exit_logits[batch.predicting]
     depths = batch.depths[batch.row, batch.position]
     return *joint_logp(policy, out.h[batch.predicting], exit_logits, depths, batch.tokens if tokens else None,

@@ -1,4 +1,4 @@
-"""The command line of the three scripts: flags with types and ranges, defaults by model, what a run passes on.
+"""The command line of the scripts: flags with types and ranges, defaults by model, what a run passes on.
 
 A flag's type is checked before anything is loaded, and a run's recorded flags go through the same parser again.
 """
@@ -52,8 +52,8 @@ def number(low: float, high: float, above: bool = False):
     return parse
 
 
-def parser(doc: str, out: str = "the run's folder (default: runs/STAGE-TIME)") -> argparse.ArgumentParser:
-    """The flags of all three scripts, and of study/."""
+def parser(doc: str, out: str, seed: str = "of problems, samples, adapters and heads") -> argparse.ArgumentParser:
+    """The flags that the scripts share, those of study/ and bench/harness.py among them."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Where help gives two "
                "values, 'A / B', the flag's default is A for the embedded model and B for any other.")
     p.add_argument("--model", help="checkpoint folder or hub id (default: the embedded one; after stage 1, its model)")
@@ -76,13 +76,23 @@ def parser(doc: str, out: str = "the run's folder (default: runs/STAGE-TIME)") -
     p.add_argument("--shard", action=argparse.BooleanOptionalAction, default=False,
                    help="under torchrun: share the base's blocks out over the GPUs, for a model that does not fit one "
                    "(docs/scaling.md; default: off)")
-    p.add_argument("--seed", type=whole(0, 10**9), default=0,
-                   help="of problems, samples, adapters and heads (default: 0)")
+    p.add_argument("--seed", type=whole(0, 10**9), default=0, help=f"{seed} (default: 0)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda or cuda:N (default: cuda where there is one)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default: bfloat16 on "
                    "CUDA, else float32, since a CPU that only emulates bfloat16 is slower with it)")
     p.add_argument("--out", help=out)
+    return p
+
+
+def training(doc: str, save_every: int) -> argparse.ArgumentParser:
+    """The same, with what every training has."""
+    p = parser(doc, "the run's folder (default: runs/STAGE-TIME)")
+    p.add_argument("--save-every", type=whole(1), default=save_every, help="steps between checkpoints (default: "
+                   "%(default)s)")
+    p.add_argument("--keep", type=whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
+    p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
+    p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps extends")
     return p
 
 
@@ -122,6 +132,11 @@ def name_of(model: str | None) -> str:
     ours, theirs = EMBEDDED / "model.safetensors", folder / "model.safetensors"
     same = theirs.is_file() and filecmp.cmp(ours, theirs, shallow=False)
     return "embedded" if same else str(folder.resolve())
+
+
+def location(model: str) -> Path | str:
+    """Folder or hub id of a model by the name that a run has recorded."""
+    return EMBEDDED if model == "embedded" else model
 
 
 def inherit(args: argparse.Namespace, config: dict, where) -> None:

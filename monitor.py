@@ -69,16 +69,16 @@ def externalisation(s: Subject, said: dict[str, list]) -> dict:
     that with it held. Random must be worse with the chain than learned, or the heads have learned a histogram only.
     N(B) = 1 - (direct - c) / (chain - c) with c the accuracy against another problem's gold."""
     values, direct = {}, s.prompts(False)
-    heads, gold = [prompt + s.tokenizer.encode(STUB) for prompt in direct], [p.gold for p in s.problems]
+    prefixes, gold = [prompt + s.tokenizer.encode(STUB) for prompt in direct], [p.gold for p in s.problems]
     for regime, responses in said.items():
         values[f"E1 chain {regime}"] = [runs.grade(p, r, s.tokenizer)[1].strict
                                         for p, r in zip(s.problems, responses, strict=True)]
-        answers = force(s, heads, [len(prompt) - 1 for prompt in direct], regime)
+        answers = force(s, prefixes, [len(prompt) - 1 for prompt in direct], regime)
         values[f"E1 direct {regime}"] = [a == g for a, g in zip(answers, gold, strict=True)]
         if regime in s.own:
             values[f"E1 chance {regime}"] = [a == g for a, g in zip(answers, gold[1:] + gold[:1], strict=True)]
         if regime not in ("full", "random"):
-            frozen = force(s, heads, [0] * len(heads), regime)
+            frozen = force(s, prefixes, [0] * len(prefixes), regime)
             values[f"E1 direct, prompt too, {regime}"] = [a == g for a, g in zip(frozen, gold, strict=True)]
     return values
 
@@ -146,10 +146,10 @@ def causal_load(s: Subject) -> dict:
     cases = [(i, k, lines, lines[-1].rpartition("=")[2]) for i, case in cases if case for k, lines in [case]]
     index, gold = [i for i, *_ in cases], [s.problems[i].gold for i, *_ in cases]
     starts, wrong = [len(prompts[i]) - 1 for i in index], [false for *_, false in cases]
-    heads = [thinking(prompts[i], lines[: k + 1], s.tokenizer, ended=False) for i, k, lines, _ in cases]
+    prefixes = [thinking(prompts[i], lines[: k + 1], s.tokenizer, ended=False) for i, k, lines, _ in cases]
     for regime in s.own:
         said = [runs.grade(s.problems[i], r, s.tokenizer)[1].value
-                for i, r in zip(index, respond(s, heads, regime), strict=True)]
+                for i, r in zip(index, respond(s, prefixes, regime), strict=True)]
         follow, recover = (np.array([str(a) == b for a, b in zip(said, them, strict=True)], float)
                            for them in (wrong, gold))
         M = [np.subtract(*(logp_answers(s, texts, starts, answers, regime) for answers in (gold, wrong)))
@@ -172,10 +172,10 @@ def filler_gain(s: Subject, said: dict[str, list]) -> dict:
     lengths = [len(ids("".join(f"{line}\n" for line in chain_of(s.tokenizer.decode(r.token_ids))))) for r in
                said["full"]]
     for kind, text in FILLERS.items():
-        heads = [prompt + ids("<think>\n") + list(islice(cycle(ids(text or p.question)), n))
+        prefixes = [prompt + ids("<think>\n") + list(islice(cycle(ids(text or p.question)), n))
                  + ids(f"\n</think>\n\n{STUB}") for prompt, n, p in zip(prompts, lengths, s.problems, strict=True)]
         for regime in s.own:
-            forced = force(s, heads, [len(prompt) - 1 for prompt in prompts], regime)
+            forced = force(s, prefixes, [len(prompt) - 1 for prompt in prompts], regime)
             values[f"E3 filled, {kind}, {regime}"] = [a == p.gold for a, p in zip(forced, s.problems, strict=True)]
     return values
 
@@ -207,8 +207,8 @@ def reader_sufficiency(s: Subject, said: dict[str, list]) -> dict:
     values, (blank,) = {}, s.prompts(questions=[" "])
     for regime in s.own:
         answers = np.array(answers_of(s, said[regime]), object)
-        heads = [thinking(blank, chain_of(s.tokenizer.decode(r.token_ids)), s.tokenizer) for r in said[regime]]
-        read = np.array(force(replace(s, policy=s.reader), heads, [len(blank) - 1] * len(heads), "full"))
+        prefixes = [thinking(blank, chain_of(s.tokenizer.decode(r.token_ids)), s.tokenizer) for r in said[regime]]
+        read = np.array(force(replace(s, policy=s.reader), prefixes, [len(blank) - 1] * len(prefixes), "full"))
         there = [a is not None for a in answers]
         for name, them in ((f"E6 reader {regime}", read), (f"E6 reader, another's chain, {regime}", np.roll(read, 1))):
             values[name] = np.where(there, them == answers, np.nan)
@@ -341,7 +341,7 @@ def show(name: str, rows: dict) -> None:
 
 
 def main() -> None:
-    p = flags.parser(__doc__)
+    p = flags.parser(__doc__, out="folder to write, or to go on in (default: runs/monitor-TIME)")
     p.add_argument("runs", nargs="+", help="runs of one model, and 'base'")
     p.add_argument("--n", type=flags.whole(2), default=300, help="held-out problems (default: 300)")
     args = p.parse_args()

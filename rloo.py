@@ -4,10 +4,10 @@
     A_i = R_i - mean_{j != i} R_j                                       leave-one-out, no std division
     loss = 1/c mean over prompts of 1/k sum_i [ -A_i sum_t log pi(l_t, x_t) + beta mean_t KL_t ],   c = max_new_tokens
 
-KL_t is exact, over the vocabulary, from the policy at l_t to the base model at full depth. Inside R it pays for depths
-and states of small KL; whichever token is then drawn it is the same, so that R says nothing of how KL_t itself moves
-with the weights: hence the second term, which is no second penalty.
-Left out of PPO and GRPO on purpose: importance ratios and clipping (one gradient step per batch of rollouts), the
+KL_t is exact, over the vocabulary, from the policy at l_t to the base model at full depth. It depends on state and
+depth, not on the token drawn. Inside R it rewards coming to states and depths of small KL; the second term is its
+direct gradient, no second penalty. Both together are the gradient of (1).
+Left out of PPO and GRPO on purpose: importance ratios and their clipping (one gradient step per batch of rollouts), the
 division by the standard deviation, a critic, truncated sampling (the policy that is scored is the one that sampled).
 
 Shapes: P prompts of a step, k samples of each, B responses of a micro-batch, N predicting positions.
@@ -30,6 +30,7 @@ import runs
 from checkpoints import load_policy
 from data import tasks
 from data.hub import UserError, field
+from evaluate import measure
 from exits import Policy, Response, base_pass, micro_batches, score
 from fast.packing import send
 from sample import generate
@@ -62,7 +63,8 @@ def per_response(values: torch.Tensor, batch) -> torch.Tensor:
 @torch.no_grad()
 def score_responses(policy: Policy, responses: list[Response], micro_batch: int):
     """Before the update: the base's streams by micro-batch, which the update needs again; each response's mean token KL
-    (P k,); and |log-prob when sampled - here| at every generated token (N,), which must stay at rounding level."""
+    (P k,); and |log-prob when sampled - here| of every generated token's depth and id (2N,), which must stay at
+    rounding level."""
     base, drift = [], [policy.heads.bias.new_zeros(0)]
     mean_kl = torch.zeros(len(responses), dtype=torch.double, device=policy.device)
     for index, batch in micro_batches(policy, responses, micro_batch):
@@ -93,24 +95,16 @@ def accumulate_gradient(policy: Policy, responses: list[Response], advantages: t
 def summarise(rows: list[dict], drift: torch.Tensor, outcomes: list[int], args) -> dict:
     """A step's metrics from its completions; the three parts of the reward sum to it. Compute is pooled over tokens,
     while the reward averages depth within each response."""
-    def mean(values):
-        values = list(values)
-        return sum(values) / len(values)
-
     def average(name):
         return float(torch.tensor([row[name] for row in rows], dtype=torch.double).mean())
 
-    L, depths, task = outcomes[-1], [d for row in rows for d in row["depths"]], [row["reward_task"] for row in rows]
+    task = [row["reward_task"] for row in rows]
     groups = [set(task[i : i + args.samples]) for i in range(0, len(task), args.samples)]
     return {
         "reward": average("reward"), "reward_task": average("reward_task"),
         "reward_depth": -args.lam * average("depth_charged"), "reward_kl": -args.beta * average("mean_kl"),
-        "accuracy": average("correct"), "accuracy_flexible": average("flexible"),
-        "average_compute": mean(depths) / L, "total_compute": sum(depths) / L / len(rows),
-        "exit_rate": mean(d < L for d in depths),
-        "exit_histogram": {str(d): depths.count(d) / len(depths) for d in outcomes},
-        "length": len(depths) / len(rows), "finished": average("finished"),
-        "groups_of_equal_task_reward": mean(len(group) == 1 for group in groups),
+        **measure(rows, outcomes),
+        "groups_of_equal_task_reward": sum(len(group) == 1 for group in groups) / len(groups),
         "kl": average("mean_kl"), "drift_max": float(drift.max()), "drift_mean": float(drift.mean()),
     }
 
@@ -128,7 +122,7 @@ def stage_one(args) -> Path:
 
 @parallel.shared
 def main() -> None:
-    p = flags.parser(__doc__)
+    p = flags.training(__doc__, save_every=20)
     p.add_argument("--lam", type=flags.number(0, 1e6), default=0.1, help="lambda of (1), the price of depth (default: "
                    "0.1)")
     p.add_argument("--beta", type=flags.number(0, 1e6), default=0.02, help="weight of the mean token KL to the base "
@@ -142,11 +136,7 @@ def main() -> None:
     p.add_argument("--lr", type=flags.number(0, 10), help="peak learning rate: 0.001 / (0.1 / hidden size)")
     p.add_argument("--problems", type=flags.whole(1), help="training problems, 4096 / all of a file, "
                    "1000 of a generator or a .py task")
-    p.add_argument("--save-every", type=flags.whole(1), default=20, help="steps between checkpoints (default: 20)")
-    p.add_argument("--keep", type=flags.whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--init", help="stage-1 run to start from (default: the newest complete one)")
-    p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
-    p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps extends")
     args = p.parse_args()
     run = runs.Run.resume(args, p, "rloo") if args.resume else None
     if run:

@@ -38,7 +38,7 @@ from data import tasks
 from data.hub import UserError, as_json, field, fsync, parse_object, read_json, read_text, write_json
 from data.text import Tokenizer
 from exits import Policy, Response
-from flags import EMBEDDED, flag, name_of, replay
+from flags import flag, location, name_of, replay
 from model import Transformer
 
 RUNS = Path("runs")
@@ -134,7 +134,7 @@ def load_model(args) -> tuple[Transformer, Tokenizer]:
     torch.manual_seed(args.seed)  # the start of adapters and heads
     if args.model == "embedded":  # its products are so small that threads mostly wait for each other
         torch.set_num_threads(1)
-    where = EMBEDDED if args.model == "embedded" else args.model
+    where = location(args.model)
     tokenizer = Tokenizer.from_pretrained(where, args.revision)
     device = parallel.device(args.device)
     if device.startswith("cuda:"):

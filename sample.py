@@ -1,4 +1,5 @@
-"""Sampling from the policy: random numbers that belong to their place, and one loop that decodes many responses.
+"""Sampling from the policy: random numbers fixed by seed, response and position, and one loop that decodes many
+responses.
 
     admit     waiting prompts enter free rows of the cache; a prompt's samples share its pass
     compact   when no prompt waits and half of the rows are empty, the cache shrinks; not with graphs, which read its
@@ -22,7 +23,7 @@ from fast.chunks import in_chunks
 from fast.graphs import Graphs
 from fast.packing import Sequences, send
 
-PREFILL = 2**14  # prompt tokens in one pass: an MLP's inside, of all of them, would outgrow the cache
+PREFILL = 2**14  # prompt tokens in one pass: an MLP's activations for all of them would outgrow the cache
 NEVER = 2.0  # in place of a uniform number: no probability exceeds it, so it never stops
 
 

@@ -76,7 +76,7 @@ class Exits(LM):
 
 
 def main() -> None:
-    p = flags.parser(__doc__)
+    p = flags.parser(__doc__, out="file to write (default: none)")
     p.add_argument("run", help="a run's folder, or 'base'")
     p.add_argument("--tasks", nargs="+", required=True, help="the harness's names")
     p.add_argument("--include-path", help="folder of further tasks, as YAML files")

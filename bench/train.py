@@ -33,7 +33,6 @@ from exits import (
     stick_breaking,
 )
 from fast.linear import linear
-from fast.packing import Sequences
 
 NEVER_SAFE = 1e9  # a KL factor at which no exit is ever the target: depths = L
 
@@ -93,7 +92,7 @@ def steps(policy: Policy, args) -> None:
 
     @torch.no_grad()
     def forward(batch=full):
-        policy(batch.ids, batch.depths, place=Sequences(batch.ids.shape, batch.shared_from))
+        policy(batch.ids, batch.depths, place=batch.place)
 
     def forward_base():
         with adapters_off(policy):

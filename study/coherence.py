@@ -202,7 +202,8 @@ def table(columns: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    p = flags.parser(__doc__)
+    p = flags.parser(__doc__, out="file to write (default: coherence.json, or coherence-calibration.json, in "
+                                       "the folder)")
     p.add_argument("folder", type=Path, help="what evaluate.py wrote, or a stage-2 run")
     p.add_argument("--n", type=flags.whole(1), default=200, help="responses of each model, evenly spaced (default: "
                    "200)")

@@ -55,7 +55,8 @@ PASSED = ("model", "revision", "task", "data", "thinking", "max_new_tokens", "ro
 
 def arguments(doc: str, more=None):
     """The flags of a command, settled, with its held-out problems; more(parser) adds its own."""
-    p = flags.parser(doc, out="folder of data/ and figures/ (default: that of --runs)")
+    p = flags.parser(doc, out="folder of data/ and figures/ (default: that of --runs)",
+                     seed="of the held-out problems and their answers; the runs have seeds of their own")
     p.add_argument("--runs", default="runs/study", help="folder of the runs (default: runs/study)")
     p.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="train the runs that are "
                    "missing (default: on); without, what needs them is left out")
@@ -221,8 +222,7 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
 @cache
 def base_mark(model: str, revision: str | None) -> str:
     """Tells the base from another that has lain at the same place. In bfloat16, as the mark is: half of the memory."""
-    where = flags.EMBEDDED if model == "embedded" else model
-    return fingerprint(Transformer.from_pretrained(where, revision, torch.bfloat16))
+    return fingerprint(Transformer.from_pretrained(flags.location(model), revision, torch.bfloat16))
 
 
 def digest(folder: Path) -> str:

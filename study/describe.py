@@ -11,9 +11,9 @@ from study.regimes import Subject
 
 
 def serial_depth(pieces: list[str], depths: list[int]) -> int:
-    """Opaque serial depth of a response: the most layers between one readable thing and the next. The chain into a
-    readable token is its own depth, since a frozen stream gives later layers nothing deeper; a line that no rule can
-    read is no bottleneck: its depths add up."""
+    """Opaque serial depth of a response: the most layers between one readable thing and the next, line by line. A line
+    that a rule can read counts its deepest token, since each of its tokens is readable; of one that no rule can read
+    the depths add up."""
     longest, text, line = 0, "", []
     for i, (piece, depth) in enumerate(zip(pieces, depths, strict=True)):
         text, line = text + piece, [*line, depth]

@@ -19,7 +19,6 @@ from checkpoints import load_policy
 from distill import HELD_OUT, exit_nll, held_out, lens_kl, log_safe, log_target, read_responses
 from evaluate import paired
 from exits import ExitHeads, Policy, Response, base_pass, micro_batches
-from fast.packing import Sequences
 from flags import whole
 from sample import draw, uniforms
 from study import common
@@ -38,7 +37,7 @@ def streams(policy: Policy, responses: list[Response], kappa: float, seed: int, 
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, 1)[:, 0].to(kl_e.device)
         depths = policy.depth_of_outcome[draw(log_target(kl_e, kappa), u).cpu()]
         batch.depths[batch.row, batch.position] = depths
-        out = policy(batch.ids, batch.depths, place=Sequences(batch.ids.shape, batch.shared_from))
+        out = policy(batch.ids, batch.depths, place=batch.place)
         found.append((torch.stack([h[batch.predicting] for h in out.streams], 1).cpu(),
                       log_safe(kl_e, kappa)[0].exp().cpu(), depths))
     return [torch.cat(part) for part in zip(*found, strict=True)]

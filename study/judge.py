@@ -245,8 +245,7 @@ def main() -> None:
     request = {"model": args.judge_model, **parse_object(args.options, "--options")}
 
     saved, _ = about(args.folder)
-    tokenizer = Tokenizer.from_pretrained(flags.EMBEDDED if saved["model"] == "embedded" else saved["model"],
-                                          saved["revision"])
+    tokenizer = Tokenizer.from_pretrained(flags.location(saved["model"]), saved["revision"])
     groups = read(args.folder, args.n)
     pairs = [(tokenizer.decode(row["prompt_ids"]), row["text"]) for rows in groups.values() for row in rows]
     url = args.judge_url.rstrip("/") + "/chat/completions"

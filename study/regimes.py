@@ -106,9 +106,9 @@ def streams(s: Subject, texts: list[list[int]], starts: list[int], regime: str, 
                                                     None if regime in ("full", "random") else u).h
 
 
-def force(s: Subject, heads: list[list[int]], starts: list[int], regime: str) -> list[str]:
+def force(s: Subject, prefixes: list[list[int]], starts: list[int], regime: str) -> list[str]:
     """The likeliest answer after each text of ids: two digits at most, as every value of the task has."""
-    texts, live = [list(head) for head in heads], list(range(len(heads)))
+    texts, live = [list(prefix) for prefix in prefixes], list(range(len(prefixes)))
     for _ in range(2):
         found = []
         # Under its own number: the second digit is read past the exits that the first was read past.
@@ -119,16 +119,16 @@ def force(s: Subject, heads: list[list[int]], starts: list[int], regime: str) ->
         for i, token in zip(live, found, strict=True):
             texts[i].append(token)
         live = [i for i, digit in zip(live, digits, strict=True) if digit]
-    said = [s.tokenizer.decode(text[len(head) :]) for text, head in zip(texts, heads, strict=True)]
+    said = [s.tokenizer.decode(text[len(prefix) :]) for text, prefix in zip(texts, prefixes, strict=True)]
     return [re.match(r"\d*", text)[0] for text in said]
 
 
-def logp_answers(s: Subject, heads, starts, answers: list[str], regime: str) -> np.ndarray:
+def logp_answers(s: Subject, prefixes, starts, answers: list[str], regime: str) -> np.ndarray:
     """log p of an answer with its closing brace after each text of ids: (n,)."""
     ends, logp = [s.tokenizer.encode(answer + "}") for answer in answers], []
-    for rows, h in streams(s, [head + end for head, end in zip(heads, ends, strict=True)], starts, regime):
+    for rows, h in streams(s, [prefix + end for prefix, end in zip(prefixes, ends, strict=True)], starts, regime):
         for b, row in enumerate(rows):
-            at = slice(len(heads[row]) - 1, len(heads[row]) + len(ends[row]) - 1)
+            at = slice(len(prefixes[row]) - 1, len(prefixes[row]) + len(ends[row]) - 1)
             table = token_logp_all(s.policy.model, h[b, at])
             logp.append(float(table.gather(-1, torch.tensor(ends[row], device=table.device)[:, None]).sum()))
     return np.array(logp)

@@ -66,7 +66,7 @@ def test_cached_sampling_equals_teacher_forced_scoring(kind, tied, used, bias, t
     def scored(rows):
         batch = collate(rows, L)
         with torch.no_grad():
-            out = policy(batch.ids, batch.depths, place=Sequences(batch.ids.shape, batch.shared_from))
+            out = policy(batch.ids, batch.depths, place=batch.place)
             parts = joint_logp(policy, out.h[batch.predicting], out.exit_logits[batch.predicting],
                                batch.depths[batch.row, batch.position], batch.tokens, temperature=temperature,
                                delta=delta)[:2]
@@ -127,7 +127,7 @@ def test_exits_drawn_in_the_parallel_pass_equal_those_drawn_step_by_step():
         for row, position in zip(batch.row.tolist(), batch.position.tolist(), strict=True):
             u[row, position] = torch.tensor([splitmix(5, 6, row, position, e) for e in (1, 2)])
         with torch.no_grad():
-            out = policy(batch.ids, L * (batch.depths > 0), u, delta, Sequences(batch.ids.shape, batch.shared_from))
+            out = policy(batch.ids, L * (batch.depths > 0), u, delta, batch.place)
         assert torch.equal(out.depths, batch.depths)
         assert len(batch.depths[batch.row, batch.position].unique()) == 3
 
@@ -271,7 +271,7 @@ def test_rows_that_enter_each_mlp_while_sampling_are_the_rows_still_running():
     step[0] = -1
     batch = collate(drawn, L)
     with torch.no_grad():
-        policy(batch.ids, batch.depths, place=Sequences(batch.ids.shape, batch.shared_from))
+        policy(batch.ids, batch.depths, place=batch.place)
     for name in ("mlp", "q_proj", "o_proj"):
         for layer in range(L):
             # The parallel pass packs what runs, too: each prompt once, then every token that goes beyond this layer.
