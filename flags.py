@@ -15,6 +15,7 @@ from data import tasks
 from data.hub import UserError, check_name, field, is_text
 
 EMBEDDED = Path(__file__).parent / "data" / "tiny"
+DTYPES = ("float32", "bfloat16")
 ABOUT = {"model": str, "revision": str, "task": str, "data": str, "thinking": bool, "max_new_tokens": int}
 
 
@@ -79,8 +80,8 @@ def parser(doc: str, out: str, seed: str = "of problems, samples, adapters and h
     p.add_argument("--seed", type=whole(0, 10**9), default=0, help=f"{seed} (default: 0)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default: bfloat16 on "
-                   "CUDA, else float32, since a CPU that only emulates bfloat16 is slower with it)")
+    p.add_argument("--dtype", choices=DTYPES, help="of the base (default: what the run before had on such a device, "
+                   "else bfloat16 on CUDA and float32 on a CPU, which is slower where it only emulates bfloat16)")
     p.add_argument("--out", help=out)
     return p
 
@@ -140,10 +141,16 @@ def location(model: str) -> Path | str:
 
 
 def inherit(args: argparse.Namespace, config: dict, where) -> None:
-    """Fills the flags left open that say what a stage-1 run was about; what follows it should be about the same."""
+    """Fills the flags left open that say what a run was about; what follows it should be about the same. In its dtype,
+    too, on the same kind of device."""
     before = {name: field(config["args"], name, kind, where, default=None) for name, kind in ABOUT.items()}
     if args.task is not None and tasks.name_of(args.task) != before["task"]:
         before["data"] = None
+    on, dtype = (field(config["args"], name, str, where, default=None) for name in ("device", "dtype"))
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"{where}: dtype {dtype!r:.60}: must be one of {', '.join(DTYPES)}")
+    if on and on.split(":")[0] == args.device.split(":")[0]:
+        before["dtype"] = dtype
     for name, value in before.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 import distill
 import evaluate
+import flags
 import rloo
 import runs
 from checkpoints import fingerprint, load_policy, save_policy
@@ -209,6 +210,17 @@ def test_a_flag_out_of_range_is_named_before_anything_is_loaded(tmp_path, monkey
     runs_given = ("base",) if script == "evaluate.py" else ()
     assert name in said(monkeypatch, capsys, script, *runs_given, *init, f"{name}={value}")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("device, dtype, wanted", [("cpu", "bfloat16", "bfloat16"), ("cuda:1", "bfloat16", "float32"),
+                                                   ("cpu", None, "float32")])
+def test_a_run_goes_on_in_the_dtype_it_began_in(device, dtype, wanted):
+    """Else stage 2 leaves the float32 that stage 1 needed; or a CPU emulates what a GPU did."""
+    args = flags.parser("", "").parse_args(["--device", "cpu"])
+    flags.inherit(args, {"args": {"device": device, "dtype": dtype}}, "config.json")
+    assert flags.settle(args).dtype == wanted
+    with pytest.raises(UserError, match="config.json: dtype 'int8': must be one of"):
+        flags.inherit(args, {"args": {"dtype": "int8"}}, "config.json")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
