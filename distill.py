@@ -207,22 +207,16 @@ def read_responses(path, model, args) -> dict[str, list[Response]]:
     return kept
 
 
-def enough(kept: dict[str, list[Response]], wanted: dict[str, list], where) -> dict[str, list[Response]]:
-    """As many responses of another run as this one asks for."""
-    for split, asked in wanted.items():
-        if len(kept[split]) < len(asked):
-            raise UserError(f"--teacher {where} holds {len(kept[split])} responses of split {split}, of {len(asked)} "
-                            f"asked for: lower --responses or --held-out")
-    return {split: kept[split][: len(asked)] for split, asked in wanted.items()}
-
-
 def usable(path, model, asked: dict, args) -> dict[str, list[Response]]:
     """What a teacher.jsonl holds: with --teacher as many responses as asked for, else those to these very prompts."""
     kept = read_responses(path, model, args)
-    if args.teacher:
-        return enough(kept, asked, args.teacher)
     for split, prompts in asked.items():
-        if [r.prompt_ids for r in kept[split]] != prompts[: len(kept[split])]:
+        if args.teacher and len(kept[split]) < len(prompts):
+            raise UserError(f"--teacher {args.teacher} holds {len(kept[split])} responses of split {split}, of "
+                            f"{len(prompts)} asked for: lower --responses or --held-out")
+        if args.teacher:
+            kept[split] = kept[split][: len(prompts)]
+        elif [r.prompt_ids for r in kept[split]] != prompts[: len(kept[split])]:
             raise UserError(f"{path} holds responses to other prompts: the task's data or the chat template has "
                             f"changed; start a new run")
     return kept

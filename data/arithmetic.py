@@ -39,14 +39,6 @@ def apply(value: int, op: str, n: int) -> int:
     return {"+": value + n, "-": value - n, "*": value * n}[op]
 
 
-def run(program: dict, override: dict[int, int] | None = None) -> str:
-    """Answer of a program; `override` replaces the results of single steps and what follows uses them."""
-    value = program["start"]
-    for i, (op, n) in enumerate(program["ops"]):
-        value = (override or {}).get(i, apply(value, op, n))
-    return str(value)
-
-
 def draw(rng: random.Random, steps: int) -> dict:
     """A random program {start, ops, values}: values[i] is the true result of step i."""
     start = value = rng.randint(2, 49)

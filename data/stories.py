@@ -45,23 +45,21 @@ QUESTIONS = {
 MENTIONS = ["first", "last", "most"]
 
 
-def trace(program: dict, override: dict[int, int] | None = None) -> list[tuple[list[bool], int]]:
+def trace(program: dict) -> list[tuple[list[bool], int]]:
     """Replay of the story, or of what matters to a memory question: [(present, value)] event by event.
 
     `present` tells for each person asked about whether they are in the room, `value` is the answer so far.
-    `override` replaces the value after single events, and what follows builds on it.
     """
     kind, asked = program["kind"], program["asked"]
     watchers = set(asked) if kind in ("first", "second") else set()  # whose absence makes the value stale
     away, entries, value = set(), [], None
-    for i, (verb, person, containers) in enumerate(program["events"]):
+    for verb, person, containers in program["events"]:
         if verb == "leave":
             away.add(person)
         elif verb == "return":
             away.discard(person)
         elif not away & watchers:
             value = containers[0] if verb == "move" else swapped(value, containers)
-        value = (override or {}).get(i, value)
         entries.append(([p not in away for p in asked], value))
         if kind == "memory" and verb == "leave" and person in asked:
             break
@@ -70,11 +68,6 @@ def trace(program: dict, override: dict[int, int] | None = None) -> list[tuple[l
 
 def swapped(place: int, pair: list[int]) -> int:
     return pair[1 - pair.index(place)] if place in pair else place
-
-
-def run(program: dict, override: dict[int, int] | None = None) -> str:
-    """Answer of a program; `override` replaces the value of single lines of the chain of thought."""
-    return program["containers"][trace(program, override)[-1][1]]
 
 
 def draw(rng: random.Random, kind: str) -> dict:
@@ -137,7 +130,8 @@ def make(rng: random.Random, split: str) -> dict:
     people, containers, thing = rng.sample(NAMES, 3), rng.sample(CONTAINERS, 3), rng.choice(THINGS)
     program["containers"] = containers
     program["values"] = [value for _, value in trace(program)]
-    said, answer, order = happenings(program, thing, people, containers), run(program), rng.sample(people, 3)
+    said, answer = happenings(program, thing, people, containers), containers[program["values"][-1]]
+    order = rng.sample(people, 3)
     intro = f"{order[0]}, {order[1]} and {order[2]} are in the {rng.choice(ROOMS)}."
     question = QUESTIONS[program["kind"]].format(*(people[p] for p in program["asked"]), thing=thing)
     return {"question": "\n".join([intro, *(f"{event}." for event in said), question]),

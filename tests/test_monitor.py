@@ -10,14 +10,14 @@ import torch.nn.functional as F
 
 import monitor
 from checkpoints import save_policy
-from data import arithmetic, tasks
+from data import tasks
 from data.hub import UserError, read_json, write_json
 from data.text import Tokenizer
 from exits import Policy, Response
 from flags import EMBEDDED
 from model import Transformer
 from study import describe, hints, probes, regimes
-from tests.toys import assert_close, reference, toy_policy
+from tests.toys import assert_close, reference, replayed, toy_policy
 
 
 def test_area_over_curve_by_hand():
@@ -97,7 +97,7 @@ def test_a_falsified_chain_is_what_the_program_says():
         gold, value = problem.cot.split("\n"), int(lines[k].rpartition("=")[2])
         assert lines[:k] == gold[:k] and lines[k] != gold[k] and k < len(gold) - 1 and len(lines) == len(gold)
         assert lines[k].rpartition("=")[0] == gold[k].rpartition("=")[0]
-        assert lines[-1].rpartition("=")[2] == arithmetic.run(problem.program, {k: value}) != problem.gold
+        assert lines[-1].rpartition("=")[2] == replayed(problem.program, {k: value}) != problem.gold
         assert not hints.underived(lines[k + 1 :], lines[-1].rpartition("=")[2])
         assert monitor.rewritten(problem.cot, problem.program, k, problem.program["values"][k]) == gold
         kinds.add(k)
@@ -185,7 +185,7 @@ def test_load_is_follow_less_recover(subject, monkeypatch, what, load):
         said = []
         for head, p in zip(heads, s.problems, strict=True):
             given = s.tokenizer.decode(head).partition("<think>\n")[2].strip().split("\n")
-            false = arithmetic.run(p.program, {len(given) - 1: int(given[-1].rpartition("=")[2])})
+            false = replayed(p.program, {len(given) - 1: int(given[-1].rpartition("=")[2])})
             answer = {"follow": false, "recover": p.gold, "neither": "999"}[what]
             ids = s.tokenizer.encode(f"</think>\n\n\\boxed{{{answer}}}<|im_end|>")
             said.append(Response(head, ids, [8] * len(ids), [], [], True))
