@@ -113,10 +113,9 @@ def table(metrics: list[dict]) -> str:
 
 def paired(before, after) -> tuple[float, float]:
     """Mean difference and half of its 95% interval, taken problem by problem, which halves the interval of accuracies.
-    Where all problems changed alike, a single one among them, the half is 1: they can't say how much others would."""
+    Of a single problem the half is 1."""
     gain = torch.tensor(list(after)).double() - torch.tensor(list(before)).double()
-    alike = bool((gain == gain[0]).all()) and (len(gain) == 1 or bool(gain[0] != 0))
-    return float(gain.mean()), 1.0 if alike else Z * float(gain.std()) / math.sqrt(len(gain))
+    return float(gain.mean()), Z * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 1.0
 
 
 def headline(base: dict, other: dict, base_rows: list[dict], rows: list[dict]) -> str:
@@ -124,7 +123,7 @@ def headline(base: dict, other: dict, base_rows: list[dict], rows: list[dict]) -
     gain, half = paired([row["correct"] for row in base_rows], [row["correct"] for row in rows])
     inside = "no significant difference" if abs(gain) <= half else "a significant difference"
     cut = [m["finished"] for m in (other, base)]  # what is cut is wrong, whatever was thought until then
-    finished = "" if abs(cut[0] - cut[1]) < 0.01 else "; finished are {:.0%} against {:.0%}".format(*cut)
+    finished = "" if abs(cut[0] - cut[1]) < 0.01 else "; finished are {:.1%} against {:.1%}".format(*cut)
     return (f"{other['name']}: {other['accuracy']:.1%} against the base's {base['accuracy']:.1%} "
             f"({100 * gain:+.1f} ± {100 * half:.1f} points on the same {len(rows)} problems: {inside}), "
             f"running {other['average_compute']:.0%} of its layers{finished}")
@@ -144,7 +143,7 @@ def chosen_runs(args) -> dict[str, Path]:
             folders = ([first] if first.is_dir() else []) + [newest]
     configs = [runs.read_config(folder) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
-        for name in flags.ABOUT:
+        for name in (*flags.ABOUT, "dtype"):
             first, here = configs[0]["args"].get(name), config["args"].get(name)
             if here != first and getattr(args, name) is None:
                 raise UserError(f"{folders[0]} has {name} {first!r:.80}, and {folder} has {here!r:.80}: compare runs "

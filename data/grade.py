@@ -18,8 +18,9 @@ MAX_DIGITS = 50  # of a number and of its exponent's value: exact arithmetic bey
 NUMBER = re.compile(r"""(?<![A-Za-z0-9]) (?P<sign>(?<![)\]}%])[-+])? [$€£]?
     (?P<body> (?: [0-9]{1,3}(?:,[0-9]{3})+(?![0-9]) | [0-9]+ ) (?:\.[0-9]+)? | (?<![0-9.])\.[0-9]+ )
     (?: [eE](?P<exponent>[-+]?[0-9]+) | /(?P<divisor>[0-9]+) )?""", re.VERBOSE)
-# dollars, km/h, m^2, %; but 2x is no number
-UNIT = re.compile(r" ?%?\.?| ?%?(?: |(?=[A-Za-z]{2}))[A-Za-z](?:[A-Za-z ./'²³-]|\^\{?[23]?\}?)*")
+# dollars, km/h, m^2, %; but 2x is no number, nor is 2 x^2
+UNIT = re.compile(r"""[ ]?%?\.? | [ ]?%?(?:[ ]|(?=[A-Za-z]{2}))[A-Za-z]
+    (?: [A-Za-z ./'²³-] | (?:(?<=[ms])|(?<=[ms][ ])|(?<=[a-z]{2})|(?<=[a-z]{2}[ ])) \^\{?[23]\}? )*""", re.VERBOSE)
 ANSWER_IS = re.compile(r"\banswer(?:\s+is|\s*:)[\s:*$(\[\\]*", re.IGNORECASE)
 OPERATION = re.compile(r"\s*[-+*/×÷=^]\s*[0-9($]")
 
@@ -104,9 +105,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    r"""Text without LaTeX's dress of numbers: \$ \% \! \, \; ~ {,} ^\circ \text{} \frac{a}{b} and the Unicode minus."""
+    r"""Text without LaTeX's dress of numbers: \$ \% \! \, \; {,} \text{} \frac{a}{b}, and the Unicode minus."""
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\,", "")
-    text = re.sub(r"\\[;: ]|~|\^\{?\\circ\}?", " ", text)
+    text = re.sub(r"\\[;: ]", " ", text)
     text = re.sub(r"\\([$%])", r"\1", text)
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)  # 1\frac{1}{2} must not become 11/2
@@ -116,7 +117,7 @@ def plain(text: str) -> str:
 
 def number(span: str) -> Fraction | None:
     """The exact value of a span that is one number, with at most a currency and a unit; else None."""
-    span = plain(span).strip().strip("$*").strip()
+    span = re.sub(r"~|\^\{?\\circ\}?", " ", plain(span)).strip().strip("$*").strip()
     found = NUMBER.match(span)
     if found is None or not UNIT.fullmatch(re.sub(r"\s+", " ", span[found.end():])):
         return None

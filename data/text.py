@@ -59,7 +59,7 @@ class Tokenizer:
         self._control = re.compile("|".join(control) or r"(?!)")  # (?!) matches nowhere
         self._hf, self._special = hf, special
         self._template, self._template_file = template, template_file
-        self.taught = template == OURS  # its model has learned our generators' questions, and how they are answered
+        self.taught = template == OURS  # a model that has learned a generator's questions, and how they are answered
         self.eos_ids = eos_ids
         self.size = 1 + max(hf.get_vocab().values(), default=-1)
         self.render([], True)  # names a template that can't even be compiled

@@ -45,7 +45,9 @@ def by_kind(rows: list[dict], outcomes: list[int], tokenizer) -> list[dict]:
     found = defaultdict(list)
     for row in rows:
         pieces = tokenizer.pieces(row["token_ids"])
-        closed = thoughts(pieces) or ("<think>" in "".join(pieces)) * len(pieces)
+        closed = thoughts(pieces)
+        if not closed and ("<think>" in "".join(pieces) or tokenizer.think_open(row["prompt_ids"])):
+            closed = len(pieces)
         for i, (kind, depth) in enumerate(zip(kinds_of(pieces), row["depths"], strict=True)):
             for part in ("all", "thoughts" if i < closed else "answer"):
                 found[part, kind].append(depth)

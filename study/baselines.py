@@ -8,7 +8,8 @@
     random       depths drawn from the learned policy's own histogram, whatever the token is
     plain RL     stage 2 from the base with the exits closed: same steps, seeds, rate and rank, lambda 0
 
-Same prompts, problems, random numbers and read-out; on the base's weights, and on trained adapters. Compute counts
+Same prompts, problems, random numbers and read-out; on the base's weights, and on the adapters of both stages, at s1's
+KL factor and at a quarter of it. Compute counts
 layers alone: confidence also pays a product with the vocabulary at every exit, which is not in these figures.
 
     python -m study.baselines

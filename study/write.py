@@ -202,9 +202,10 @@ def baselines(data: dict) -> list[str]:
         texts = [f"{signed(c['change'], c['half'])} points against {other}"
                  + verdict(c["change"], c["half"], ", better", ", worse", ", no significant difference")
                  for (rule, weights), other in others.items() if (c := found.get((whose, rule, weights)))]
-        return f"{whose[0].upper()}{whose[1:]}: {'; '.join(texts)}."
+        return f"{whose[0].upper()}{whose[1:]}: {'; '.join(texts)}." if texts else ""
 
     policies = [name for name in dict.fromkeys(c["of"] for c in data["comparisons"]) if name != "plain RL"]
+    asked = ", and is accuracy more than plain RL's" if data["runs"]["plain RL"] else ""
     sweeps = {}
     for p in data["points"]:
         value = "" if p.get("value") is None else f"{p['value']}: "
@@ -216,7 +217,7 @@ def baselines(data: dict) -> list[str]:
             "over the same problems and not corrected for their number. Compute counts layers alone; a threshold on "
             "the lens also pays a product with the vocabulary at every exit. On its own weights, and where its exits "
             "are drawn at random, a policy is its first seed; else it is the mean over its seeds.", "",
-            "Does a learned exit beat a threshold, and is accuracy more than plain RL's?",
+            f"Does a learned exit beat a threshold{asked}?",
             *(line for whose in policies for line in ("", verdicts(whose))),
             *table(["learned", "against", "average compute", "accuracy", "the other's", "difference, points"],
                    [row(c) for c in data["comparisons"]]),

@@ -322,11 +322,11 @@ def test_kinds_of_tokens():
     wanted = ("control blank ordinal name rest word function word punctuation blank number number operator number "
               "operator result result blank control blank word punctuation boxed boxed punctuation control").split()
     assert kinds.kinds_of(pieces) == wanted
-    cut = [{"token_ids": ids, "depths": [2] * len(ids)} for ids in (range(4), range(20, 26))]
-    found = kinds.by_kind(cut, [2, 4], argparse.Namespace(pieces=lambda ids: [pieces[i] for i in ids]))
-    parts = {part: sum(k["tokens"] for k in found if (k["part"], k["kind"]) == (part, "all"))
-             for part in ("thoughts", "answer")}
-    assert parts == {"thoughts": 4, "answer": 6}
+    cut = [{"token_ids": ids, "depths": [2] * len(ids), "prompt_ids": prompt} for ids, prompt in (
+        (range(4), []), (range(20, 26), []), (range(2, 5), [7]))]
+    tokenizer = argparse.Namespace(pieces=lambda ids: [pieces[i] for i in ids], think_open=lambda prompt: prompt == [7])
+    parts = {k["part"]: k["tokens"] for k in kinds.by_kind(cut, [2, 4], tokenizer) if k["kind"] == "all"}
+    assert parts == {"all": 13, "thoughts": 7, "answer": 6}
 
 
 # ------------------------------------------------------------------------------------------------------- the text
