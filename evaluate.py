@@ -4,6 +4,7 @@
     python evaluate.py RUN RUN …                any runs of one model, beside the base model
     python evaluate.py base --model MODEL       the base model alone
     python evaluate.py --delta -1               exits less often than trained (eagerness at inference)
+    python evaluate.py --threshold 0.5          exits where a head says so with more than 0.5, and leaves nothing to chance
     python evaluate.py --merge RUN --out DIR    writes base + LoRA as a plain Hugging Face checkpoint, without exits
 
 Writes evaluation.json, completions.jsonl and page.html, which opens offline.
@@ -63,8 +64,9 @@ def answer(policy: Policy, problems, prompts, tokenizer, base: bool, args) -> tu
     bar = parallel.bar(total=len(prompts), desc="answers", leave=False)
     with bar, adapters_off(policy) if base else nullcontext():
         responses = generate_shared(policy, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
-                                    temperature=args.temperature, delta=args.delta, seed=(args.seed,), rows=args.rows,
-                                    depths=policy.n_layers if base else None, progress=bar)
+                                    temperature=args.temperature, delta=args.delta, threshold=args.threshold,
+                                    seed=(args.seed,), rows=args.rows, depths=policy.n_layers if base else None,
+                                    progress=bar)
     return responses, graded(problems, responses, tokenizer)
 
 
@@ -189,6 +191,8 @@ def main() -> None:
                    "1)")
     p.add_argument("--delta", type=flags.number(-1e4, 1e4), default=0.0, help="added to every exit logit: above 0 "
                    "exits more (default: 0, as in training)")
+    p.add_argument("--threshold", type=flags.number(0, 1), help="stop wherever an exit's probability is above this, "
+                   "in place of drawing (default: draw, as in training)")
     p.add_argument("--show", type=flags.whole(0), default=6, help="problems on the page (default: 6)")
     p.add_argument("--merge", metavar="RUN", help="write base + LoRA of RUN to --out as a plain checkpoint, and end")
     args = p.parse_args()
@@ -206,6 +210,8 @@ def main() -> None:
         raise UserError(f"--out {args.out} is a run or a checkpoint: choose another folder")
     Path(args.out or runs.RUNS).mkdir(parents=True, exist_ok=True)
 
+    drawn = f"temperature {args.temperature}, delta {args.delta}" + (
+        "" if args.threshold is None else f", threshold {args.threshold}")
     metrics, completions, by_label = [], [], {}
     shown = [{"id": p.id, "question": p.question, "gold": p.gold, "runs": {}} for p in problems[: args.show]]
     for name, run in (columns or {BASE: None}).items():
@@ -213,8 +219,7 @@ def main() -> None:
         model, tokenizer = runs.load_model(args)
         if not metrics:
             prompts = runs.prompt_ids(problems, model, tokenizer, args)
-            print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, temperature "
-                  f"{args.temperature}, delta {args.delta}")
+            print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, {drawn}")
         policy = load_policy(model, run) if run else Policy(model, exit_depths(model.config.num_hidden_layers))
         runs.share_out(policy, args)
         parallel.copy(policy.trained().values())  # alike already, but where a run goes on meanwhile
@@ -241,8 +246,8 @@ def main() -> None:
     write_json(out / "evaluation.json", {"args": vars(args), "metrics": metrics, "headlines": said})
     report.write_page(out / "page.html", {
         "title": "Early exits, token by token", "n_layers": policy.n_layers, "exits": list(policy.exits),
-        "subtitle": f"{Path(args.model).name}, {Path(args.task).name}, temperature {args.temperature}, delta "
-                    f"{args.delta}", "headline": said[-1] if said else "", "metrics": metrics, "problems": shown})
+        "subtitle": f"{Path(args.model).name}, {Path(args.task).name}, {drawn}",
+        "headline": said[-1] if said else "", "metrics": metrics, "problems": shown})
     print(f"wrote {out}/page.html, evaluation.json, completions.jsonl")
     print("\n".join(said))
 

@@ -82,12 +82,12 @@ def prefill(policy: Policy, prompts: list[list[int]], cache: Cache, rows: torch.
 
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int,
-             eos_ids: Sequence[int], temperature: float = 1.0, delta: float = 0.0, depths=None,
+             eos_ids: Sequence[int], temperature: float = 1.0, delta: float = 0.0, threshold=None, depths=None,
              seed: Sequence[int] = (0,), first_row: int = 0, rows: int | None = None, progress=None) -> list[Response]:
     """`samples` responses to each prompt, prompt by prompt.
 
-    Exits are drawn with offset `delta`, unless `depths` prescribes them: an int for every token, or one row of
-    max_new_tokens depths a response. Response r's randomness is that of (seed, first_row + r, position), so neither
+    Exits are drawn with offset `delta`; or, with a `threshold`, taken where p_e exceeds it, without chance; or `depths`
+    prescribes them: an int for every token, or one row of max_new_tokens depths a response. Response r's randomness is that of (seed, first_row + r, position), so neither
     `rows` nor the other prompts change it, but by rounding. At most `rows` responses are in the cache at a time (but
     one prompt's samples at least; default: what fits in half of the free memory). `progress`, a tqdm bar, counts ended
     responses. Raises UserError for a prompt that is empty or leaves no room in the model's context.
@@ -137,6 +137,8 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
         u = torch.zeros(len(holds), 1 + E, dtype=torch.double)
         # The token's comes first, so that a full-depth response does not depend on where exits would be.
         u[live] = uniforms(seed, first_row + number, cache.length[live], 1 + E)
+        if threshold is not None:
+            u[live, 1:] = threshold
         depth = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
         depth[live] = L if depths is None else depths[number, torch.tensor([len(responses[i]) for i in number])]
         out = policy(send(token[:, None], policy.device), depth[:, None], u[:, None, 1:] if depths is None else None,

@@ -2,7 +2,7 @@
 
     static       every token stops at one depth
     confidence   stops at the first exit whose lens is sure of a token, max_x p(x) >= tau (as CALM does)
-    heads        stops at the first exit where the learned head says p >= C: what sampling the exits costs
+    heads        stops at the first exit where the learned head says p > C: what sampling the exits costs
     oracle       stops at the first exit whose lens is within EPS nats of this token's own final distribution: no rule,
                  for it runs all layers first, but a bound for those that guess from the lens
     random       depths drawn from the learned policy's own histogram, whatever the token is
@@ -16,7 +16,6 @@ layers alone: confidence also pays a product with the vocabulary at every exit, 
 """
 
 import hashlib
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -55,23 +54,16 @@ class Confidence(nn.Module):
         return torch.where(sure, SURE, -SURE)
 
 
-class Thresholded(nn.Module):
-    """In place of a policy's heads: its own, which stop wherever p_e >= p in place of as often as p_e says."""
-
-    def __init__(self, policy: Policy, p: float):
-        super().__init__()
-        self.heads, self.p = policy.heads, p
-
-    def forward(self, h: torch.Tensor, exit_idx: int) -> torch.Tensor:  # (..., D) -> (...)
-        return torch.where(self.heads(h, exit_idx).sigmoid() >= self.p, SURE, -SURE)
-
-
-def with_heads(heads, value: float):
+def confidence(tau: float):
     def rule(policy: Policy) -> dict:
-        policy.heads = heads(policy, value)
+        policy.heads = Confidence(policy, tau)
         return {}
 
     return rule
+
+
+def thresholded(p: float):
+    return lambda policy: {"threshold": p}
 
 
 class Peek:
@@ -197,9 +189,9 @@ def main() -> None:
         full = base if name == "base" else answers(args, source, "full depth", static(base.outcomes[-1]))
         points.append(point(args, full, rule="full depth", weights=name))
         mine = [whose for whose in learned if name in ("base", "stage 1", whose)]
-        for rule, make, values in (("static", static, exits), ("confidence", partial(with_heads, Confidence), TAUS),
+        for rule, make, values in (("static", static, exits), ("confidence", confidence, TAUS),
                                    ("oracle", oracle, EPS),
-                                   *([] if name == "base" else [("heads", partial(with_heads, Thresholded), PS)])):
+                                   *([] if name == "base" else [("heads", thresholded, PS)])):
             sweep = [answers(args, source, f"{rule} {value:g}", make(value)) for value in values]
             points += [point(args, a, rule=rule, weights=name, value=v) for a, v in zip(sweep, values, strict=True)]
             for whose in mine:

@@ -172,6 +172,20 @@ def test_sampler_frequencies_equal_the_joint_over_two_steps():
     assert_frequencies(list(counts.values()), list(p.values()))
 
 
+def test_with_a_threshold_exits_are_where_their_probability_says_so():
+    """p above it at the first exit reached, whatever the dice; and what was drawn is scored as sampling would have."""
+    policy, slow = toy_policy(2).double(), reference(toy_policy(2).double())
+    drawn = generate(policy, PROMPTS, max_new_tokens=9, eos_ids=[], threshold=0.4, delta=0.2)
+    assert len({d for r in drawn for d in r.depths}) > 1
+    for r in drawn:
+        for t in range(len(r)):
+            before = [L] * (len(r.prompt_ids) - 1) + r.depths[:t]
+            p, _ = slow.policy([*r.prompt_ids, *r.token_ids[:t]], before, delta=0.2)
+            stop = [*(p > 0.4).tolist(), True].index(True)
+            assert r.depths[t] == slow.outcomes[stop]
+            assert_close(r.logp_exit[t], (1 - p[:stop]).log().sum() + (p[stop].log() if stop < len(p) else 0))
+
+
 def test_temperature_zero_takes_the_likeliest_token_and_still_draws_exits():
     """Greedy evaluation of a policy whose exits were no longer drawn would measure another depth."""
     policy, prompt = toy_policy(5, vocab_size=7).double(), [3, 6, 0, 2]

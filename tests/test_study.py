@@ -36,7 +36,7 @@ def test_confidence_stops_at_the_first_exit_whose_lens_is_sure():
     """A lens without its norm, of another exit, or read past the exit would be another baseline than CALM's."""
     policy = toy_policy(2).double()
     tau = 0.32
-    found = chosen(policy, baselines.with_heads(baselines.Confidence, tau),
+    found = chosen(policy, baselines.confidence(tau),
                    lambda lenses, final: (lenses.amax(-1) >= tau).tolist())
     assert set(found) == {2, 4, 6}
 
@@ -49,18 +49,6 @@ def test_the_oracle_stops_at_the_first_exit_that_its_own_final_layer_confirms():
         return ((final * (final / lenses).log()).sum(-1) <= eps).tolist()
 
     assert set(chosen(policy, baselines.oracle(eps), near)) == {2, 4, 6}
-
-
-def test_thresholded_heads_stop_where_their_probability_says_so():
-    """p >= C at the first exit reached, whatever the dice."""
-    policy, slow = toy_policy(2).double(), reference(toy_policy(2).double())
-    drawn = generate(policy, PROMPTS, max_new_tokens=9, eos_ids=[], **baselines.with_heads(
-        baselines.Thresholded, 0.4)(policy))
-    for r in drawn:
-        for t in range(len(r)):
-            p, _ = slow.policy([*r.prompt_ids, *r.token_ids[:t]], [L] * (len(r.prompt_ids) - 1) + r.depths[:t])
-            assert r.depths[t] == slow.outcomes[[*(p >= 0.4).tolist(), True].index(True)]
-    assert len({d for r in drawn for d in r.depths}) > 1
 
 
 def test_random_exits_keep_the_histogram_and_nothing_else():
