@@ -4,7 +4,7 @@
     python evaluate.py RUN RUN …                any runs of one model, beside the base model
     python evaluate.py base --model MODEL       the base model alone
     python evaluate.py --delta -1               exits less often than trained (eagerness at inference)
-    python evaluate.py --threshold 0.5          exits where a head says so with more than 0.5, and leaves nothing to chance
+    python evaluate.py --threshold 0.5          exits where a head says so with more than 0.5, without a draw
     python evaluate.py --merge RUN --out DIR    writes base + LoRA as a plain Hugging Face checkpoint, without exits
 
 Writes evaluation.json, completions.jsonl and page.html, which opens offline.

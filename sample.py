@@ -87,10 +87,11 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     """`samples` responses to each prompt, prompt by prompt.
 
     Exits are drawn with offset `delta`; or, with a `threshold`, taken where p_e exceeds it, without chance; or `depths`
-    prescribes them: an int for every token, or one row of max_new_tokens depths a response. Response r's randomness is that of (seed, first_row + r, position), so neither
-    `rows` nor the other prompts change it, but by rounding. At most `rows` responses are in the cache at a time (but
-    one prompt's samples at least; default: what fits in half of the free memory). `progress`, a tqdm bar, counts ended
-    responses. Raises UserError for a prompt that is empty or leaves no room in the model's context.
+    prescribes them: an int for every token, or one row of max_new_tokens depths a response. Response r's randomness is
+    that of (seed, first_row + r, position), so neither `rows` nor the other prompts change it, but by rounding. At most
+    `rows` responses are in the cache at a time (but one prompt's samples at least; default: what fits in half of the
+    free memory). `progress`, a tqdm bar, counts ended responses. Raises UserError for a prompt that is empty or leaves
+    no room in the model's context.
     """
     context, L, E = policy.model.config.max_position_embeddings, policy.n_layers, len(policy.exits)
     for i, prompt in enumerate(prompts):

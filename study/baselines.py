@@ -30,7 +30,7 @@ from distill import lens_kl
 from evaluate import measure, paired
 from exits import Policy, token_logits
 from study import common
-from study.common import answers, correct, mean, mean_correct, point
+from study.common import answers, correct, mean, mean_correct, point, thresholded
 from study.regimes import closed, random_depths
 
 TAUS = (0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
@@ -62,8 +62,6 @@ def confidence(tau: float):
     return rule
 
 
-def thresholded(p: float):
-    return lambda policy: {"threshold": p}
 
 
 class Peek:

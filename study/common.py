@@ -219,6 +219,11 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
     return Answers(rows, outcomes, path)
 
 
+def thresholded(p: float):
+    """A rule: exits where a head's probability is above p, in place of drawing them."""
+    return lambda policy: {"threshold": p}
+
+
 @cache
 def base_mark(model: str, revision: str | None) -> str:
     """Tells the base from another that has lain at the same place. In bfloat16, as the mark is: half of the memory."""

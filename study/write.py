@@ -45,7 +45,7 @@ def verdict(difference: float, half: float, more: str, less: str, same: str) -> 
     return same if abs(difference) <= half else more if difference > 0 else less
 
 
-def table(head: list[str], rows: list[list]) -> list[str]:
+def table(head: list[str], rows) -> list[str]:
     return ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head),
             *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
 
@@ -68,7 +68,21 @@ def table1(data: dict) -> list[str]:
             "column.",
             *table(["KL factor", "coherence", "perplexity to the base", "exit rate", "layer savings",
                     "accuracy (95% interval)", "change from the base, points", "held-out token KL, nats",
-                    "paper: coherence, exit rate, savings"], rows)]
+                    "paper: coherence, exit rate, savings"], rows),
+            *without_chance([r for r in data["rows"] if "thresholded" in r])]
+
+
+def without_chance(rows: list[dict]) -> list[str]:
+    """Table 1 with exits at a threshold."""
+    def row(r: dict) -> list:
+        found, (gain, half) = r["thresholded"], r["thresholded_change"]
+        return [r["name"], percent(found["exit_rate"]), percent(found["layer_savings"]), accuracy(found), change(found),
+                signed(gain, half)]
+
+    return ["The same runs with their exits where a head's probability is above 1/2, in place of drawn "
+            "(`evaluate.py --threshold 0.5`):",
+            *table(["KL factor", "exit rate", "layer savings", "accuracy (95% interval)",
+                    "change from the base, points", "from drawn exits, points"], map(row, rows))] if rows else []
 
 
 def fig4(data: dict) -> list[str]:
