@@ -14,7 +14,7 @@ import runs
 from data.hub import parse_object, read_json, read_text
 from evaluate import BASE, paired
 from study import common
-from study.common import answers, correct, mean, mean_correct, point
+from study.common import answers, correct, mean, mean_correct, point, thresholded
 
 LAMBDAS = (0, 0.03, 0.1, 0.3, 1)
 DELTAS = (-4, -2, -1, 0, 1, 2)
@@ -51,12 +51,19 @@ def from_lower_kappa(args, rows: list[dict]) -> dict | None:
     kappa, start, found = common.lower_kappa(args)
     if not found:
         return None
-    before, after = answers(args, start), [answers(args, run) for run in found]
+    after = [answers(args, run) for run in found]
     for run, answered in zip(found, after, strict=True):
         rows.append(point(args, answered, value=0.1, seed=runs.read_config(run)["args"]["seed"], kappa=kappa))
-    ended = mean_correct(after)
-    return {"kappa": kappa, "seeds": len(found), "accuracy": mean(ended), "start": point(args, before),
-            "average_compute": mean(row["average_compute"] for row in rows),
+    at_half = [answers(args, run, "heads 0.5", thresholded(0.5)) for run in (start, *found)]
+    return {"kappa": kappa, "seeds": len(found), "drawn": gain(args, answers(args, start), after),
+            "thresholded": gain(args, at_half[0], at_half[1:])}
+
+
+def gain(args, before, after: list) -> dict:
+    """From one run's answers to those of several."""
+    ended, points = mean_correct(after), [point(args, answered) for answered in after]
+    return {"start": point(args, before), "accuracy": mean(ended),
+            "average_compute": mean(row["average_compute"] for row in points),
             "change_from_base": paired(correct(common.base_answers(args)), ended),
             "change_from_start": paired(correct(before), ended)}
 
@@ -91,6 +98,7 @@ def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> N
     def of(rule, weights):
         return [p for p in simpler if (p["rule"], p["weights"]) == (rule, weights)]
 
+    lower = next((p["weights"] for p in simpler if p["weights"].startswith("stage 2 from")), None)
     axes, finish = common.figure(args, "fronts", 2 if simpler else 1, width=9 if simpler else 4)
     front = data["front"]
     for ax in axes:
@@ -101,10 +109,13 @@ def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> N
               markerfacecolor="w")
     curve(axes[0], front["delta stage 1"], "stage 1: δ swept", color="C0", marker=".")
     curve(axes[0], factors, "stage 1: κ swept", color="C2", marker="s", linestyle=":")
+    curve(axes[0], [row["thresholded"] for row in factors if "thresholded" in row], "… exits at p > 1/2, not drawn",
+          color="C9", marker="p", linestyle="--")
     for rule, weights, style in (
             ("confidence", "base", dict(color="C1", marker="^")),
             ("confidence", "stage 1", dict(color="C1", marker="^", linestyle="--", markerfacecolor="w")),
             ("heads", "stage 1", dict(color="C9", marker="p", linestyle="--")),
+            *((("heads", lower, dict(color="C9", marker="p", linestyle=":", markerfacecolor="w")),) if lower else ()),
             ("confidence", "stage 2", dict(color="C1", marker="^", linestyle=":", markerfacecolor="w")),
             ("oracle", "base", dict(color="0.5", marker="v")), ("oracle", "stage 2", dict(color="0.5", marker="v",
                                                                                          linestyle=":")),

@@ -143,14 +143,18 @@ def fronts(data: dict) -> list[str]:
             text += ["", "Depth charged for right answers only, against depth charged for all, from one start and "
                      f"seed: {signed(*gated['less_ungated'])} points, " + verdict(
                          *gated["less_ungated"], "better", "worse", "no significant difference") + "."]
-    if gain := data.get("recovery"):
-        text += ["", f"Does stage 2 win back what an earlier exit costs? From stage 1 at κ = {gain['kappa']:g} ("
-                 f"{percent(gain['start']['accuracy'])} at {percent(gain['start']['average_compute'])} of the "
-                 f"compute), λ = 0.1, mean of {gain['seeds']} seeds: {percent(gain['accuracy'])} at "
-                 f"{percent(gain['average_compute'])}, {signed(*gain['change_from_start'])} points on that start, " +
-                 verdict(*gain["change_from_start"], "better", "worse", "no significant difference") +
-                 f"; {signed(*gain['change_from_base'])} on the base, " + verdict(
-                     *gain["change_from_base"], "better", "worse", "no significant difference") + "."]
+    if found := data.get("recovery"):
+        def said(gain: dict) -> str:
+            start = gain["start"]
+            changes = [f"{signed(*gain[f'change_from_{name}'])} points on {whom}, " + verdict(
+                *gain[f"change_from_{name}"], "better", "worse", "no significant difference")
+                for name, whom in (("start", "that start"), ("base", "the base"))]
+            return (f"from {percent(start['accuracy'])} at {percent(start['average_compute'])} of the compute to "
+                    f"{percent(gain['accuracy'])} at {percent(gain['average_compute'])}: {'; '.join(changes)}")
+
+        text += ["", f"Does stage 2 win back what an earlier exit costs? Stage 1 at κ = {found['kappa']:g}, then λ = "
+                 f"0.1, mean of {found['seeds']} seeds, {said(found['drawn'])}. With exits where a head's probability "
+                 f"is above 1/2, in place of drawn, {said(found['thresholded'])}."]
     if front["lambda"]:
         dearest, cheapest = (pick(front["lambda"], key=lambda r: r["value"]) for pick in (max, min))
         alike = [r["average_compute"] for r in front["lambda"] if r["value"] == 0.1]

@@ -189,13 +189,14 @@ def test_where_nothing_has_been_trained_nothing_is_written(command, tmp_path, mo
 def test_what_stage_2_wins_back_is_the_mean_of_its_seeds_over_the_same_problems(tmp_path, monkeypatch):
     """One seed's luck, or a difference from another start, would be taken for a recovery."""
     right = {"base": [1, 1, 1, 0], "s1": [1] * 4, "kl-4": [0, 1, 0, 0], "rl-0.1-0-kl-4": [1, 1, 0, 0],
-             "rl-0.1-2-kl-4": [1, 0, 1, 1]}
+             "rl-0.1-2-kl-4": [1, 0, 1, 1], "kl-4 cut": [1, 1, 1, 1], "rl-0.1-0-kl-4 cut": [1, 1, 1, 0],
+             "rl-0.1-2-kl-4 cut": [0, 1, 1, 0]}
     monkeypatch.setattr(common, "stage_one", lambda args: tmp_path / "s1")
     monkeypatch.setattr(common, "kl_run", lambda args, kappa: tmp_path / f"kl-{kappa:g}")
     monkeypatch.setattr(common, "stage_two", lambda args, name, lam, seed, start:
                         seed != 1 and start.name == "kl-4" and tmp_path / name)
     monkeypatch.setattr(common, "base_answers", lambda args: "base")
-    monkeypatch.setattr(fronts, "answers", lambda args, run: run.name)
+    monkeypatch.setattr(fronts, "answers", lambda args, run, *rule: f"{run.name} cut" if rule else run.name)
     for module in (common, fronts):
         monkeypatch.setattr(module, "correct", right.get)
     monkeypatch.setattr(fronts, "point", lambda args, answered, **about: {"average_compute": len(answered), **about})
@@ -203,8 +204,10 @@ def test_what_stage_2_wins_back_is_the_mean_of_its_seeds_over_the_same_problems(
                                                                  {"seed": int(run.name.split("-")[2])}})
     rows = []
     found = fronts.from_lower_kappa(argparse.Namespace(seeds=3), rows)
-    assert [row["seed"] for row in rows] == [0, 2] and (found["seeds"], found["accuracy"]) == (2, 0.625)
-    assert found["change_from_start"][0] == 0.375 and found["change_from_base"][0] == -0.125
+    assert [row["seed"] for row in rows] == [0, 2] and found["seeds"] == 2
+    for name, wanted in (("drawn", [0.625, 0.375, -0.125]), ("thresholded", [0.625, -0.375, -0.125])):
+        got = found[name]
+        assert [got["accuracy"], got["change_from_start"][0], got["change_from_base"][0]] == wanted
     assert fronts.from_lower_kappa(argparse.Namespace(seeds=0), rows) is None
 
 
