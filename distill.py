@@ -115,36 +115,45 @@ def from_hazards(p: torch.Tensor) -> torch.Tensor:
     return stick_breaking(p.log(), torch.log1p(-p)).exp()
 
 
+def at_own_exits(policy: Policy, batch, base_h: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The depths (N,) that the student takes in a parallel pass with uniforms u (N, E), and its token KL (N,) there."""
+    u_exit = torch.full((*batch.ids.shape, u.shape[-1]), NEVER, dtype=torch.double)
+    u_exit[batch.row, batch.position] = u
+    out = policy(batch.ids, batch.depths, u_exit, place=batch.place)
+    depths = out.depths[batch.row, batch.position]
+    return depths, joint_logp(policy, out.h[batch.predicting], out.exit_logits[batch.predicting], depths,
+                              base_h=base_h)[2]
+
+
 @torch.no_grad()
 def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int, micro_batch: int) -> dict:
     """Has it converged? On held-out base responses: the two terms of (5) at depths drawn from q; and the exits that the
     student draws in a parallel pass, against the mean of q, with the token KL there. That is above the one at q's
-    depths, for q knows the final layer, and the heads have to guess."""
+    depths, for q knows the final layer, and the heads have to guess. Where p_e > 1/2 decides in place of a draw, they
+    guess best: `intact_at_half`."""
     E, outcomes = len(policy.exits), policy.depth_of_outcome
     drawn, target = torch.zeros(E + 1), policy.heads.bias.new_zeros(E + 1)
-    totals, count = torch.zeros(4, dtype=torch.double, device=policy.device), sum(map(len, responses))
+    totals, count = torch.zeros(5, dtype=torch.double, device=policy.device), sum(map(len, responses))
     for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
-        u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
-        u_exit = torch.full((*batch.ids.shape, E), NEVER, dtype=torch.double)
-        u_exit[batch.row, batch.position] = u[:, :E]
-        out = policy(batch.ids, batch.depths, u_exit, place=batch.place)
-        own = out.depths[batch.row, batch.position]
-        drawn += (own[:, None] == outcomes).sum(0)
-
         base_h, lens_h = base_pass(policy, batch)
-        kl_own = joint_logp(policy, out.h[batch.predicting], out.exit_logits[batch.predicting], own, base_h=base_h)[2]
+        u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
+        own, kl_own = at_own_exits(policy, batch, base_h, u[:, :E])
+        drawn += (own[:, None] == outcomes).sum(0)
+        kl_half = at_own_exits(policy, batch, base_h, torch.full_like(u[:, :E], 0.5))[1]
         log_q = log_target(lens_kl(policy.model, base_h, lens_h), kappa)
         target += log_q.exp().sum(0)
         batch.depths[batch.row, batch.position] = outcomes[draw(log_q, send(u[:, E], policy.device)).cpu()]
         logp_exit, _, kl_t, _ = score(policy, batch, base_h, tokens=False)
-        of_response = totals.new_zeros(len(index)).index_add(0, batch.predicting[0], kl_own.double())
-        of_response *= send(torch.tensor([min(1, STRETCH / len(responses[i])) for i in index]), policy.device)
-        totals += torch.stack([kl_t.sum(), -logp_exit.sum(), kl_own.sum(), torch.exp(-of_response).sum()])
+        lost = torch.stack([kl_own, kl_half], 1).double()
+        lost = lost.new_zeros(len(index), 2).index_add(0, batch.predicting[0], lost)
+        lost *= send(torch.tensor([[min(1, STRETCH / len(responses[i]))] for i in index]), policy.device)
+        totals += torch.stack([kl_t.sum(), -logp_exit.sum(), kl_own.sum(), *torch.exp(-lost).sum(0)])
     for sums in (drawn, target, totals):
         parallel.add(sums)  # over the processes, each of which has seen its share of the responses
-    token_kl, cross_entropy, own_kl, intact = totals.tolist()
+    token_kl, cross_entropy, own_kl, intact, intact_at_half = totals.tolist()
     return {"positions": count, "token_kl": token_kl / count, "exit_cross_entropy": cross_entropy / count,
             "token_kl_at_own_exits": own_kl / count, "intact": intact / len(responses),
+            "intact_at_half": intact_at_half / len(responses),
             "learned": summary(drawn / count, outcomes), "target": summary(target.cpu() / count, outcomes)}
 
 
@@ -153,7 +162,8 @@ def verdict(measured: dict, training_kl: float) -> str | None:
 
     Exit rates match their target long before the tokens do. A response whose token KL sums to K nats, where the student
     itself exits, stays about as it was with probability exp(-K): the mean of these is the share that stays intact. Of
-    a response of more than STRETCH tokens, K is what it comes to in so many: else no long one ever would.
+    a response of more than STRETCH tokens, K is what it comes to in so many: else no long one ever would. Many unsure
+    heads cost a response though each is right more often than not; without the draw they cost little.
     """
     at_target, at_own = measured["token_kl"], measured["token_kl_at_own_exits"]
     learned, target = (measured[name]["exit_rate"] for name in ("learned", "target"))
@@ -162,6 +172,9 @@ def verdict(measured: dict, training_kl: float) -> str | None:
         return f"not converged: {learned:.0%} of the tokens exit, and {target:.0%} are to: {longer}"
     if measured["intact"] > 0.8:
         return None
+    if measured["intact_at_half"] > 0.8:
+        return (f"drawing its exits leaves {measured['intact']:.0%} as they were, p > 1/2 {measured['intact_at_half']:.0%}: "
+                f"evaluate.py --threshold 0.5 leaves nothing to chance, and stage 2 learns to draw better")
     if at_own > 4 * at_target:
         cure = (f"where the target exits it is {at_target:.4f}, so the heads leave at the wrong tokens: raise --steps; "
                 f"or, in a new run, --head-width or --kl-factor")
@@ -363,7 +376,8 @@ def main() -> None:
     print(f"held-out responses, {measured['positions']} positions: token KL {measured['token_kl']:.4f} "
           f"({measured['token_kl_at_own_exits']:.4f} where the student itself exits), exit CE "
           f"{measured['exit_cross_entropy']:.3f}; about {measured['intact']:.0%} of the base's responses, or "
-          f"of stretches of {STRETCH} tokens, stay as they were")
+          f"of stretches of {STRETCH} tokens, stay as they were; {measured['intact_at_half']:.0%} with exits at p > 1/2, "
+          f"not drawn")
     for name in ("target", "learned"):
         s = measured[name]
         shares = "  ".join(f"{d}: {x:.1%}"

@@ -363,4 +363,4 @@ def test_waits_of_training(tmp_path):
     for stage, budget in ((stage_1, passes + 1), (stage_2, 2)):
         assert waits_of(lambda stage=stage: stage(policy, responses, 0)) == budget, simcuda.waits()
         assert waits_of(lambda: run.apply_gradients(optimizer, 1e-3)) == 1, simcuda.waits()
-    assert waits_of(lambda: distill.held_out(policy, responses, 1.0, 0, 3)) == passes * (E + 1) + 2, simcuda.waits()
+    assert waits_of(lambda: distill.held_out(policy, responses, 1.0, 0, 3)) == passes * (2 * E + 1) + 2, simcuda.waits()

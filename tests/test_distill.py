@@ -169,29 +169,35 @@ def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, mon
     """The figures that say whether stage 1 has converged: one wrong position or die, and it is judged by another
     model's, another depth's or another text's numbers."""
     policy, seed, kappa, scores, own, drawn, targets = toy_policy(1).double(), 4, 0.5, [], [], [], []
+    at_half, cut = [], []
     slow = reference(policy)
     for i, r in enumerate(ANSWERS):
-        depths, student = [], [L] * (len(r.prompt_ids) - 1)
+        depths, student, sure = [], *([L] * (len(r.prompt_ids) - 1) for _ in range(2))
         for t, ids in predicting(r):
             *coins, die = [splitmix(seed, distill.HELD_OUT, i, t, e) for e in range(3)]
             p_exit = slow.policy(ids, student)[0].tolist()
             student.append(next((e for e, p, coin in zip(EXITS, p_exit, coins, strict=True) if coin < p), L))
+            p_exit = slow.policy(ids, sure)[0].tolist()
+            sure.append(next((e for e, p in zip(EXITS, p_exit, strict=True) if p > 0.5), L))
             targets.append(slow_target(slow_kls(policy, ids), kappa))
             depths.append(slow.outcomes[pick(targets[-1], die)])
         drawn += student[len(r.prompt_ids) - 1 :]
         scores.append(slow.score(r.prompt_ids, r.token_ids, depths))
         own.append(slow.score(r.prompt_ids, r.token_ids, student[len(r.prompt_ids) - 1 :])[2])
+        cut += sure[len(r.prompt_ids) - 1 :]
+        at_half.append(slow.score(r.prompt_ids, r.token_ids, sure[len(r.prompt_ids) - 1 :])[2])
     logp_exit, _, token_kl = torch.cat(scores, 1)
     got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch)
-    assert len(set(drawn)) > 1 and got["positions"] == len(drawn) == 7
+    assert min(len(set(drawn)), len(set(cut))) > 1 and got["positions"] == len(drawn) == 7
     assert got["token_kl"] == pytest.approx(float(token_kl.mean()), rel=1e-9)
     assert got["exit_cross_entropy"] == pytest.approx(-float(logp_exit.mean()), rel=1e-9)
     assert got["token_kl_at_own_exits"] == pytest.approx(float(torch.cat(own).mean()), rel=1e-9)
     for stretch in (distill.STRETCH, 2):  # of a response that is longer, what it loses in so many tokens
         monkeypatch.setattr(distill, "STRETCH", stretch)
         got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch)
-        lost = [kl.sum() * min(1, stretch / len(kl)) for kl in own]
-        assert got["intact"] == pytest.approx(float(sum((-k).exp() for k in lost)) / 3, rel=1e-9)
+        for name, them in (("intact", own), ("intact_at_half", at_half)):
+            lost = [kl.sum() * min(1, stretch / len(kl)) for kl in them]
+            assert got[name] == pytest.approx(float(sum((-k).exp() for k in lost)) / 3, rel=1e-9)
     q = torch.tensor(targets).mean(0).tolist()
     for name, wanted in (("target", q), ("learned", [drawn.count(depth) / 7 for depth in (2, 4, 6)])):
         assert got[name]["distribution"] == pytest.approx(wanted, abs=1e-5)
@@ -214,10 +220,12 @@ def test_held_out_is_the_same_whether_rows_of_one_prompt_share_a_pass():
 def test_verdict_names_the_flag_that_helps(intact, token_kl, own_kl, told):
     """More steps don't help a model that knows its responses by heart, nor more responses one that still learns, and
     neither one whose heads can't tell which tokens are safe."""
-    measured = {"intact": intact, "token_kl": token_kl, "token_kl_at_own_exits": own_kl,
+    measured = {"intact": intact, "intact_at_half": 0.79, "token_kl": token_kl, "token_kl_at_own_exits": own_kl,
                 "learned": {"exit_rate": 0.4}, "target": {"exit_rate": 0.49}}
     problem = distill.verdict(measured, training_kl=0.1)
     assert problem is None if told is None else f"{own_kl:.4f}" in problem and "79%" in problem and told in problem
+    drawn = distill.verdict({**measured, "intact": 0.5, "intact_at_half": 0.9}, training_kl=0.1)
+    assert "leaves 50% as they were, p > 1/2 90%: evaluate.py --threshold 0.5" in drawn
     idle = distill.verdict({**measured, "intact": 1.0, "learned": {"exit_rate": 0.0}}, training_kl=0.1)
     assert "0% of the tokens exit, and 49% are to" in idle  # who never exits changes nothing, and has learned nothing
 
