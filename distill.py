@@ -173,8 +173,9 @@ def verdict(measured: dict, training_kl: float) -> str | None:
     if measured["intact"] > 0.8:
         return None
     if measured["intact_at_half"] > 0.8:
-        return (f"drawing its exits leaves {measured['intact']:.0%} as they were, p > 1/2 {measured['intact_at_half']:.0%}: "
-                f"evaluate.py --threshold 0.5 leaves nothing to chance, and stage 2 learns to draw better")
+        return (f"drawing its exits leaves {measured['intact']:.0%} as they were, p > 1/2 "
+                f"{measured['intact_at_half']:.0%}: evaluate.py --threshold 0.5 leaves nothing to chance, and stage 2 "
+                f"learns to draw better")
     if at_own > 4 * at_target:
         cure = (f"where the target exits it is {at_target:.4f}, so the heads leave at the wrong tokens: raise --steps; "
                 f"or, in a new run, --head-width or --kl-factor")
@@ -376,8 +377,8 @@ def main() -> None:
     print(f"held-out responses, {measured['positions']} positions: token KL {measured['token_kl']:.4f} "
           f"({measured['token_kl_at_own_exits']:.4f} where the student itself exits), exit CE "
           f"{measured['exit_cross_entropy']:.3f}; about {measured['intact']:.0%} of the base's responses, or "
-          f"of stretches of {STRETCH} tokens, stay as they were; {measured['intact_at_half']:.0%} with exits at p > 1/2, "
-          f"not drawn")
+          f"of stretches of {STRETCH} tokens, stay as they were; {measured['intact_at_half']:.0%} with exits at "
+          f"p > 1/2, not drawn")
     for name in ("target", "learned"):
         s = measured[name]
         shares = "  ".join(f"{d}: {x:.1%}"

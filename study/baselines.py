@@ -178,27 +178,30 @@ def main() -> None:
     trained = {"stage 1": [s1], "stage 2": rl, f"stage 1 at κ = {kappa:g}": [low] if low else [],
                f"stage 2 from κ = {kappa:g}": rl_low}
     trained = {name: found for name, found in trained.items() if found}
-    learned = {name: [answers(args, run) for run in found] for name, found in trained.items()}
-    points = [point(args, each[0], rule="learned", weights=name) for name, each in learned.items()]
+    learned = {}  # whose weights, and the answers of each run: exits drawn, and not
+    for name, found in trained.items():
+        learned[name] = name, [answers(args, run) for run in found]
+        learned[f"{name}, p > 1/2"] = name, [answers(args, run, "heads 0.5", thresholded(0.5)) for run in found]
+    points = [point(args, each[0], rule="learned", weights=name) for name, (_, each) in learned.items()]
     points += [point(args, answers(args, run), rule="plain RL", weights=run.name) for run in plain]
     comparisons = []
 
     for name, source in {"base": tuple(exits), **{name: found[0] for name, found in trained.items()}}.items():
         full = base if name == "base" else answers(args, source, "full depth", static(base.outcomes[-1]))
         points.append(point(args, full, rule="full depth", weights=name))
-        mine = [whose for whose in learned if name in ("base", "stage 1", whose)]
         for rule, make, values in (("static", static, exits), ("confidence", confidence, TAUS),
                                    ("oracle", oracle, EPS),
                                    *([] if name == "base" else [("heads", thresholded, PS)])):
             sweep = [answers(args, source, f"{rule} {value:g}", make(value)) for value in values]
             points += [point(args, a, rule=rule, weights=name, value=v) for a, v in zip(sweep, values, strict=True)]
-            for whose in mine:
-                # Seed 0's adapters against seed 0 alone: the mean over seeds would be compared with one seed's luck.
-                accuracy, compute = pooled(learned[whose][:1] if name == whose else learned[whose])
-                comparisons += against(whose, accuracy, at_compute([*sweep, full], compute), rule=rule, weights=name,
-                                       compute=compute)
-        for whose in mine:
-            first = learned[whose][0]
+            for whose, (home, each) in learned.items():
+                if name in ("base", "stage 1", home) and (whose == home or rule == "confidence"):
+                    # Seed 0's adapters against seed 0 alone: the mean over seeds would be compared with one's luck.
+                    accuracy, compute = pooled(each[:1] if name == home else each)
+                    comparisons += against(whose, accuracy, at_compute([*sweep, full], compute), rule=rule,
+                                           weights=name, compute=compute)
+        for whose in trained if name == "base" else [name]:
+            first = learned[whose][1][0]
             histogram = histogram_of(first)
             mark = hashlib.sha256(str(histogram).encode()).hexdigest()[:8]  # else another's draw would be taken for it
             random = answers(args, source, f"random as {whose} {mark}", shuffled(args, histogram))
@@ -209,10 +212,10 @@ def main() -> None:
     if plain:
         without = pooled([answers(args, run) for run in plain])[0]
         comparisons += against("plain RL", without, correct(base), rule="full depth", weights="base", compute=1.0)
-        for whose, each in learned.items():
+        for whose, (_, each) in learned.items():
             comparisons += against(whose, pooled(each)[0], without, rule="plain RL", weights="plain RL",
                                    compute=pooled(each)[1])
-    for whose, each in learned.items():
+    for whose, (_, each) in learned.items():
         comparisons += against(whose, pooled(each)[0], correct(base), rule="full depth", weights="base",
                                compute=pooled(each)[1])
     common.save(args, "baselines", "baselines", points=points, comparisons=comparisons,

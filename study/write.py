@@ -212,10 +212,11 @@ def baselines(data: dict) -> list[str]:
 
     def verdicts(whose: str) -> str:
         """Its differences from the others that the question is about, in one sentence."""
-        others = {("confidence", "base"): "a confidence threshold on the base",
+        others = {("full depth", "base"): "the base at full depth",
+                  ("confidence", "base"): "a confidence threshold on the base",
                   ("confidence", "stage 1"): "such a threshold on stage 1's adapters",
-                  ("confidence", whose): "such a threshold on its own adapters",
-                  ("heads", whose): "its own heads, thresholded and not sampled",
+                  ("confidence", whose.partition(",")[0]): "such a threshold on its own adapters",
+                  ("heads", whose): "its own heads at a threshold",
                   ("plain RL", "plain RL"): "reinforcement learning without exits"}
         texts = [f"{signed(c['change'], c['half'])} points against {other}"
                  + verdict(c["change"], c["half"], ", better", ", worse", ", no significant difference")
@@ -234,7 +235,8 @@ def baselines(data: dict) -> list[str]:
             "A sweep is read at the learned policy's compute by mixing the two settings around it; differences are "
             "over the same problems and not corrected for their number. Compute counts layers alone; a threshold on "
             "the lens also pays a product with the vocabulary at every exit. On its own weights, and where its exits "
-            "are drawn at random, a policy is its first seed; else it is the mean over its seeds.", "",
+            "are drawn at random, a policy is its first seed; else it is the mean over its seeds. \"p > 1/2\": "
+            "its exits are where a head's probability is above 1/2, in place of drawn.", "",
             f"Does a learned exit beat a threshold{asked}?",
             *(line for whose in policies for line in ("", verdicts(whose))),
             *table(["learned", "against", "average compute", "accuracy", "the other's", "difference, points"],
