@@ -59,7 +59,8 @@ class Exits(LM):
         for (tokens, temperature), group in groups.items():
             responses = generate(self.policy, [self.tokenizer.encode(requests[i].args[0]) for i in group],
                                  max_new_tokens=tokens, temperature=temperature, eos_ids=self.tokenizer.eos_ids,
-                                 delta=self.args.delta, depths=self.depths, seed=(self.args.seed,), rows=self.args.rows)
+                                 delta=self.args.delta, threshold=self.args.threshold, depths=self.depths,
+                                 seed=(self.args.seed,), rows=self.args.rows)
             for i, r in zip(group, responses, strict=True):
                 text = self.tokenizer.decode(r.token_ids[:-1] if r.finished else r.token_ids)
                 text = after_thinking(text, self.tokenizer.think_open(r.prompt_ids)) or ""
@@ -82,6 +83,7 @@ def main() -> None:
     p.add_argument("--include-path", help="folder of further tasks, as YAML files")
     p.add_argument("--limit", type=flags.whole(1), help="problems of each task (default: all)")
     p.add_argument("--delta", type=flags.number(-1e4, 1e4), default=0.0, help="added to every exit logit (default: 0)")
+    p.add_argument("--threshold", type=flags.number(0, 1), help="exits where p is above this, in place of drawn ones")
     args = p.parse_args()
     if lm_eval is None:
         raise UserError("lm-evaluation-harness is not installed: python -m pip install lm-eval")

@@ -73,7 +73,7 @@ def test_harness_gets_what_the_sampler_writes(trained, monkeypatch):
     (folder,) = trained.glob("runs/rloo-*")
     policy, tokenizer = load_policy(Transformer.from_pretrained(trained / "toy"), folder), Tokenizer.from_pretrained(
         trained / "toy")
-    args = SimpleNamespace(max_new_tokens=9, delta=0.5, seed=3, rows=None, thinking=True, model="toy")
+    args = SimpleNamespace(max_new_tokens=9, delta=0.5, threshold=None, seed=3, rows=None, thinking=True, model="toy")
     lm = harness.Exits(policy, tokenizer, args, base=False)
     chats = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
     contexts = [lm.apply_chat_template(chat) for chat in chats]
