@@ -172,10 +172,6 @@ def verdict(measured: dict, training_kl: float) -> str | None:
         return f"not converged: {learned:.0%} of the tokens exit, and {target:.0%} are to: {longer}"
     if measured["intact"] > 0.8:
         return None
-    if measured["intact_at_half"] > 0.8:
-        return (f"drawing its exits leaves {measured['intact']:.0%} as they were, p > 1/2 "
-                f"{measured['intact_at_half']:.0%}: evaluate.py --threshold 0.5 leaves nothing to chance, and stage 2 "
-                f"learns to draw better")
     if at_own > 4 * at_target:
         cure = (f"where the target exits it is {at_target:.4f}, so the heads leave at the wrong tokens: raise --steps; "
                 f"or, in a new run, --head-width or --kl-factor")
@@ -183,7 +179,11 @@ def verdict(measured: dict, training_kl: float) -> str | None:
         cure = f"training responses are at {training_kl:.4f}, learned by heart: raise --responses, with more problems"
     else:
         cure = longer
-    return f"not converged: at {at_own:.4f} nats a token only {measured['intact']:.0%} stay as they were; {cure}"
+    problem = f"at {at_own:.4f} nats a token only {measured['intact']:.0%} of the responses stay as they were; {cure}"
+    if measured["intact_at_half"] > 0.8:
+        return (f"it is the draw that costs: {problem}. evaluate.py --threshold 0.5, without one, leaves "
+                f"{measured['intact_at_half']:.0%}, and stage 2 learns to draw better")
+    return f"not converged: {problem}"
 
 
 # -------------------------------------------------------------------------------------------------------- training

@@ -91,7 +91,7 @@ def main() -> None:
         gained = before and dict(zip(("gained", "gained_half"), paired(before, correct(answered)), strict=True))
         before = correct(answered)
         rows.append(point(args, answered, width=width, **gained or {}, **{name: measured[name] for name in (
-            "exit_cross_entropy", "token_kl", "token_kl_at_own_exits", "intact")}))
+            "exit_cross_entropy", "token_kl", "token_kl_at_own_exits", "intact", "intact_at_half")}))
     common.save(args, "heads", "heads", run=str(args.run), trained_width=trained_width, responses=len(chosen),
                 positions=len(to_fit[0]), base=point(args, base_answers(args)), rows=rows)
 

@@ -225,7 +225,7 @@ def test_verdict_names_the_flag_that_helps(intact, token_kl, own_kl, told):
     problem = distill.verdict(measured, training_kl=0.1)
     assert problem is None if told is None else f"{own_kl:.4f}" in problem and "79%" in problem and told in problem
     drawn = distill.verdict({**measured, "intact": 0.5, "intact_at_half": 0.9}, training_kl=0.1)
-    assert "leaves 50% as they were, p > 1/2 90%: evaluate.py --threshold 0.5" in drawn
+    assert "only 50% of the responses stay" in drawn and "--threshold 0.5, without one, leaves 90%" in drawn
     idle = distill.verdict({**measured, "intact": 1.0, "learned": {"exit_rate": 0.0}}, training_kl=0.1)
     assert "0% of the tokens exit, and 49% are to" in idle  # who never exits changes nothing, and has learned nothing
 
