@@ -25,6 +25,7 @@ from exits import Policy, Response, base_pass, collate, score  # noqa: E402
 from fast import chunks, graphs, packing  # noqa: E402
 from fast.cache import Cache, NextTokens  # noqa: E402
 from fast.graphs import Graphs  # noqa: E402
+from flags import EMBEDDED  # noqa: E402
 from model import Transformer  # noqa: E402
 from tests.toys import toy_model, toy_policy  # noqa: E402
 
@@ -326,7 +327,7 @@ def test_save_and_load(tmp_path):
 
 
 def test_weights_are_loaded_onto_the_device():
-    ours, theirs = (Transformer.from_pretrained(runs.EMBEDDED, dtype=torch.bfloat16, device=d) for d in ("cuda", "cpu"))
+    ours, theirs = (Transformer.from_pretrained(EMBEDDED, dtype=torch.bfloat16, device=d) for d in ("cuda", "cpu"))
     assert ours.lm_head.weight is ours.model.embed_tokens.weight and ours.lm_head.weight.is_cuda
     assert_same(dict(ours.named_parameters()), dict(theirs.named_parameters()))
 
