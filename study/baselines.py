@@ -30,7 +30,7 @@ from distill import lens_kl
 from evaluate import measure, paired
 from exits import Policy, token_logits
 from study import common
-from study.common import answers, correct, mean, mean_correct, point, thresholded
+from study.common import answers, correct, mean, mean_correct, point, thresholded, undrawn
 from study.regimes import closed, random_depths
 
 TAUS = (0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
@@ -181,7 +181,7 @@ def main() -> None:
     learned = {}  # whose weights, and the answers of each run: exits drawn, and not
     for name, found in trained.items():
         learned[name] = name, [answers(args, run) for run in found]
-        learned[f"{name}, p > 1/2"] = name, [answers(args, run, "heads 0.5", thresholded(0.5)) for run in found]
+        learned[f"{name}, p > 1/2"] = name, [undrawn(args, run) for run in found]
     points = [point(args, each[0], rule="learned", weights=name) for name, (_, each) in learned.items()]
     points += [point(args, answers(args, run), rule="plain RL", weights=run.name) for run in plain]
     comparisons = []

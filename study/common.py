@@ -224,6 +224,11 @@ def thresholded(p: float):
     return lambda policy: {"threshold": p}
 
 
+def undrawn(args, run: Path) -> Answers:
+    """A run's answers with exits where a head's probability is above 1/2: a setting of study.baselines' sweep, too."""
+    return answers(args, run, "heads 0.5", thresholded(0.5))
+
+
 @cache
 def base_mark(model: str, revision: str | None) -> str:
     """Tells the base from another that has lain at the same place. In bfloat16, as the mark is: half of the memory."""

@@ -14,7 +14,7 @@ import runs
 from data.hub import parse_object, read_json, read_text
 from evaluate import BASE, paired
 from study import common
-from study.common import answers, correct, mean, mean_correct, point, thresholded
+from study.common import answers, correct, mean, mean_correct, point, undrawn
 
 LAMBDAS = (0, 0.03, 0.1, 0.3, 1)
 DELTAS = (-4, -2, -1, 0, 1, 2)
@@ -54,9 +54,8 @@ def from_lower_kappa(args, rows: list[dict]) -> dict | None:
     after = [answers(args, run) for run in found]
     for run, answered in zip(found, after, strict=True):
         rows.append(point(args, answered, value=0.1, seed=runs.read_config(run)["args"]["seed"], kappa=kappa))
-    at_half = [answers(args, run, "heads 0.5", thresholded(0.5)) for run in (start, *found)]
     return {"kappa": kappa, "seeds": len(found), "drawn": gain(args, answers(args, start), after),
-            "thresholded": gain(args, at_half[0], at_half[1:])}
+            "thresholded": gain(args, undrawn(args, start), [undrawn(args, run) for run in found])}
 
 
 def gain(args, before, after: list) -> dict:

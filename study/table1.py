@@ -10,9 +10,8 @@ import runs
 from data.hub import read_json
 from evaluate import BASE, paired
 from study import common
-from study.common import answers, base_answers, correct, point, thresholded
+from study.common import answers, base_answers, correct, point, undrawn
 
-HALF = 0.5
 PAPER = {"0.25": (1.1, 0.59, 0.224), "0.5": (5.5, 0.49, 0.081), "1": (7.5, 0.47, 0.064), "2": (8.4, 0.43, 0.053),
          "4": (8.5, 0.37, 0.046), BASE: (8.9, 0.0, 0.0)}  # coherence of 10, exit rate, layer savings
 
@@ -36,9 +35,9 @@ def main() -> None:
         rows.append(point(args, answered, name=name, paper=PAPER.get(name), **common.judged(args, answered),
                           **{key: held_out.get(key) for key in ("token_kl", "token_kl_at_own_exits")}))
         if run:
-            without_chance = answers(args, run, f"heads {HALF:g}", thresholded(HALF))
-            rows[-1] |= {"thresholded": point(args, without_chance),
-                         "thresholded_change": paired(correct(answered), correct(without_chance))}
+            at_half = undrawn(args, run)
+            rows[-1] |= {"thresholded": point(args, at_half),
+                         "thresholded_change": paired(correct(answered), correct(at_half))}
             target, learned = (held_out[which]["distribution"] for which in ("target", "learned"))
             distributions.append({"name": name, "depths": answered.outcomes, "target": target, "learned": learned,
                                   "positions": held_out["positions"],

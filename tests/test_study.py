@@ -196,7 +196,8 @@ def test_what_stage_2_wins_back_is_the_mean_of_its_seeds_over_the_same_problems(
     monkeypatch.setattr(common, "stage_two", lambda args, name, lam, seed, start:
                         seed != 1 and start.name == "kl-4" and tmp_path / name)
     monkeypatch.setattr(common, "base_answers", lambda args: "base")
-    monkeypatch.setattr(fronts, "answers", lambda args, run, *rule: f"{run.name} cut" if rule else run.name)
+    monkeypatch.setattr(fronts, "answers", lambda args, run: run.name)
+    monkeypatch.setattr(fronts, "undrawn", lambda args, run: f"{run.name} cut")
     for module in (common, fronts):
         monkeypatch.setattr(module, "correct", right.get)
     monkeypatch.setattr(fronts, "point", lambda args, answered, **about: {"average_compute": len(answered), **about})
