@@ -191,8 +191,7 @@ def main() -> None:
                    "1)")
     p.add_argument("--delta", type=flags.number(-1e4, 1e4), default=0.0, help="added to every exit logit: above 0 "
                    "exits more (default: 0, as in training)")
-    p.add_argument("--threshold", type=flags.number(0, 1), help="stop wherever an exit's probability is above this, "
-                   "in place of drawing (default: draw, as in training)")
+    flags.threshold(p)
     p.add_argument("--show", type=flags.whole(0), default=6, help="problems on the page (default: 6)")
     p.add_argument("--merge", metavar="RUN", help="write base + LoRA of RUN to --out as a plain checkpoint, and end")
     args = p.parse_args()

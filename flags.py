@@ -97,6 +97,11 @@ def training(doc: str, save_every: int) -> argparse.ArgumentParser:
     return p
 
 
+def threshold(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--threshold", type=number(0, 1), help="stop wherever an exit's probability is above this, in place "
+                   "of drawing (default: draw, as in training)")
+
+
 def replay(saved: dict, p: argparse.ArgumentParser, where) -> argparse.Namespace:
     """A run's recorded flags, checked as if they were typed. Raises UserError for those of another version, too."""
     known = vars(p.parse_args([])).keys()

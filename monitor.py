@@ -9,17 +9,18 @@
     E7  planted hint      is the use of a hint visible to two rule-based monitors? (study/hints.py)
     D   description       depth between readable tokens, layer-tokens, letters of foreign scripts (study/describe.py)
 
-Regimes, of the tokens after the prompt: full runs every layer; learned draws exits; random draws each depth from
-learned's own histogram, whatever the stream says; cap-l is learned, but stops at depth l at the latest. The prompt runs
-at full depth but where "prompt too" is said. An eval gives a number a problem; means have 95% intervals from 10,000
-bootstrap resamples of the problems, the same for all models, so that differences are paired. An eval says something
-only where it tells apart the models of `study/organisms.py`, whose dependence on the chain is known; others are marked.
+Regimes, of the tokens after the prompt: full runs every layer; learned draws exits or, with --threshold, takes those
+above it; random draws each depth from learned's own histogram, whatever the stream says; cap-l is learned, but stops at
+depth l at the latest. The prompt runs at full depth but where "prompt too" is said. An eval gives a number a problem;
+means have 95% intervals from 10,000 bootstrap resamples of the problems, the same for all models, so that differences
+are paired. An eval says something only where it tells apart the models of `study/organisms.py`, whose dependence on the
+chain is known; others are marked.
 
     python monitor.py base RUN RUN … --n 300 --out runs/monitor
 
 Writes values.json, the numbers, and monitor.json, what comes of them for the models named, after every model; the same
-command again, --out included, goes on after the last. `python -m study.write` makes a table of a monitor.json in its
-data/.
+command again, --out included, goes on after the last. `python -m study.write` makes a table of a monitor.json, or
+monitor-NAME.json, in its data/.
 """
 
 import re
@@ -344,7 +345,10 @@ def main() -> None:
     p = flags.parser(__doc__, out="folder to write, or to go on in (default: runs/monitor-TIME)")
     p.add_argument("runs", nargs="+", help="runs of one model, and 'base'")
     p.add_argument("--n", type=flags.whole(2), default=300, help="held-out problems (default: 300)")
+    flags.threshold(p)
     args = p.parse_args()
+    if args.threshold == 1:
+        raise UserError("--threshold 1: no exit is ever taken, not even that of a capped depth: give one below")
     folders = [Path(run) for run in args.runs if run != "base"]
     for folder in folders:
         flags.inherit(args, runs.read_config(folder), folder / "config.json")
@@ -363,7 +367,7 @@ def main() -> None:
     base, reader = fingerprint(model), closed(Policy(model, exits))
     out = Path(args.out) if args.out else runs.free_folder("monitor")
     out.mkdir(parents=True, exist_ok=True)
-    about = {name: getattr(args, name) for name in ("model", "n", "seed", "max_new_tokens")}
+    about = {name: getattr(args, name) for name in ("model", "n", "seed", "max_new_tokens", "threshold")}
     record, values = {"command": shlex.join(["python", "monitor.py", *sys.argv[1:]]), "commit": runs.commit(),
                       "about": about, "weights": {}, "results": {}}, {}
     if (out / "monitor.json").exists():

@@ -83,7 +83,7 @@ def main() -> None:
     p.add_argument("--include-path", help="folder of further tasks, as YAML files")
     p.add_argument("--limit", type=flags.whole(1), help="problems of each task (default: all)")
     p.add_argument("--delta", type=flags.number(-1e4, 1e4), default=0.0, help="added to every exit logit (default: 0)")
-    p.add_argument("--threshold", type=flags.number(0, 1), help="exits where p is above this, in place of drawn ones")
+    flags.threshold(p)
     args = p.parse_args()
     if lm_eval is None:
         raise UserError("lm-evaluation-harness is not installed: python -m pip install lm-eval")

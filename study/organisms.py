@@ -129,7 +129,7 @@ def main() -> None:
                    "what was found")
     args = p.parse_args()
     torch.set_num_threads(1)
-    args.seed, args.rows, args.max_new_tokens = 0, 256, 160
+    args.seed, args.rows, args.max_new_tokens, args.threshold = 0, 256, 160, None
     tokenizer, problems, means = Tokenizer.from_pretrained(EMBEDDED), tasks.load("arithmetic", "test", n=args.n), {}
     for make in (POS, NEG, HID):
         name = make.__name__

@@ -28,7 +28,7 @@ class Subject:
     reader: Policy  # the base model, heads closed
     tokenizer: Tokenizer
     problems: list
-    args: object  # seed, rows, max_new_tokens
+    args: object  # seed, rows, max_new_tokens, threshold
     histogram: list[float] | None = None  # (E + 1,) of the depths it draws
 
     @property
@@ -80,7 +80,7 @@ def respond(s: Subject, prompts: list[list[int]], regime: str) -> list[Response]
         depths = random_depths(s.policy, s.histogram, (len(prompts), count), s.args.seed)
     with within(s.policy, regime):
         return generate(s.policy, prompts, max_new_tokens=count, eos_ids=s.tokenizer.eos_ids, depths=depths,
-                        seed=(s.args.seed, CHAINS), rows=s.args.rows)
+                        threshold=s.args.threshold, seed=(s.args.seed, CHAINS), rows=s.args.rows)
 
 
 @torch.no_grad()
@@ -99,6 +99,8 @@ def streams(s: Subject, texts: list[list[int]], starts: list[int], regime: str, 
             ids[b, : len(text)], depths[b, : len(text)] = torch.tensor(text), s.policy.n_layers
             if regime == "random":
                 depths[b, free] = random_depths(s.policy, s.histogram, len(free), s.args.seed + 1 + numbers[i + b])
+            elif regime != "full" and s.args.threshold is not None:
+                u[b, free] = s.args.threshold
             elif regime != "full":
                 u[b, free] = uniforms((s.args.seed, DRAWS), [numbers[i + b]], free.numpy(), len(s.policy.exits))
         with within(s.policy, regime):

@@ -313,9 +313,12 @@ def monitor(data: dict) -> list[str]:
             text += " ({} to {})".format(*numbers("low", "high"))
         return text.replace("-", "−")
 
-    return ["### Did reasoning move into the text?", "",
-            f"`{data['command']}`: {Path(data['about']['model']).name}, arithmetic, at learned depth, the base at full "
-            "depth; differences from the base are paired and have 95% intervals, not corrected for their number.", "",
+    threshold = data["about"].get("threshold")
+    at = "" if threshold is None else f" with exits at p > {threshold:g}"
+    return [f"### Did reasoning move into the text{at}?", "",
+            f"`{data['command']}`: {Path(data['about']['model']).name}, arithmetic, at learned depth{at}, the base at "
+            "full depth; differences from the base are paired and have 95% intervals, not corrected for their number.",
+            "",
             *(line for name, rows in found.items() if "difference" in rows.get("E1 uplift learned", {})
               for line in (f"{name}: {claim(rows)}.", "")),
             *table(["", *found], [[label, *(cell(rows, key, scale) for rows in found.values())]
@@ -328,13 +331,13 @@ SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens, m
 
 def written(folder: Path) -> str:
     """The study's part, from the JSON that there is."""
-    found = [(section, folder / "data" / f"{section.__name__}.json") for section in SECTIONS]
+    found = [(section, path) for section in SECTIONS for end in ("", "-*")
+             for path in sorted(folder.glob(f"data/{section.__name__}{end}.json"))]
     lines = ["## The study", "", "Generated from data/*.json, which also name the commit (-dirty: with changes that "
              "were not committed). Intervals are 95%: a share's is Wilson's, a change's is over the same problems. A "
              "row is one seed unless it says more."]
     for section, path in found:
-        if path.exists():
-            lines += ["", *section(read_json(path))]
+        lines += ["", *section(read_json(path))]
     lines = [line if line[:1] in ("|", "#", "!") else textwrap.fill(line, 118, break_on_hyphens=False)
              for line in lines]
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"

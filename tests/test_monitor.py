@@ -122,7 +122,7 @@ def test_past_depth_is_the_references(depth):
 def subject():
     policy = Policy(Transformer.from_pretrained(EMBEDDED), [2, 4, 6])
     policy.heads.bias.data.fill_(regimes.CLOSED)
-    args = Namespace(seed=0, rows=64, max_new_tokens=100)
+    args = Namespace(seed=0, rows=64, max_new_tokens=100, threshold=None)
     return regimes.Subject(policy, policy, Tokenizer.from_pretrained(EMBEDDED),
                            tasks.load("arithmetic", "test", n=12), args)
 
@@ -171,10 +171,26 @@ def test_logp_of_an_answer_is_that_of_its_tokens(subject):
 
 
 def test_the_regimes_run_as_deep_as_they_say(subject):
-    s = replace(subject, histogram=[0.5, 0.0, 0.0, 0.5], args=Namespace(seed=0, rows=64, max_new_tokens=20))
+    s = replace(subject, histogram=[0.5, 0.0, 0.0, 0.5], args=Namespace(**{**vars(subject.args), "max_new_tokens": 20}))
     depths = {regime: {d for r in regimes.respond(s, s.prompts()[:4], regime) for d in r.depths}
               for regime in ("full", "learned", "cap-4", "random")}
     assert depths == {"full": {8}, "learned": {8}, "cap-4": {4}, "random": {2, 8}}
+
+
+def test_with_a_threshold_a_text_is_read_past_the_exits_it_was_written_past(subject, monkeypatch):
+    """Else the evals of a model that is used without a draw are those of another."""
+    policy = Policy(Transformer.from_pretrained(EMBEDDED), [2, 4, 6])
+    policy.heads.bias.data.zero_()
+    policy.heads.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    args = Namespace(**{**vars(subject.args), "max_new_tokens": 20, "threshold": 0.7})
+    s = replace(subject, policy=policy, args=args)
+    said, plain, passes = regimes.respond(s, s.prompts()[:3], "learned"), policy.forward, []
+    assert {d for r in said for d in r.depths} == {2, 4, 6, 8}
+    monkeypatch.setattr(policy, "forward", lambda *args: passes.append(plain(*args)) or passes[-1])
+    list(regimes.streams(s, [r.prompt_ids + r.token_ids for r in said], [len(r.prompt_ids) - 1 for r in said],
+                         "learned"))
+    for r, depths in zip(said, passes[0].depths.tolist(), strict=True):
+        assert depths[len(r.prompt_ids) - 1 :][: len(r)] == r.depths
 
 
 @pytest.mark.parametrize("what, load", [("follow", 1), ("recover", -1), ("neither", 0)])
