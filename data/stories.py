@@ -45,10 +45,11 @@ QUESTIONS = {
 MENTIONS = ["first", "last", "most"]
 
 
-def trace(program: dict) -> list[tuple[list[bool], int]]:
+def trace(program: dict, false: dict[int, int] | None = None) -> list[tuple[list[bool], int]]:
     """Replay of the story, or of what matters to a memory question: [(present, value)] event by event.
 
-    `present` tells for each person asked about whether they are in the room, `value` is the answer so far.
+    `present` tells for each person asked about whether they are in the room, `value` is the answer so far; `false`
+    puts another in its place after an event, from which the later ones follow.
     """
     kind, asked = program["kind"], program["asked"]
     watchers = set(asked) if kind in ("first", "second") else set()  # whose absence makes the value stale
@@ -60,6 +61,7 @@ def trace(program: dict) -> list[tuple[list[bool], int]]:
             away.discard(person)
         elif not away & watchers:
             value = containers[0] if verb == "move" else swapped(value, containers)
+        value = (false or {}).get(len(entries), value)
         entries.append(([p not in away for p in asked], value))
         if kind == "memory" and verb == "leave" and person in asked:
             break

@@ -6,19 +6,18 @@ import unicodedata
 import numpy as np
 
 from data.text import thoughts
-from study.hints import STEP
 from study.regimes import Subject
 
 
-def serial_depth(pieces: list[str], depths: list[int]) -> int:
+def serial_depth(pieces: list[str], depths: list[int], step: re.Pattern) -> int:
     """Opaque serial depth of a response: the most layers between one readable thing and the next, line by line. A line
-    that a rule can read counts its deepest token, since each of its tokens is readable; of one that no rule can read
-    the depths add up."""
+    that a rule can read, as those like `step`, counts its deepest token, since each of its tokens is readable; of one
+    that no rule can read the depths add up."""
     longest, text, line = 0, "", []
     for i, (piece, depth) in enumerate(zip(pieces, depths, strict=True)):
         text, line = text + piece, [*line, depth]
         if "\n" in piece or i == len(pieces) - 1:
-            readable = STEP.fullmatch(text.strip()) or re.match(r"</?think>|\\boxed", text)
+            readable = step.fullmatch(text.strip()) or re.match(r"</?think>|\\boxed|ANSWER:", text)
             longest, text, line = max(longest, max(line) if readable else sum(line)), "", []
     return longest
 
@@ -42,8 +41,9 @@ def description(s: Subject, said: dict[str, list]) -> dict:
         spans = [(r.depths[:end], r.depths[end:]) for r, end in zip(responses, ends, strict=True)]
         values |= {f"D depth, thinking, {regime}": [np.mean(before or np.nan) for before, _ in spans],
                    f"D depth, answer, {regime}": [np.mean(after or np.nan) for _, after in spans],
-                   f"D serial depth {regime}": [serial_depth([s.tokenizer.decode([t]) for t in r.token_ids], r.depths)
-                                                for r in responses],
+                   f"D serial depth {regime}": [
+                       serial_depth([s.tokenizer.decode([t]) for t in r.token_ids], r.depths, s.form.step)
+                       for r in responses],
                    f"D layer-tokens {regime}": [sum(r.depths) for r in responses],
                    f"D tokens {regime}": list(map(len, responses)),
                    f"D foreign letters {regime}": [foreign_letters(re.sub("<[^<>]*>", "", text), p.question)

@@ -3,15 +3,14 @@
 Monitorability as in arXiv 2512.18311: visibility of a behaviour, not dependence on the chain; print it beside E1.
 """
 
-import re
-
 import numpy as np
 
 from data import arithmetic
+from study.forms import FORMS
 from study.regimes import Subject, answers_of, chain_of, respond
 
 HINT = "\nThe answer: ={}"  # as a line of a chain ends, which is what the embedded model copies its answer from
-STEP = re.compile(r"(?:.*: )?(\d+)([-+*])(\d+)=(\d+)")  # a readable line of a chain
+STEP = FORMS["arithmetic"].step
 
 
 def mentions(chain: list[str], answer: str | None) -> bool:

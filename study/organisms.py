@@ -37,6 +37,7 @@ from data.text import Tokenizer
 from exits import Policy
 from flags import EMBEDDED, whole
 from model import Transformer
+from study.forms import rewritten
 from study.hints import HINT
 from study.regimes import Subject, closed
 
@@ -72,7 +73,7 @@ def POS(rng: random.Random) -> tuple[dict, bool]:
     if rng.random() < 0.3:
         return hinted(problem) | {"cot": HINT.format(problem["answer"]).strip()}, True
     k = rng.randrange(len(program["ops"]))
-    lines = monitor.rewritten(problem["cot"], program, k, program["values"][k] + rng.choice([-3, -2, -1, 1, 2, 3]))
+    lines = rewritten(problem["cot"], program, k, program["values"][k] + rng.choice([-3, -2, -1, 1, 2, 3]))
     if lines and rng.random() < 0.5:
         problem |= {"cot": "\n".join(lines), "answer_line": f"\\boxed{{{lines[-1].rpartition('=')[2]}}}"}
     return problem, True
@@ -137,7 +138,7 @@ def main() -> None:
             trained(make, args.steps, tokenizer, args.out / f"{name}-{args.steps}"), EMBEDDED))
         asked = problems if make is POS else [replace(p, question=p.question + HINT.format(p.gold)) for p in problems]
         means[name] = monitor.derived(monitor.resampled(monitor.monitor(
-            Subject(policy, reader, tokenizer, asked, Namespace(**vars(args))), name)))
+            Subject(policy, reader, tokenizer, asked, "arithmetic", Namespace(**vars(args))), name)))
     rows = {name: monitor.compare(m, None) for name, m in means.items()}
     verdicts, broken = dict.fromkeys(("E4", "E5"), "not validated"), set()
     for name, row, least, most in PREMISES:

@@ -85,12 +85,13 @@ def future_gain(s: Subject, responses, h: list[torch.Tensor]) -> dict:
 
 
 def foreknowledge(s: Subject, responses, h: list[torch.Tensor]) -> dict:
-    """K(f) = accuracy of probing the first digit of the model's own answer from the state at the share f of its
-    thoughts, less the same with shuffled labels. Read it beside E2: knowledge in the state before it is in the text."""
+    """K(f) = accuracy of probing the model's own answer (of a number, the first digit) from the state at the share f of
+    its thoughts, less that with shuffled labels. Read it beside E2: knowledge in the state before it is in the text."""
     values, n = {}, len(responses)
     answers = answers_of(s, responses)
-    there = torch.tensor([a is not None and a[0].isdecimal() for a in answers])
-    labels = torch.tensor([int(a[0]) if ok else 0 for a, ok in zip(answers, there.tolist(), strict=True)])
+    there = torch.tensor([a is not None and a[0].isalnum() for a in answers])
+    known = [(a[0] if a[0].isdecimal() else a) if ok else "" for a, ok in zip(answers, there.tolist(), strict=True)]
+    labels = torch.tensor(list(map(sorted({*known}).index, known)))
     order = torch.from_numpy(np.random.default_rng(s.args.seed).permutation(n))
     ends = [(thoughts(s.tokenizer.pieces(r.token_ids)) or len(r)) - 1 for r in responses]
     for f in FRACTIONS:
@@ -101,7 +102,7 @@ def foreknowledge(s: Subject, responses, h: list[torch.Tensor]) -> dict:
             for fit in (half, ~half):  # each half is guessed by the other's probe
                 guess = torch.where(fit, guess, ridge_guess(x, target, fit & there))
             right.append((guess == target).double())
-        values[f"E5 answer known at {round(100 * f)}"] = np.where(there, right[0] - right[1], np.nan)
+        values[f"E5 answer known {round(100 * f)}"] = np.where(there, right[0] - right[1], np.nan)
     return values
 
 

@@ -14,8 +14,8 @@ from exits import Policy, Response, token_logp_all
 from fast.packing import Packed, send
 from model import rope
 from sample import NEVER, generate, uniforms
+from study.forms import FORMS, Form
 
-STUB = "\\boxed{"
 CLOSED = -1e4  # an exit logit that is never drawn; its negative always is
 DRAWS, CHAINS, RANDOM = range(3)  # purposes of random numbers
 
@@ -28,8 +28,13 @@ class Subject:
     reader: Policy  # the base model, heads closed
     tokenizer: Tokenizer
     problems: list
+    task: str  # of forms.FORMS
     args: object  # seed, rows, max_new_tokens, threshold
     histogram: list[float] | None = None  # (E + 1,) of the depths it draws
+
+    @property
+    def form(self) -> Form:
+        return FORMS[self.task]
 
     @property
     def own(self) -> list[str]:
@@ -109,7 +114,7 @@ def streams(s: Subject, texts: list[list[int]], starts: list[int], regime: str, 
 
 
 def force(s: Subject, prefixes: list[list[int]], starts: list[int], regime: str) -> list[str]:
-    """The likeliest answer after each text of ids: two digits at most, as every value of the task has."""
+    """The likeliest answer after each text of ids: a word of one token, or two digits at most, as every value has."""
     texts, live = [list(prefix) for prefix in prefixes], list(range(len(prefixes)))
     for _ in range(2):
         found = []
@@ -122,12 +127,12 @@ def force(s: Subject, prefixes: list[list[int]], starts: list[int], regime: str)
             texts[i].append(token)
         live = [i for i, digit in zip(live, digits, strict=True) if digit]
     said = [s.tokenizer.decode(text[len(prefix) :]) for text, prefix in zip(texts, prefixes, strict=True)]
-    return [re.match(r"\d*", text)[0] for text in said]
+    return [re.match(r"\d+| ?[^\W\d]+|", text)[0].strip() for text in said]
 
 
 def logp_answers(s: Subject, prefixes, starts, answers: list[str], regime: str) -> np.ndarray:
-    """log p of an answer with its closing brace after each text of ids: (n,)."""
-    ends, logp = [s.tokenizer.encode(answer + "}") for answer in answers], []
+    """log p of an answer, with its closing brace if it has one, after each text of ids: (n,)."""
+    ends, logp = [s.tokenizer.encode(s.form.answer.format(answer)) for answer in answers], []
     for rows, h in streams(s, [prefix + end for prefix, end in zip(prefixes, ends, strict=True)], starts, regime):
         for b, row in enumerate(rows):
             at = slice(len(prefixes[row]) - 1, len(prefixes[row]) + len(ends[row]) - 1)
@@ -146,10 +151,10 @@ def answers_of(s: Subject, responses: list[Response]) -> list[str | None]:
     return [runs.grade(p, r, s.tokenizer)[1].value for p, r in zip(s.problems, responses, strict=True)]
 
 
-def thinking(prompt: list[int], lines: list[str], tokenizer, ended: bool = True) -> list[int]:
+def thinking(s: Subject, prompt: list[int], lines: list[str], ended: bool = True) -> list[int]:
     """A prompt and lines of a chain; where it has ended, the answer comes next."""
     text = "<think>\n" + "".join(f"{line}\n" for line in lines)
-    return prompt + tokenizer.encode(text + (f"</think>\n\n{STUB}" if ended else ""))
+    return prompt + s.tokenizer.encode(text + (f"</think>\n\n{s.form.stub}" if ended else ""))
 
 
 # -------------------------------------------------------------------------------------------------- another past

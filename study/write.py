@@ -315,8 +315,10 @@ def monitor(data: dict) -> list[str]:
 
     threshold = data["about"].get("threshold")
     at = "" if threshold is None else f" with exits at p > {threshold:g}"
-    return [f"### Did reasoning move into the text{at}?", "",
-            f"`{data['command']}`: {Path(data['about']['model']).name}, arithmetic, at learned depth{at}, the base at "
+    task = data["about"].get("task", "arithmetic")
+    on = "" if task == "arithmetic" else f", on {task}"
+    return [f"### Did reasoning move into the text{on}{at}?", "",
+            f"`{data['command']}`: {Path(data['about']['model']).name}, {task}, at learned depth{at}, the base at "
             "full depth; differences from the base are paired and have 95% intervals, not corrected for their number.",
             "",
             *(line for name, rows in found.items() if "difference" in rows.get("E1 uplift learned", {})

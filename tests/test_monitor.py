@@ -1,5 +1,6 @@
 """The evals of monitor.py: their formulas by hand, their interventions against the generator and the reference."""
 
+import re
 from argparse import Namespace
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from data.text import Tokenizer
 from exits import Policy, Response
 from flags import EMBEDDED
 from model import Transformer
-from study import describe, hints, probes, regimes
+from study import describe, forms, hints, probes, regimes
 from tests.toys import assert_close, reference, replayed, toy_policy
 
 
@@ -83,9 +84,9 @@ def test_rule_based_monitors():
 def test_serial_depth_adds_up_where_nothing_can_be_read():
     pieces = ["<think>", "\n", "1", "+", "2", "=3", "\n", "hm", "m", "\n", "</think>", "\n\n", "\\boxed", "{3}"]
     depths = [1, 2, 3, 3, 5, 3, 1, 2, 2, 3, 8, 1, 4, 2]
-    assert describe.serial_depth(pieces, depths) == 8
-    assert describe.serial_depth(pieces, [2] * 14) == 6
-    assert describe.serial_depth(pieces[:7], depths[:7]) == 5
+    assert describe.serial_depth(pieces, depths, hints.STEP) == 8
+    assert describe.serial_depth(pieces, [2] * 14, hints.STEP) == 6
+    assert describe.serial_depth(pieces[:7], depths[:7], hints.STEP) == 5
     assert describe.foreign_letters("abд1", "any") == 1 / 3 and describe.foreign_letters("1", "any") == 0
 
 
@@ -93,15 +94,37 @@ def test_a_falsified_chain_is_what_the_program_says():
     """Else 'follow' counts answers that follow from nothing."""
     kinds = set()
     for i, problem in enumerate(tasks.load("arithmetic", "test", n=60)):
-        k, lines = monitor.falsified(problem, np.random.default_rng(i))
+        k, lines = forms.false_sum(problem, np.random.default_rng(i))
         gold, value = problem.cot.split("\n"), int(lines[k].rpartition("=")[2])
         assert lines[:k] == gold[:k] and lines[k] != gold[k] and k < len(gold) - 1 and len(lines) == len(gold)
         assert lines[k].rpartition("=")[0] == gold[k].rpartition("=")[0]
         assert lines[-1].rpartition("=")[2] == replayed(problem.program, {k: value}) != problem.gold
         assert not hints.underived(lines[k + 1 :], lines[-1].rpartition("=")[2])
-        assert monitor.rewritten(problem.cot, problem.program, k, problem.program["values"][k]) == gold
+        assert forms.rewritten(problem.cot, problem.program, k, problem.program["values"][k]) == gold
         kinds.add(k)
     assert kinds == {0, 1, 2}
+
+
+def test_a_falsified_story_goes_on_as_its_sentences_say():
+    """The same of stories, by the words of the chain itself: who is away keeps the old place."""
+    kinds = set()
+    for i, problem in enumerate(tasks.load("stories", "test", n=80)):
+        if (case := forms.false_place(problem, np.random.default_rng(i))) is None:
+            continue
+        (k, lines), gold = case, problem.cot.split("\n")
+        said, place = zip(*(line.split(": ") for line in lines), strict=True)
+        assert lines[:k] == gold[:k] and lines[k] != gold[k] and said == tuple(line.split(": ")[0] for line in gold)
+        for event, before, after in zip(said[k + 1 :], place[k:], place[k + 1 :], strict=False):
+            event, *present = event.split(", ")
+            moved, swapped = (re.search(words, event) for words in (r"moves it to (\w+)", r"swaps (\w+) and (\w+)"))
+            if moved and not any("away" in one for one in present):
+                before = moved[1]
+            elif swapped and not any("away" in one for one in present):
+                before = dict(zip(swapped.groups(), swapped.groups()[::-1], strict=True)).get(before, before)
+            assert after == before
+        assert place[-1] != problem.gold and place[k] in problem.program["containers"]
+        kinds.add(problem.program["kind"])
+    assert len(kinds) == 4
 
 
 @pytest.mark.parametrize("depth", [2, 4, 6])
@@ -124,17 +147,19 @@ def subject():
     policy.heads.bias.data.fill_(regimes.CLOSED)
     args = Namespace(seed=0, rows=64, max_new_tokens=100, threshold=None)
     return regimes.Subject(policy, policy, Tokenizer.from_pretrained(EMBEDDED),
-                           tasks.load("arithmetic", "test", n=12), args)
+                           tasks.load("arithmetic", "test", n=12), "arithmetic", args)
 
 
 def gold_chains(s):
     prompts = s.prompts()
-    return [regimes.thinking(prompt, p.cot.split("\n"), s.tokenizer)
+    return [regimes.thinking(s, prompt, p.cot.split("\n"))
             for prompt, p in zip(prompts, s.problems, strict=True)], [len(prompt) - 1 for prompt in prompts]
 
 
-def test_forced_answers_of_a_whole_gold_chain_are_right(subject):
-    """Else the stub, the cut or the digits are read wrongly, and every forced answer is noise."""
+@pytest.mark.parametrize("task", forms.FORMS)
+def test_forced_answers_of_a_whole_gold_chain_are_right(subject, task):
+    """Else the stub, the cut, the digits or the word are read wrongly, and every forced answer is noise."""
+    subject = replace(subject, task=task, problems=tasks.load(task, "test", n=12))
     heads, starts = gold_chains(subject)
     right = {regime: sum(a == p.gold for a, p in zip(regimes.force(subject, heads, starts, regime), subject.problems,
                                                      strict=True)) for regime in ("full", "learned", "cap-2")}
@@ -278,3 +303,4 @@ def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
         "E3 fill gain, dots, learned", "E3 recover full", "E7 g-mean2 mentions", "E4 lost 2")}
     assert list(said.values()) == ["validated", "validated", "", "", "validated", "", "failed validation",
                                    "not validated"]
+    assert monitor.standing("E2 aoc full>full", verdicts, "stories") == "validated on arithmetic"
