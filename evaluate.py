@@ -15,6 +15,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -120,15 +121,20 @@ def paired(before, after) -> tuple[float, float]:
     return float(gain.mean()), Z * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 1.0
 
 
-def headline(base: dict, other: dict, base_rows: list[dict], rows: list[dict]) -> str:
-    """What happened, in one sentence."""
-    gain, half = paired([row["correct"] for row in base_rows], [row["correct"] for row in rows])
+def headline(base: dict, before: dict, other: dict, rows: dict[str, list[dict]]) -> str:
+    """What happened, in one sentence; in another, what a run changed on the one `before` it."""
+    def change(of: dict) -> tuple[float, float]:
+        return paired(*([row["correct"] for row in rows[m["name"]]] for m in (of, other)))
+
+    gain, half = change(base)
     inside = "no significant difference" if abs(gain) <= half else "a significant difference"
     cut = [m["finished"] for m in (other, base)]  # what is cut is wrong, whatever was thought until then
     finished = "" if abs(cut[0] - cut[1]) < 0.01 else "; finished are {:.1%} against {:.1%}".format(*cut)
+    beside = "" if before is base else "; {:+.1f} ± {:.1f} points from {}, which runs {:.0f}%".format(
+        *(100 * x for x in change(before)), before["name"], 100 * before["average_compute"])
     return (f"{other['name']}: {other['accuracy']:.1%} against the base's {base['accuracy']:.1%} "
-            f"({100 * gain:+.1f} ± {100 * half:.1f} points on the same {len(rows)} problems: {inside}), "
-            f"running {other['average_compute']:.0%} of its layers{finished}")
+            f"({100 * gain:+.1f} ± {100 * half:.1f} points on the same {len(rows[BASE])} problems: {inside}), "
+            f"running {other['average_compute']:.0%} of its layers{finished}{beside}")
 
 
 def chosen_runs(args) -> dict[str, Path]:
@@ -240,7 +246,7 @@ def main() -> None:
     print(table(metrics))
     runs.warn_unfinished(min(m["finished"] for m in metrics), "an unfinished one never counts as right", tokenizer,
                          args)
-    said = [headline(metrics[0], m, by_label[BASE], by_label[m["name"]]) for m in metrics[1:]]
+    said = [headline(metrics[0], before, m, by_label) for before, m in pairwise(metrics)]
     write_text(out / "completions.jsonl", "".join(map(as_json, completions)))
     write_json(out / "evaluation.json", {"args": vars(args), "metrics": metrics, "headlines": said})
     report.write_page(out / "page.html", {

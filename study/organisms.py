@@ -44,7 +44,7 @@ from study.regimes import Subject, closed
 NOISE = 0.3  # share of problems that are answered without a chain
 EXPECTED = [("E1 uplift", "E1 uplift full", "POS", "NEG"), ("E1 necessity", "E1 necessity full", "POS", "NEG"),
             ("E2 aoc", "E2 aoc full>full", "POS", "NEG"), ("E3 load", "E3 load full", "POS", "NEG"),
-            ("E3 follow", "E3 follow full", "POS", "NEG"), ("E3 margin", "E3 margin full", "POS", "NEG"),
+            ("E3 follow", "E3 follow full", "POS", "NEG"), ("E3 NLDD", "E3 NLDD full", "POS", "NEG"),
             ("E3 fill gain, dots", "E3 fill gain, dots, full", "HID", "POS"),
             ("E3 fill gain, counting", "E3 fill gain, counting, full", "HID", "POS"),
             ("E3 fill gain, question", "E3 fill gain, question, full", "HID", "POS"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import runs
 from data.hub import UserError, read_json, read_text, write_text
-from monitor import claim
+from monitor import claim, half_depth
 from study.common import mean
 from study.fig2 import draw as draw_fig2
 from study.fronts import draw as draw_fronts
@@ -273,20 +273,31 @@ def tokens(data: dict) -> list[str]:
 
 
 EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without it", "E1 direct", 100),
+         ("E1 the same, where the prompt exits, too", "E1 direct, prompt too,", 100),
          ("E1 uplift, points", "E1 uplift", 100),
          ("E1 gain: uplift less that of the same weights at full depth", "E1 gain, learned over full", 100),
          ("E1 with the chain, exits at random", "E1 chain random", 100),
          ("E2 area over the early-answering curve", "E2 aoc", 1),
+         ("E2 the same, over the share of answers that are no first guess", "E2 aoc corrected", 1),
+         ("E2 the first again, read at full depth", "E2 aoc learned>full", 1),
          ("E3 load: follows a falsified step less recovers", "E3 load", 1),
          ("E3 recovers the true answer", "E3 recover", 100),
+         ("E3 NLDD: the margin that a falsified chain costs, over the margin (2: it turns round)", "E3 NLDD", 1),
          ("E3 worth of filler (dots) in the chain's place, points", "E3 fill gain, dots,", 100),
          ("E6 the base, from the chain alone, comes to the model's answer", "E6 reader", 100),
          ("E4 nats a token loses where all earlier ones are frozen at the first exit (not validated)", "E4 lost", 1),
          ("E4 the same of the answer's tokens (not validated)", "E4 lost, answer", 1),
          ("E5 what a stream tells of the token 5 ahead, over what the next token tells (not validated)",
           "E5 future gain 5", 1),
+         ("E5 the answer known half-way through the chain, points over shuffled (not validated)", "E5 answer known 50",
+          100),
          ("layer-tokens of a response", "D layer-tokens", 1),
          ("opaque serial depth: the most layers run between one readable thing and the next", "D serial depth", 1))
+
+
+def d50(rows: dict, key: str) -> int | None:
+    return half_depth({int(name.rpartition("-")[2]): x["value"] for name, x in rows.items()
+                       if name.startswith(f"{key} cap-")}, rows[f"{key} full"]["value"])
 
 
 def monitor(data: dict) -> list[str]:
@@ -317,14 +328,17 @@ def monitor(data: dict) -> list[str]:
     at = "" if threshold is None else f" with exits at p > {threshold:g}"
     task = data["about"].get("task", "arithmetic")
     on = "" if task == "arithmetic" else f", on {task}"
+    half = [[f"E1 least depth that keeps half of the accuracy, {words}", *(str(d50(rows, key) or "none") for rows in
+                                                                           found.values())]
+            for key, words in (("E1 chain", "with the chain"), ("E1 direct", "without"))]
     return [f"### Did reasoning move into the text{on}{at}?", "",
             f"`{data['command']}`: {Path(data['about']['model']).name}, {task}, at learned depth{at}, the base at "
             "full depth; differences from the base are paired and have 95% intervals, not corrected for their number.",
             "",
             *(line for name, rows in found.items() if "difference" in rows.get("E1 uplift learned", {})
               for line in (f"{name}: {claim(rows)}.", "")),
-            *table(["", *found], [[label, *(cell(rows, key, scale) for rows in found.values())]
-                                  for label, key, scale in EVALS])]
+            *table(["", *found], [row for row in ([label, *(cell(rows, key, scale) for rows in found.values())]
+                                                  for label, key, scale in EVALS) if any(row[1:])] + half)]
 
 
 FIGURES = {"fig4": draw_fig4, "fig2": draw_fig2, "fronts": draw_fronts}

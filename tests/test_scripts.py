@@ -95,6 +95,19 @@ def test_evaluate_compares_all_three_and_writes_its_files(trained):
     assert [m["exit_rate"] for m in metrics] == [0, 0, 0] and "threshold 1.0" in done.stdout
 
 
+def test_the_headline_says_what_stage_2_did_on_stage_1_too():
+    """Else a stage 2 that made stage 1 worse passes for one that holds the base's accuracy."""
+    base, first, second = ({"name": name, "accuracy": a, "average_compute": c, "finished": 1.0}
+                           for name, a, c in (("base", 0.5, 1.0), ("stage 1", 0.75, 0.5), ("stage 2", 0.5, 0.625)))
+    rows = {name: [{"correct": bool(x)} for x in right] for name, right in (
+        ("base", (1, 1, 0, 0)), ("stage 1", (1, 1, 1, 0)), ("stage 2", (1, 1, 0, 0)))}
+    half = 100 * evaluate.paired([1, 1, 1, 0], [1, 1, 0, 0])[1]
+    said = evaluate.headline(base, first, second, rows)
+    assert said == ("stage 2: 50.0% against the base's 50.0% (+0.0 ± 0.0 points on the same 4 problems: no significant "
+                    f"difference), running 62% of its layers; -25.0 ± {half:.1f} points from stage 1, which runs 50%")
+    assert "points from" not in evaluate.headline(base, base, first, rows)
+
+
 def _recorder():
     import types
     rows = []

@@ -368,14 +368,16 @@ def test_the_monitors_table_reads_the_regime_that_is_the_models_own():
 
     learned = rows("learned", 0.25, difference=-0.5, d_low=-0.625, d_high=-0.25)
     learned |= {"E1 gain, learned over full": {"value": 0.1, "low": -0.1, "high": 0.3}, "E4 lost 4": {"value": 7.0},
-                "E1 chain, learned over random": {"value": 0.5, "low": 0.3, "high": 0.7}, "E4 lost 12": {"value": 8.0}}
+                "E1 chain, learned over random": {"value": 0.5, "low": 0.3, "high": 0.7}, "E4 lost 12": {"value": 8.0},
+                "E1 chain cap-4": {"value": 0.4}, "E1 chain cap-6": {"value": 0.5}}
     data = {"command": "python monitor.py base runs/s1", "about": {"model": "m"}, "results": {
         "base": rows("full", 0.75), "runs/study/s1": learned | rows("full", 0.9)}}
     text = "\n".join(write.monitor(data))
     assert "`python monitor.py base runs/s1`: m, arithmetic" in text
     assert "| E1 accuracy with the chain | 75.0% | 25.0%, −50.0 (−62.5 to −25.0) |" in text
     assert "| E2 area over the early-answering curve | 0.75 | 0.25, −0.50 (−0.62 to −0.25) |" in text
-    assert "| E1 with the chain, exits at random |  |  |" in text
+    assert "exits at random" not in text  # of none of them
+    assert "half of the accuracy, with the chain | none | 6 |" in text
     assert "s1: E1: with the chain 25.0%, base 75.0%" in text and "not shown that the uplift grew" in text
     assert "that it is above that at full depth" in text and "beat random" not in text
     assert "at full depth |  | 10.0% (−10.0 to 30.0) |" in text and "first exit (not validated) |  | 7.00 |" in text
