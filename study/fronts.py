@@ -135,14 +135,14 @@ def draw_verbosity(args, data: dict) -> None:
     axes, finish = common.figure(args, "verbosity", 2, height=2.6)
     rows, base = data["front"]["lambda"], data["base"]
     lambdas = sorted({row["value"] for row in rows})  # the axis is categorical, since 0 has no logarithm
-    labels = {"length": "length (tokens a response)", "total_compute": "total compute (full-depth tokens)"}
+    labels = {"length": "change of length (tokens)", "total_compute": "change of total compute\n(full-depth tokens)"}
     for ax, (name, label) in zip(axes, labels.items(), strict=True):
-        ax.errorbar([lambdas.index(row["value"]) for row in rows], [row[name] for row in rows],
-                    [row[f"{name}_change_half"] for row in rows], fmt="o", color="C0", elinewidth=0.8)
-        ax.axhline(base[name], color="0.3", linestyle="--", label="base model (bars: 95% of the change from it)")
+        ax.errorbar([lambdas.index(row["value"]) for row in rows], [row[f"{name}_change"] for row in rows],
+                    [row[f"{name}_change_half"] for row in rows], fmt="o", color="C0", elinewidth=0.8, capsize=2)
+        ax.axhline(0, color="0.3", linestyle="--", label=f"base model: {base[name]:.1f} a response")
         ax.set_xticks(range(len(lambdas)), [f"{lam:g}" for lam in lambdas])
-        ax.set(xlabel="λ, price of depth", ylabel=label, ylim=(0, 1.15 * max(base[name], *(row[name] for row in rows))))
-    axes[0].legend(loc="lower left")
+        ax.set(xlabel="λ, price of depth", ylabel=label)
+        ax.legend()
     finish()
 
 
