@@ -45,7 +45,7 @@ from fast.packing import send
 from sample import NEVER, draw, generate_shared, uniforms
 
 RESPONSES, DEPTHS, HELD_OUT = 0, 1, 2  # purposes of random numbers
-STRETCH = 100  # tokens
+STRETCH = 100  # tokens, about two of the embedded model's responses, for which the thresholds of `verdict` were tried
 
 
 # ------------------------------------------------------------------------------------------------ targets and loss
@@ -110,7 +110,8 @@ def hazards(p: torch.Tensor, depths: torch.Tensor, exits) -> tuple[torch.Tensor,
 
 
 def from_hazards(p: torch.Tensor) -> torch.Tensor:
-    """The distribution over outcomes of exits that stop who reaches them (hazard) with chance p: (E,) -> (E + 1,)."""
+    """The distribution over outcomes where a token that reaches exit e stops there with probability p_e, its hazard:
+    (E,) -> (E + 1,)."""
     p = p.double().clamp(1e-12, 1 - 1e-12)
     return stick_breaking(p.log(), torch.log1p(-p)).exp()
 
@@ -384,9 +385,9 @@ def main() -> None:
         shares = "  ".join(f"{d}: {x:.1%}"
                            for d, x in zip(policy.depth_of_outcome.tolist(), s["distribution"], strict=True))
         print(f"  {name:8} exit rate {s['exit_rate']:.1%}  layer savings {s['layer_savings']:.1%}   {shares}")
-    losses = [field(row, "token_kl", float, run.folder / "metrics.jsonl", default=math.inf)
-              for row in run.last_metrics(20)]
-    if problem := verdict(measured, sum(losses) / len(losses)):
+    losses = [field(row, "token_kl", float, run.folder / "metrics.jsonl", default=None) for row in run.last_metrics(20)]
+    finite = [loss for loss in losses if loss is not None]
+    if problem := verdict(measured, sum(finite) / len(finite) if finite else math.inf):
         print(problem)
     print(f"next: python rloo.py --lam 0.1 --init {quote(str(run.folder))}")
 

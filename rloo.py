@@ -8,7 +8,7 @@ KL_t is exact, over the vocabulary, from the policy at l_t to the base model at 
 depth, not on the token drawn. Inside R it rewards coming to states and depths of small KL; the second term is its
 direct gradient, no second penalty. Both together are the gradient of (1).
 Left out of PPO and GRPO on purpose: importance ratios and their clipping (one gradient step per batch of rollouts), the
-division by the standard deviation, a critic, truncated sampling (the policy that is scored is the one that sampled).
+division by the standard deviation, a critic, top-k and top-p (the policy that is scored is the one that sampled).
 
 Shapes: P prompts of a step, k samples of each, B responses of a micro-batch, N predicting positions.
 
@@ -160,7 +160,7 @@ def main() -> None:
 
     warned = False
     for step in run.steps(start, policy, optimizer):
-        # Roll out: k samples of each problem with stochastic exits, at temperature 1, nothing cut off.
+        # Roll out: k samples of each problem with stochastic exits, at temperature 1, no top-k, no top-p.
         times = [time.perf_counter()]
         mine = parallel.share(args.prompts_per_step)  # all, but where several processes divide them
         chosen = runs.pick(len(problems), args.prompts_per_step, step, args.seed)[mine]

@@ -44,6 +44,7 @@ from model import Transformer
 RUNS = Path("runs")
 MAX_SKIPPED = 5  # steps in a row with a gradient that isn't finite before a run gives up
 ROTATE = 2**28  # bytes of completions.jsonl
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "shard",
                   "save_every", "keep", "trackio", "resume")
 
@@ -52,14 +53,17 @@ FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "re
 
 
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM, where they may take effect."""
+    """Ctrl-C, SIGTERM, or a terminal that was closed, where they may take effect."""
 
     def __init__(self, number: int):
         self.number = number
 
 
 def on_signal(number: int, _) -> None:
-    if parallel.size() == 1:  # torchrun passes one on that has come already
+    if number == signal.SIGHUP:  # kernel and shell may send one each, and to write to a closed terminal is an error
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        silence(Run.terminals)
+    elif parallel.size() == 1:  # torchrun passes one on that has come already
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
     if not Run.in_steps:
@@ -67,6 +71,11 @@ def on_signal(number: int, _) -> None:
     Run.asked = number
     say("\nstopping when this step is done and saved; " + (
         "once more stops at once" if parallel.size() == 1 else "torchrun waits for --shutdown-timeout, 30 s"))
+
+
+def silence(streams) -> None:
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(message: str) -> None:
@@ -79,14 +88,15 @@ def run_main(main) -> None:
     """Runs a script's main. A bad input ends in one line on stderr and exit code 2, an interrupt in one that says how
     to go on; whatever else goes wrong is a fault of ours and shows its traceback."""
     Run.current, Run.asked = None, 0
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    Run.terminals = [stream for stream in (sys.stdout, sys.stderr) if stream and stream.isatty()]
+    heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, on_signal) for number in heeded}
     try:
         message, code = guarded(main)
         if message and parallel.first_to_end():
             print(message, file=sys.stderr, flush=True)
     except BrokenPipeError:  # nobody reads on
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        silence((sys.stdout, sys.stderr))
         code = 1
     except Exception:
         if parallel.first_to_end():
@@ -192,7 +202,8 @@ def pick(count: int, size: int, step: int, seed: int) -> list[int]:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: ten steps of warm-up, times a line that falls to zero."""
+    """Factor on the learning rate: ten steps of warm-up, times a line that falls to zero. A run that is extended gets
+    the line to its new end, on which the rate stands higher again."""
     return min(1.0, (step + 1) / 10) * (1 - step / steps)
 
 
@@ -216,6 +227,7 @@ class Run:
 
     current: Path | None = None  # the folder in which this process writes
     in_steps, asked = False, 0  # whether steps are under way, and the signal that asked to stop after this one
+    terminals: list = []  # of its output streams
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         self.folder, self.args, self.skipped, self.skipped_in_a_row = folder, args, 0, 0
@@ -314,8 +326,8 @@ class Run:
                 name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")}})
 
     def steps(self, start: int, policy: Policy, optimizer) -> Iterator[int]:
-        """The steps that are left, under self.bar. A checkpoint follows where it is due, and where a first Ctrl-C or
-        SIGTERM asked to stop."""
+        """The steps that are left, under self.bar. A checkpoint follows where it is due, and where a first signal
+        asked to stop."""
         last = self.args.steps
         with parallel.bar(iterable=range(start, last), initial=start, total=last, desc="steps") as self.bar:
             try:

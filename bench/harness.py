@@ -64,7 +64,8 @@ class Exits(LM):
             for i, r in zip(group, responses, strict=True):
                 text = self.tokenizer.decode(r.token_ids[:-1] if r.finished else r.token_ids)
                 text = after_thinking(text, self.tokenizer.think_open(r.prompt_ids)) or ""
-                for stop in requests[i].args[1].get("until", ()):
+                until = requests[i].args[1].get("until") or ()
+                for stop in [until] if isinstance(until, str) else until:
                     text = text.partition(stop)[0] if stop else text
                 texts[i] = text
                 self.used += r.depths

@@ -173,6 +173,7 @@ def in_bounds(work, seconds: int) -> list[str]:
     def run():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         try:
             limit(resource.RLIMIT_CPU, seconds)
             if os.path.exists("/proc/self/statm"):

@@ -59,7 +59,9 @@ class Cache:
         """Keeps the given rows only. Captured graphs would go on reading the old tensors."""
         self.length, self.filled = self.length[rows], self.filled[:, rows]
         rows = send(rows, self.k.device)
-        self.k, self.v, self.streams = self.k[:, rows], self.v[:, rows], self.streams[rows]
+        self.k = self.k[:, rows]  # one by one: all at once, the old three would wait beside the new ones
+        self.v = self.v[:, rows]
+        self.streams = self.streams[rows]
 
     def run(self, model, h: torch.Tensor, segment: int, layers: range, running: torch.Tensor | None) -> torch.Tensor:
         """Streams (R, 1, D) of the rows' new tokens before a segment -> after it. `running` (R, 1), on the host: who
@@ -186,5 +188,5 @@ def free_memory(like: torch.Tensor) -> int:
 
 def fitting_rows(config: Config, slots: int, like: torch.Tensor) -> int:
     """Cache rows in half of the memory that is free now, at most 256. The rest is for prefill, read-out, and a copy of
-    half of the rows when the last of them end."""
+    half of the rows' keys, or values, when the last of them end."""
     return max(1, min(256, free_memory(like) // 2 // row_bytes(config, slots, like)))

@@ -4,6 +4,7 @@ imported already, for importing takes longer than most commands."""
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -73,6 +74,7 @@ def _child(command, cwd, log, before):
     import runs
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own would outlive a kill
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
     os.chdir(cwd)
     for stream, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)

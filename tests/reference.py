@@ -41,8 +41,9 @@ class Reference:
         return x @ heads["weight"] + heads["bias"]
 
     def sample(self, prompt, count, dice):
-        """Draws a response of `count` tokens, and their depths. dice(t): 1 + E random numbers of position
-        t, for the token that it predicts and for each exit on its way up."""
+        """Draws a response of `count` tokens, and their depths. dice(t): 1 + E random numbers of position t, for the
+        token that it predicts and for each exit on its way up. No eos here: in use, a response ends at its first eos,
+        a token with a depth like the others, or is cut, and then r_task of (1) is 0 but depth and KL are paid for."""
         ids, depths = list(prompt), [self.L] * (len(prompt) - 1)  # a prompt runs at full depth, but for its last token
         for t in range(len(prompt) - 1, len(prompt) - 1 + count):
             p_exit, p_token = self.policy(ids, depths)

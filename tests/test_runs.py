@@ -1,14 +1,19 @@
 """Run folders as users treat them: killed, copied, moved, continued, compared, started twice."""
 
+import fcntl
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,13 +94,15 @@ def test_a_checkpoint_before_any_gradient_goes_on(home, script):
 
 
 def break_a_gradient():
-    whole = torch.nn.utils.clip_grad_norm_
+    import distill
+    whole, step = torch.nn.utils.clip_grad_norm_, distill.train_step
 
     def broken(params, most):
         params[0].grad[:] = torch.nan
         return whole(params, most)
 
     torch.nn.utils.clip_grad_norm_ = broken
+    distill.train_step = lambda *args: {**step(*args), "token_kl": torch.nan}
 
 
 def test_gradients_that_stay_broken_end_the_run_and_name_a_checkpoint_only_where_there_is_one(home):
@@ -108,9 +115,10 @@ def test_gradients_that_stay_broken_end_the_run_and_name_a_checkpoint_only_where
     assert "the last checkpoint is saved/step-000004" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", runs.STOPPING)
 def test_a_signal_saves_the_step_and_names_the_run(home, number):
-    """Else Ctrl-C, or a cluster's SIGTERM, loses what came after the last checkpoint, and doesn't say how to go on."""
+    """Else Ctrl-C, a cluster's SIGTERM or a closed terminal loses what came after the last checkpoint, and doesn't say
+    how to go on."""
     with running("rloo.py", *RL[:-1], 5000, "--init", "one", "--out", "long run", cwd=home) as process:
         wait_for(home / "long run" / "metrics.jsonl", process)
         os.kill(process.pid, number)
@@ -131,6 +139,32 @@ def test_a_second_signal_ends_a_step_at_once(home):
         os.kill(process.pid, signal.SIGINT)
         process.join(10)
     assert process.exitcode == -signal.SIGINT
+
+
+def in_a_terminal():
+    """Stands in a terminal of its own, which closes as soon as there are metrics."""
+    os.setsid()
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(slave, stream.fileno())
+
+    def read():
+        while not Path("hung", "metrics.jsonl").exists():
+            if select.select([master], [], [], 0.01)[0]:
+                os.read(master, 4096)
+        os.close(master)
+
+    threading.Thread(target=read, daemon=True).start()
+
+
+def test_a_terminal_that_closes_costs_no_step(home):
+    """Else an hour is lost with a connection, or the message that says so is an error, since nobody can be told."""
+    command = ("rloo.py", *RL[:-1], 5000, "--init", "one", "--out", "hung")
+    with running(*command, cwd=home, before=in_a_terminal) as process:
+        process.join(60)
+    steps = len(lines(home / "hung" / "metrics.jsonl"))
+    assert process.exitcode == 128 + signal.SIGHUP and (home / "hung" / f"step-{steps:06d}").exists()
 
 
 def endless_steps():
