@@ -9,7 +9,7 @@ The second task's stage 1 and stage 2 are trained with the flags of the first's.
 import runs
 from data import tasks
 from study import common
-from study.common import answers, base_answers, point
+from study.common import answers, base_answers, point, undrawn
 
 
 def main() -> None:
@@ -24,7 +24,8 @@ def main() -> None:
     if not any(run for found in trained.values() for _, run in found):
         return
     cells = [point(tested, base_answers(tested), stage="base", tested=tested.task) for tested in (args, there)]
-    cells += [point(tested, answers(tested, run), stage=stage, trained=task, tested=tested.task)
+    cells += [{**point(tested, answers(tested, run), stage=stage, trained=task, tested=tested.task),
+               "thresholded": point(tested, undrawn(tested, run))}
               for task, found in trained.items() for stage, run in found if run for tested in (args, there)]
     common.save(args, "crossdomain", "crossdomain", cells=cells)
 

@@ -247,13 +247,17 @@ def baselines(data: dict) -> list[str]:
 
 
 def crossdomain(data: dict) -> list[str]:
-    rows = [[c["stage"], c.get("trained", ""), c["tested"], accuracy(c), change(c) if "trained" in c else "",
-             percent(c["average_compute"]), percent(c["exit_rate"]), percent(c["finished"])] for c in data["cells"]]
+    rows = []
+    for c in data["cells"]:
+        half = c.get("thresholded", {})
+        rows.append([c["stage"], c.get("trained", ""), c["tested"], accuracy(c), change(c) if "trained" in c else "",
+                     percent(c["average_compute"]), percent(c["exit_rate"]), percent(c["finished"]),
+                     *((accuracy(half), change(half), percent(half["average_compute"])) if half else ("", "", ""))])
     return ["### Cross-domain: train on one task, test on the other", "",
             f"`{data['command']}`: {data['n']} held-out problems of each task, temperature {data['temperature']:g}, "
             "one seed. The change is from the base on the task tested.",
             *table(["", "trained on", "tested on", "accuracy (95% interval)", "change, points", "average compute",
-                    "exit rate", "finished"], rows)]
+                    "exit rate", "finished", "accuracy at p > 1/2", "change, points", "average compute"], rows)]
 
 
 def tokens(data: dict) -> list[str]:

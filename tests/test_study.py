@@ -335,13 +335,14 @@ def test_the_text_says_what_the_json_says_and_leaves_out_what_was_not_run(tmp_pa
     (tmp_path / "data" / "crossdomain.json").write_text(json.dumps({
         "command": "python -m study.crossdomain", "model": "embedded", "task": "arithmetic", "n": 600,
         "temperature": 1.0, "cells": [{"stage": "base", "tested": "stories", **cell},
-                                      {"stage": "stage 1", "trained": "arithmetic", "tested": "stories", **cell}]}))
+                                      {"stage": "stage 1", "trained": "arithmetic", "tested": "stories", **cell,
+                                       "thresholded": {**cell, "accuracy": 0.7}}]}))
     monkeypatch.setattr(sys, "argv", ["write", "--out", str(tmp_path)])
     for _ in range(2):
         write.main()
         text = path.read_text()
     assert text.startswith("before\n" + write.BEGIN) and text.endswith(write.END + "after\n") and "old" not in text
-    assert "| stage 1 | arithmetic | stories | 61.3% (57–65) | −2.7 ± 1.1 | 72.3% | 43.2% | 99.8% |" in text
+    assert "| stage 1 | arithmetic | stories | 61.3% (57–65) | −2.7 ± 1.1 | 72.3% | 43.2% | 99.8% | 70.0% (57–65) |" in text
     assert "Table 1" not in text and "600 held-out problems" in text
     path.write_text("no marks")
     with pytest.raises(UserError, match="must stand in it"):
@@ -373,7 +374,9 @@ def test_the_monitors_table_reads_the_regime_that_is_the_models_own():
     data = {"command": "python monitor.py base runs/s1", "about": {"model": "m"}, "results": {
         "base": rows("full", 0.75), "runs/study/s1": learned | rows("full", 0.9)}}
     text = "\n".join(write.monitor(data))
-    assert "`python monitor.py base runs/s1`: m, arithmetic" in text
+    assert "`python monitor.py base runs/s1`: m, arithmetic" in text and "text?\n" in text
+    data["about"] |= {"task": "stories", "threshold": 0.5}
+    assert "text, on stories with exits at p > 0.5?\n" in "\n".join(write.monitor(data))
     assert "| E1 accuracy with the chain | 75.0% | 25.0%, −50.0 (−62.5 to −25.0) |" in text
     assert "| E2 area over the early-answering curve | 0.75 | 0.25, −0.50 (−0.62 to −0.25) |" in text
     assert "exits at random" not in text  # of none of them
