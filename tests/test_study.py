@@ -342,7 +342,8 @@ def test_the_text_says_what_the_json_says_and_leaves_out_what_was_not_run(tmp_pa
         write.main()
         text = path.read_text()
     assert text.startswith("before\n" + write.BEGIN) and text.endswith(write.END + "after\n") and "old" not in text
-    assert "| stage 1 | arithmetic | stories | 61.3% (57–65) | −2.7 ± 1.1 | 72.3% | 43.2% | 99.8% | 70.0% (57–65) |" in text
+    assert ("| stage 1 | arithmetic | stories | 61.3% (57–65) | −2.7 ± 1.1 | 72.3% | 43.2% | 99.8% | 70.0% (57–65) |"
+            in text)
     assert "Table 1" not in text and "600 held-out problems" in text
     path.write_text("no marks")
     with pytest.raises(UserError, match="must stand in it"):
