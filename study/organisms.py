@@ -18,7 +18,9 @@ Writes organisms.json there; monitor.py goes by the one that was put into docs/d
 
 import argparse
 import random
+import shlex
 import shutil
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -154,7 +156,9 @@ def main() -> None:
                          else "" if low > 0 else "failed validation")
         print(f"{key:28}" + "".join(f"{monitor.said_by(rows[name][row]):24}" for name in rows)
               + f"{above} > {below}: " + (verdicts[key] or f"by {low:.2f} to {high:.2f}"))
-    write_json(args.out / "organisms.json", {"steps": args.steps, "n": args.n, "organisms": rows, "verdicts": verdicts})
+    write_json(args.out / "organisms.json", {
+        "command": shlex.join(["python", "-m", "study.organisms", *sys.argv[1:]]), "commit": runs.commit(),
+        "steps": args.steps, "n": args.n, "organisms": rows, "verdicts": verdicts})
 
 
 if __name__ == "__main__":
