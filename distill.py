@@ -169,6 +169,8 @@ def verdict(measured: dict, training_kl: float) -> str | None:
     at_target, at_own = measured["token_kl"], measured["token_kl_at_own_exits"]
     learned, target = (measured[name]["exit_rate"] for name in ("learned", "target"))
     longer = "raise --steps (--resume RUN --steps N goes on)"
+    if abs(learned - target) > 0.1 and not training_kl < 5:  # nats: no exit that the target takes is that unlike
+        return f"not converged: it has diverged, to {training_kl:.1f} nats a token: lower --lr, in a new run"
     if abs(learned - target) > 0.1:
         return f"not converged: {learned:.0%} of the tokens exit, and {target:.0%} are to: {longer}"
     if measured["intact"] > 0.8:
@@ -231,6 +233,9 @@ def usable(path, model, asked: dict, args) -> dict[str, list[Response]]:
                             f"{len(prompts)} asked for: lower --responses or --held-out")
         if args.teacher:
             kept[split] = kept[split][: len(prompts)]
+            theirs, ours = {tuple(r.prompt_ids) for r in kept[split]}, set(map(tuple, prompts))
+            if "." in Path(args.task).name and not theirs & ours:  # a file, and another of its name may lie elsewhere
+                raise UserError(f"--teacher {args.teacher} holds responses to none of these prompts: start without it")
         elif [r.prompt_ids for r in kept[split]] != prompts[: len(kept[split])]:
             raise UserError(f"{path} holds responses to other prompts: the task's data or the chat template has "
                             f"changed; start a new run")
@@ -343,6 +348,8 @@ def main() -> None:
     runs.warn_idle("--responses-per-step", args.responses_per_step)
     problems = {split: tasks.load(args.task, split, data=args.data, n=n, seed=args.seed)
                 for split, n in (("train", args.responses), ("test", args.held_out))}
+    for name, split, asked in (("--responses", "train", args.responses), ("--held-out", "test", args.held_out)):
+        runs.warn_fewer(name, asked, len(problems[split]))
     if args.task.endswith(".py"):
         tasks.refuse_shared(problems)
     model, tokenizer = runs.load_model(args)
@@ -354,6 +361,8 @@ def main() -> None:
     prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
     if args.teacher and Path(args.teacher).is_dir():
         args.teacher = str(Path(args.teacher, "teacher.jsonl"))
+    if args.teacher and not run and not Path(args.teacher).is_file():
+        raise UserError(f"--teacher {args.teacher}: no such file; give a stage-1 run, or its teacher.jsonl")
     there = run.folder / "teacher.jsonl" if run else args.teacher and Path(args.teacher)
     if there and (there.exists() or not run):  # before the run has a folder, or is open again
         usable(there, model, prompts, args)

@@ -127,6 +127,7 @@ def headline(base: dict, before: dict, other: dict, rows: dict[str, list[dict]])
         return paired(*([row["correct"] for row in rows[m["name"]]] for m in (of, other)))
 
     gain, half = change(base)
+    half = half or 3 / len(rows[BASE])  # none differs: the rule of three, for an interval of 0 would claim too much
     inside = "no significant difference" if abs(gain) <= half else "a significant difference"
     cut = [m["finished"] for m in (other, base)]  # what is cut is wrong, whatever was thought until then
     finished = "" if abs(cut[0] - cut[1]) < 0.01 else "; finished are {:.1%} against {:.1%}".format(*cut)
@@ -149,6 +150,17 @@ def chosen_runs(args) -> dict[str, Path]:
         if init := field(runs.read_config(newest)["args"], "init", str, newest / "config.json", default=None):
             first = runs.find(init, beside=newest)
             folders = ([first] if first.is_dir() else []) + [newest]
+    stages = [{"distill": "stage 1", "rloo": "stage 2"}[config["stage"]] for config in refuse_unlike(folders, args)]
+    columns = {}
+    for folder, stage in zip(folders, stages, strict=True):
+        alike = [other for other, its in zip(folders, stages, strict=True) if its == stage]
+        name = stage if len(alike) == 1 else f"{stage} {runs.short(folder, alike)}"
+        columns[name + runs.unfinished(folder)] = folder
+    return columns
+
+
+def refuse_unlike(folders: list[Path], args) -> list[dict]:
+    """The runs' configs. Raises UserError where they are not about the same, or have other exits."""
     configs = [runs.read_config(folder) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         for name in (*flags.ABOUT, "dtype"):
@@ -158,13 +170,7 @@ def chosen_runs(args) -> dict[str, Path]:
                                 f"about the same, or give --{flags.flag(name)} for all of them")
     if len({tuple(exits_of(checkpoint(folder))) for folder in folders}) > 1:
         raise UserError("the runs have different exits: compare runs of one --exit-every")
-    stages = [{"distill": "stage 1", "rloo": "stage 2"}[config["stage"]] for config in configs]
-    columns = {}
-    for folder, stage in zip(folders, stages, strict=True):
-        alike = [other for other, its in zip(folders, stages, strict=True) if its == stage]
-        name = stage if len(alike) == 1 else f"{stage} {runs.short(folder, alike)}"
-        columns[name + runs.unfinished(folder)] = folder
-    return columns
+    return configs
 
 
 def write_merged(run: Path, out: Path, args) -> None:
@@ -211,6 +217,7 @@ def main() -> None:
         flags.inherit(args, runs.read_config(run), run / "config.json")
     args = flags.settle(args, n=(200, 100))
     problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
+    runs.warn_fewer("--n", args.n, len(problems))
     if args.out and Path(args.out, "config.json").exists():
         raise UserError(f"--out {args.out} is a run or a checkpoint: choose another folder")
     Path(args.out or runs.RUNS).mkdir(parents=True, exist_ok=True)

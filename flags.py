@@ -20,6 +20,13 @@ ABOUT = {"model": str, "revision": str, "task": str, "data": str, "thinking": bo
 
 
 class Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if value == "":  # as of a variable of the shell that was never set
+                self.error(f"--{flag(name)} is empty: leave it out, or give it a value")
+        return found, rest
+
     def error(self, message: str):
         raise UserError(f"{message} (--help explains the flags)")
 
@@ -93,7 +100,8 @@ def training(doc: str, save_every: int) -> argparse.ArgumentParser:
                    "%(default)s)")
     p.add_argument("--keep", type=whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
-    p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps extends")
+    p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps moves "
+                   "its end, and with that the rate, which falls to 0 there")
     return p
 
 
@@ -135,6 +143,9 @@ def name_of(model: str | None) -> str:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return model
+    if (folder / "metrics.jsonl").exists() and not (folder / "tokenizer.json").exists():
+        raise UserError(f"--model {model} is a run: name the model that it was trained on, or what evaluate.py --merge "
+                        f"makes of it")
     ours, theirs = EMBEDDED / "model.safetensors", folder / "model.safetensors"
     same = theirs.is_file() and filecmp.cmp(ours, theirs, shallow=False)
     return "embedded" if same else str(folder.resolve())

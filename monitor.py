@@ -38,6 +38,7 @@ import runs
 from checkpoints import checkpoint, exits_of, fingerprint, load_policy
 from data import tasks
 from data.hub import UserError, read_json, write_json
+from evaluate import refuse_unlike
 from exits import Policy, exit_depths
 from study.common import digest
 from study.describe import description
@@ -338,8 +339,8 @@ def main() -> None:
     if args.threshold == 1:
         raise UserError("--threshold 1: no exit is ever taken, not even that of a capped depth: give one below")
     folders = [Path(run) for run in args.runs if run != "base"]
-    for folder in folders:
-        flags.inherit(args, runs.read_config(folder), folder / "config.json")
+    for folder, config in zip(folders, refuse_unlike(folders, args), strict=True):
+        flags.inherit(args, config, folder / "config.json")
     args = flags.settle(args)
     if args.task not in FORMS:
         raise UserError(f"--task {args.task}: the evals need the program behind each problem: give --task "

@@ -202,8 +202,8 @@ def pick(count: int, size: int, step: int, seed: int) -> list[int]:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: ten steps of warm-up, times a line that falls to zero. A run that is extended gets
-    the line to its new end, on which the rate stands higher again."""
+    """Factor on the learning rate: ten steps of warm-up, times a line that falls to zero. Where --resume moves the
+    end, the line goes to the new one, and the rate jumps to it."""
     return min(1.0, (step + 1) / 10) * (1 - step / steps)
 
 
@@ -212,6 +212,11 @@ def warn_unfinished(share_finished: float, meaning: str, tokenizer: Tokenizer, a
         bar, shorter = "!" * 100, ", or pass --no-thinking for shorter ones" if tokenizer.can_think else ""
         say(f"{bar}\n{1 - share_finished:.0%} of the responses are unfinished at --max-new-tokens "
             f"{args.max_new_tokens}: {meaning}.\nRaise it{shorter}.\n{bar}")
+
+
+def warn_fewer(name: str, asked: int, found: int) -> None:
+    if found < asked:
+        say(f"{name} {asked}: the task has {found} problems here, and all of them are taken")
 
 
 def warn_idle(flag: str, count: int) -> None:
@@ -243,17 +248,21 @@ class Run:
     def claim(self, stage: str, problems: str) -> Path:
         """The new folder, which this process holds from now on."""
         self.folder = Path(self.args.out) if self.args.out else free_folder(stage)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out {self.folder} is a file: choose a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         # A run that was refused or killed before it did anything leaves these, and may be started again.
         if any(p.name not in ("config.json", ".lock", ".partial-config.json") for p in self.folder.iterdir()):
-            raise UserError(f"{self.folder} exists and is not empty: choose another --out, or --resume {self.folder}")
+            ours = (self.folder / "metrics.jsonl").exists() or (self.folder / "teacher.jsonl").exists()
+            raise UserError(f"{self.folder} exists and is not empty: choose another --out"
+                            + (f", or --resume {self.folder}" if ours else ""))
         self.take()
         self.write_config(stage, problems)
         return self.folder
 
     @classmethod
     def resume(cls, args: argparse.Namespace, p: argparse.ArgumentParser, stage: str) -> "Run":
-        """The run in args.resume, under the flags it was started with. Of those given again, --steps may extend it,
+        """The run in args.resume, under the flags it was started with. Of those given again, --steps may move its end,
         what only concerns this machine may change, and all else must be as it was."""
         folder = Path(args.resume)
         config, where = read_config(folder), folder / "config.json"

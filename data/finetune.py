@@ -77,11 +77,12 @@ def accuracy(model: Transformer, tokenizer: Tokenizer, task: str, n: int) -> flo
 def main() -> None:
     p = flags.Parser(description=__doc__.split("\n")[0])
     p.add_argument("--model", required=True, help="checkpoint folder or hub id, with a ChatML tokenizer")
-    p.add_argument("--task", choices=("arithmetic", "stories"), default="arithmetic")
+    p.add_argument("--task", choices=("arithmetic", "stories"), default="arithmetic", help="the generator to teach "
+                   "(default: arithmetic)")
     p.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint, and of the training's state")
     p.add_argument("--steps", type=flags.whole(1), default=320, help="in chunks of 16, each of which ends "
                    "with a checkpoint (default: 320)")
-    p.add_argument("--batch-size", type=flags.whole(1), default=8)
+    p.add_argument("--batch-size", type=flags.whole(1), default=8, help="problems of a step (default: 8)")
     p.add_argument("--lr", type=flags.number(0, 1), default=5e-4, help="peak, after 20 steps of warm-up; then "
                    "linear to 0")
     p.add_argument("--n", type=flags.whole(1), default=100, help="held-out problems for the accuracy at the end")

@@ -52,7 +52,7 @@ class Problem:
         """Grade of a decoded response. One that has not finished, or not finished thinking, is never right."""
         if self.own_grade is None or not finished or after_thinking(text, think_open) is None:
             return grade(text, self.gold, self.kind, self.choices, finished, think_open)
-        right = own_verdict(self.own_grade, self, text, bool)
+        right = own_verdict(self.own_grade, self, text, yes_or_no)
         return Grade(None, "own", right, right)
 
     def reward(self, text: str, finished: bool, grade: Grade) -> float:
@@ -192,7 +192,13 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
     return problems
 
 
-def own_verdict(judge: Callable, problem: Problem, text: str, kind: type):
+def yes_or_no(value) -> bool:
+    if value != 0 and value != 1:  # a text, None or a share of the points would count as one of them
+        raise UserError(f"grade() gave {value!r:.40}: it must be True or False")
+    return bool(value)
+
+
+def own_verdict(judge: Callable, problem: Problem, text: str, kind: Callable):
     with own_errors(f"problem {problem.id}"):
         return kind(judge(problem, text))
 
@@ -204,7 +210,7 @@ def own_errors(about: str):
         yield
     except UserError as error:
         raise UserError(f"{about}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(f"{about}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
 

@@ -210,6 +210,8 @@ def main() -> None:
     p.add_argument("--calibrate", action="store_true", help="damage the base's responses, and see what ranks them "
                    "lower")
     args = p.parse_args()
+    if args.out and Path(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a folder: give the file to write")
     saved, where = about(args.folder)
     flags.inherit(args, {"args": saved}, where)
     args = flags.settle(args)

@@ -60,8 +60,8 @@ def arguments(doc: str, more=None):
     p.add_argument("--runs", default="runs/study", help="folder of the runs (default: runs/study)")
     p.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="train the runs that are "
                    "missing (default: on); without, what needs them is left out")
-    p.add_argument("--stage1", default="", help="further flags of every distill.py, in one text")
-    p.add_argument("--stage2", default="", help="further flags of every rloo.py, in one text")
+    p.add_argument("--stage1", type=words, default=(), help="further flags of every distill.py, in one text")
+    p.add_argument("--stage2", type=words, default=(), help="further flags of every rloo.py, in one text")
     p.add_argument("--seeds", type=flags.whole(1), default=5, help="of stage 2 at lambda 0.1 (default: 5)")
     p.add_argument("--n", type=flags.whole(2), help="held-out problems, 600 / 100")
     p.add_argument("--temperature", type=flags.number(0, 1e4), default=1.0, help="of the tokens (default: 1)")
@@ -75,6 +75,13 @@ def arguments(doc: str, more=None):
     args.passed = [f"--{'' if value else 'no-'}{flags.flag(name)}" if isinstance(value, bool) else
                    f"--{flags.flag(name)}={value}" for name, value in given.items()]
     return with_problems(flags.settle(args, n=(600, 100)))
+
+
+def words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text:.60}: {error}") from None
 
 
 def on_task(args, task: str):
@@ -143,7 +150,7 @@ def kl_run(args, factor: float) -> Path | None:
 
 def calibrated(args, name: str, factor: float, *options) -> Path | None:
     record = RECORD_1.split() if args.model == "embedded" else ()
-    folder = trained(args, name, "distill.py", *record, *shlex.split(args.stage1), "--kl-factor", f"{factor:g}",
+    folder = trained(args, name, "distill.py", *record, *args.stage1, "--kl-factor", f"{factor:g}",
                      *options)  # last, since of a flag given twice the last one counts
     return folder and about_the_same(args, folder, kl_factor=factor)
 
@@ -152,7 +159,7 @@ def stage_two(args, name: str, lam: float, seed: int, init: Path | None, *option
     if init is None:
         return None
     record = RECORD_2.split() if args.model == "embedded" else ()
-    folder = trained(args, name, "rloo.py", *record, "--keep", 999, *shlex.split(args.stage2), "--init", init, "--lam",
+    folder = trained(args, name, "rloo.py", *record, "--keep", 999, *args.stage2, "--init", init, "--lam",
                      f"{lam:g}", "--seed", seed, *options)
     return folder and about_the_same(args, folder, lam=lam, seed=seed)
 

@@ -262,6 +262,8 @@ def main() -> None:
     for why, count in Counter(one for one in found if isinstance(one, str)).items():
         print(f"unscored: {count} of {len(found)}, {why}")
     print(f"wrote {args.folder}/judge.json")
+    if all(isinstance(one, str) for one in found):
+        raise UserError("nothing could be scored, for the reasons above: repeat it when they are gone")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def trained(make, steps: int, tokenizer: Tokenizer, folder: Path) -> Path:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--steps", type=whole(1), default=300)
+    p.add_argument("--steps", type=whole(1), default=300, help="of each model's training (default: 300)")
     p.add_argument("--n", type=whole(2), default=200, help="held-out problems (default: 200)")
     p.add_argument("--out", type=Path, default=Path("runs/organisms"), help="where the trained models are kept, and "
                    "what was found")

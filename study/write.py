@@ -368,6 +368,8 @@ def main() -> None:
     p.add_argument("--out", default="runs/study", help="folder of data/, figures/ and results.md (default: runs/study)")
     args = p.parse_args()
     folder = Path(args.out)
+    if not (folder / "data").is_dir():
+        raise UserError(f"--out {folder} has no data/: give the folder that the study's commands wrote to")
     path = folder / "results.md"
     text = read_text(path) if path.exists() else BEGIN + END
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):

@@ -228,6 +228,7 @@ def test_verdict_names_the_flag_that_helps(intact, token_kl, own_kl, told):
     assert "only 50% of the responses stay" in drawn and "--threshold 0.5, without one, leaves 90%" in drawn
     idle = distill.verdict({**measured, "intact": 1.0, "learned": {"exit_rate": 0.0}}, training_kl=0.1)
     assert "0% of the tokens exit, and 49% are to" in idle  # who never exits changes nothing, and has learned nothing
+    assert "lower --lr" in distill.verdict({**measured, "learned": {"exit_rate": 1.0}}, training_kl=13.0)
 
 
 def test_adapters_and_heads_step_at_their_own_rates(tmp_path):

@@ -460,13 +460,25 @@ def test_a_run_keeps_the_responses_that_it_took(home):
     (("--task", "stories"), "task 'arithmetic'"), (("--no-thinking",), "thinking True"),
     (("--max-new-tokens", 9), "max_new_tokens 12"), (("--model", "other"), "model "),
     (("--responses", 7), "holds 6 responses of split train, of 7"),
-    (("--held-out", 4), "holds 3 responses of split test, of 4"), (("--teacher", "none"), "none is missing"),
+    (("--held-out", 4), "holds 3 responses of split test, of 4"), (("--teacher", "none"), "--teacher none: no such"),
 ])
 def test_responses_about_something_else_are_refused(home, flags, naming):
     """Else stage 1 trains on nonsense, or ends in an IndexError."""
     if "other" in flags:
         toy_checkpoint(home / "other", seed=1)
     refused("distill.py", "--model", "toy", *SMALL, "--teacher", "one/teacher.jsonl", *flags, home=home, naming=naming)
+
+
+def test_responses_to_another_file_of_the_same_name_are_refused(home):
+    """Else stage 1 trains on problems that its config.json doesn't name."""
+    for folder, words in (("a", "pens"), ("b", "cats")):
+        (home / folder).mkdir()
+        problems = [json.dumps({"question": f"How many {words} are {i}?", "answer": i}) for i in range(40)]
+        (home / folder / "q.jsonl").write_text("\n".join(problems))
+    flags = ("--model", "toy", *SMALL[2:], "--task")
+    run("distill.py", *flags, "a/q.jsonl", "--out", "r", cwd=home)
+    refused("distill.py", *flags, "b/q.jsonl", "--teacher", "r", home=home, naming="to none of these prompts")
+    run("distill.py", *flags, "a/q.jsonl", "--teacher", "r", "--out", "again", cwd=home)
 
 
 # compared

@@ -421,7 +421,8 @@ def test_a_judge_of_ones_own_decides_and_its_error_is_told(tmp_path, judge, name
     answer = "'a'" if judge == "reward" else "'no grader of ours\\n can find this'"
     code = (f"def problems(split, n, seed):\n    return [{{'question': 'q', 'answer': {answer}}}]\n"
             "def %s(problem, response):\n    ")
-    path.write_text(code % judge + "return {'good': 1, 'better': 2.5, 'inf': float('inf')}.get(response, 0)\n")
+    better = 2.5 if judge == "reward" else True
+    path.write_text(code % judge + f"return {{'good': 1, 'better': {better}, 'inf': float('inf')}}.get(response, 0)\n")
     (problem,) = load(str(path), "train", n=2)
     graded, unfinished = problem.grade("good", True), problem.grade("good", False)
     assert graded.strict == (judge == "grade") and not unfinished.flexible
@@ -431,6 +432,13 @@ def test_a_judge_of_ones_own_decides_and_its_error_is_told(tmp_path, judge, name
     if judge == "reward":
         with pytest.raises(UserError, match="the reward of problem mine/train/0/0 is inf"):
             problem.reward("inf", True, graded)
+    else:  # a text or nothing would count as right or wrong
+        with pytest.raises(UserError, match=r"problem mine/train/0/0: grade\(\) gave inf: it must be True or False"):
+            problem.grade("inf", True)
+    path.write_text(code % judge + "raise SystemExit\n")  # which would end the training as if it were done
+    (problem,) = load(str(path), "train", n=2)
+    with pytest.raises(UserError, match="SystemExit"):
+        problem.reward("x", True, problem.grade("x", True))
     path.write_text(code % judge + "return 1 / 0\n")
     (problem,) = load(str(path), "train", n=2)
     with pytest.raises(UserError, match=named):
