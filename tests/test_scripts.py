@@ -104,7 +104,8 @@ def test_the_headline_says_what_stage_2_did_on_stage_1_too():
     half = 100 * evaluate.paired([1, 1, 1, 0], [1, 1, 0, 0])[1]
     said = evaluate.headline(base, first, second, rows)
     assert said == ("stage 2: 50.0% against the base's 50.0% (+0.0 ± 75.0 points on the same 4 problems: no "
-                    f"significant difference), running 62% of its layers; -25.0 ± {half:.1f} points from stage 1, which runs 50%")
+                    f"significant difference), running 62% of its layers; -25.0 ± {half:.1f} points from stage 1, "
+                    "which runs 50%")
     alone = evaluate.headline(base, base, base, rows)
     assert "points from" not in alone and "(+0.0 ± 75.0 points" in alone  # 3 / n: of 4 alike not much is known
 
