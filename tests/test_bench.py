@@ -1,9 +1,7 @@
 """The benchmarks run, and their own arithmetic is right. Nothing here times anything."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,21 +12,23 @@ from data.hub import UserError
 from data.text import Tokenizer
 from model import Transformer
 from sample import generate
+from tests.commands import ROOT, run
 
-ROOT = Path(__file__).parent.parent
 QUICK = ["--model", str(ROOT / "data" / "tiny"), "--repeats", "1", "--threads", "1"]
+
+
+def in_bench():
+    """Stands where a script of bench/ finds common.py."""
+    sys.path.insert(0, str(ROOT / "bench"))
 
 
 @pytest.fixture
 def bench(tmp_path):
-    def run(script, *flags):
-        out = tmp_path / "out.json"
-        done = subprocess.run([sys.executable, ROOT / "bench" / f"{script}.py", *QUICK, *flags, "--out", out],
-                              capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(out.read_text())
+    def of(script, *flags):
+        run(f"{script}.py", *QUICK, *flags, "--out", "out.json", cwd=tmp_path, before=in_bench)
+        return json.loads((tmp_path / "out.json").read_text())
 
-    return run
+    return of
 
 
 def test_decode_reports_depth_and_ideal_of_what_it_ran(bench):
