@@ -89,7 +89,7 @@ def foreknowledge(s: Subject, responses, h: list[torch.Tensor]) -> dict:
     its thoughts, less that with shuffled labels. Read it beside E2: knowledge in the state before it is in the text."""
     values, n = {}, len(responses)
     answers = answers_of(s, responses)
-    there = torch.tensor([a is not None and a[0].isalnum() for a in answers])
+    there = torch.tensor([bool(a) and a[0].isalnum() for a in answers])  # an answer may be empty
     known = [(a[0] if a[0].isdecimal() else a) if ok else "" for a, ok in zip(answers, there.tolist(), strict=True)]
     labels = torch.tensor(list(map(sorted({*known}).index, known)))
     order = torch.from_numpy(np.random.default_rng(s.args.seed).permutation(n))

@@ -294,6 +294,16 @@ def test_short_responses_have_no_later_tokens_to_probe(subject):
     assert np.isnan(none).all()
 
 
+def test_an_answer_that_says_nothing_is_not_probed_for(subject):
+    """Else one response that ends behind ANSWER: loses the evals of a model after an hour."""
+    s = replace(subject, task="stories", problems=tasks.load("stories", "test", n=4))
+    said = [Response([1, 2, 3], s.tokenizer.encode(f"</think>\n\nANSWER:{a}<|im_end|>"), [8] * 9, [], [], True)
+            for a in (" box", "", " bag", " box")]
+    said = [replace(r, depths=[8] * len(r)) for r in said]
+    known = probes.foreknowledge(s, said, probes.kept_streams(s, said))["E5 answer known 100"]
+    assert np.isnan(known).tolist() == [False, True, False, False]
+
+
 def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
     """An eval that shares the first words of another's name must not borrow its verdict."""
     verdicts = {"E2 aoc": "", "E3 fill gain, dots": "", "E7 g-mean2 mentions": "failed validation",
