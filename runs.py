@@ -89,8 +89,9 @@ def run_main(main) -> None:
     to go on; whatever else goes wrong is a fault of ours and shows its traceback."""
     Run.current, Run.asked = None, 0
     Run.terminals = [stream for stream in (sys.stdout, sys.stderr) if stream and stream.isatty()]
-    heeded = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = {number: signal.signal(number, on_signal) for number in heeded}
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    before = {number: signal.signal(number, on_signal) for number in STOPPING
+              if not (nohup and number == signal.SIGHUP)}
     try:
         message, code = guarded(main)
         if message and parallel.first_to_end():
