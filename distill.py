@@ -45,7 +45,7 @@ from fast.packing import send
 from sample import NEVER, draw, generate_shared, uniforms
 
 RESPONSES, DEPTHS, HELD_OUT = 0, 1, 2  # purposes of random numbers
-STRETCH = 100  # tokens, about two of the embedded model's responses, for which the thresholds of `verdict` were tried
+STRETCH = 100  # tokens: about two of the embedded model's responses
 
 
 # ------------------------------------------------------------------------------------------------ targets and loss
@@ -169,9 +169,9 @@ def verdict(measured: dict, training_kl: float) -> str | None:
     at_target, at_own = measured["token_kl"], measured["token_kl_at_own_exits"]
     learned, target = (measured[name]["exit_rate"] for name in ("learned", "target"))
     longer = "raise --steps (--resume RUN --steps N goes on)"
-    if abs(learned - target) > 0.1 and not training_kl < 5:  # nats: no exit that the target takes is that unlike
-        return f"not converged: it has diverged, to {training_kl:.1f} nats a token: lower --lr, in a new run"
     if abs(learned - target) > 0.1:
+        if not training_kl < 5:  # nats: the record's worst calibration, at kappa 0.25, has 0.6; one at --lr 10 had 12
+            return f"not converged: it has diverged, to {training_kl:.1f} nats a token: lower --lr, in a new run"
         return f"not converged: {learned:.0%} of the tokens exit, and {target:.0%} are to: {longer}"
     if measured["intact"] > 0.8:
         return None
