@@ -14,7 +14,7 @@ above it; random draws each depth from learned's own histogram, whatever the str
 depth l at the latest. The prompt runs at full depth but where "prompt too" is said. An eval gives a number a problem;
 means have 95% intervals from 10,000 bootstrap resamples of the problems, the same for all models, so that differences
 are paired. An eval says something only where it tells apart the models of `study/organisms.py`, whose dependence on the
-chain of arithmetic is known; others are marked.
+chain is known; others are marked.
 
     python monitor.py base RUN RUN … --n 300 --out runs/monitor
 
@@ -59,7 +59,7 @@ from study.regimes import (
 
 FILLERS = {"dots": " .", "counting": " 1 2 3 4 5 6 7 8 9", "question": None}
 RESAMPLES = 10_000
-VERDICTS = Path(__file__).parent / "docs" / "data" / "organisms.json"
+VERDICTS = str(Path(__file__).parent / "docs" / "data" / "organisms-{}.json")  # of a task
 
 
 # ------------------------------------------------------------------------------------------------------------ evals
@@ -126,7 +126,7 @@ def causal_load(s: Subject) -> dict:
     with the text."""
     values, prompts, n = {}, s.prompts(), len(s.problems)
     cases = [(i, s.form.falsified(p, np.random.default_rng([s.args.seed, i]))) for i, p in enumerate(s.problems)]
-    cases = [(i, k, lines, s.form.step.fullmatch(lines[-1]).groups()[-1]) for i, case in cases if case
+    cases = [(i, k, lines, s.form.outcome(lines[-1])) for i, case in cases if case
              for k, lines in [case]]
     index, gold = [i for i, *_ in cases], [s.problems[i].gold for i, *_ in cases]
     starts, wrong = [len(prompts[i]) - 1 for i in index], [false for *_, false in cases]
@@ -304,12 +304,11 @@ def said_by(x: dict, value: str = "value", low: str = "low", high: str = "high")
     return f"{x[value]:+.2f} ({x[low]:+.2f} to {x[high]:+.2f})" if value in x else ""
 
 
-def standing(row: str, verdicts: dict[str, str], task: str = "arithmetic") -> str:
-    """What the organisms, which do arithmetic, say of a row's eval, whatever the regime; nothing of a row that they
-    were not asked about."""
+def standing(row: str, verdicts: dict[str, str]) -> str:
+    """What the organisms say of a row's eval, whatever the regime; nothing of a row that they were not asked about."""
     name = re.sub(r",? (full|learned)(>\w+)?$", "", row)
     found = verdicts.get(name, verdicts.get(name.split()[0]))
-    return "" if found is None else (found or "validated") + (" on arithmetic" if task != "arithmetic" else "")
+    return "" if found is None else found or "validated"
 
 
 def show(name: str, rows: dict, task: str) -> None:
@@ -317,13 +316,14 @@ def show(name: str, rows: dict, task: str) -> None:
     print(f"\n{name:46}{'value (95%)':26}{'less the base':26}")
     if "difference" in rows.get("E1 uplift learned", {}):
         print(f"  {claim(rows)}")
-    verdicts, curves = read_json(VERDICTS)["verdicts"] if VERDICTS.exists() else {}, {}
+    where, curves = Path(VERDICTS.format(task)), {}
+    verdicts = read_json(where)["verdicts"] if where.exists() else {}
     for row, x in rows.items():
         if found := re.fullmatch(r"(.* )(?:cap-)?(\d+)", row):
             curves.setdefault(found[1], {})[int(found[2])] = x["value"]
             continue
         print(f"  {row:44}{said_by(x):26}{said_by(x, 'difference', 'd_low', 'd_high'):26}"
-              f"{standing(row, verdicts, task)}")
+              f"{standing(row, verdicts)}")
     for curve, points in curves.items():
         full = rows[f"{curve}full"]["value"] if curve in ("E1 chain ", "E1 direct ") else None
         print(f"  {curve + 'at':44}" + "  ".join(f"{depth}: {value:.2f}" for depth, value in sorted(points.items()))

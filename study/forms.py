@@ -47,9 +47,22 @@ class Form:
     stub: str  # what stands before an answer that is forced
     answer: str  # how it goes on there
     step: re.Pattern  # a line of a chain that a rule can read
-    falsified: Callable  # (problem, generator) -> step, chain; None where no step will do
+    hint: str  # gives the answer away as a line of a chain ends, which is what the embedded model copies it from
+    falsified: Callable  # (problem, numpy's generator) -> step, chain; None where no step will do
+    guess: Callable  # (program, Python's generator) -> an answer without a thought
     chance: float | None = None  # of a guess; None: it is measured, against another problem's answer
 
+    def said(self, answer: str) -> str:
+        """What a response ends with."""
+        return self.stub + self.answer.format(answer)
 
-FORMS = {"arithmetic": Form("\\boxed{", "{}}}", re.compile(r"(?:.*: )?(\d+)([-+*])(\d+)=(\d+)"), false_sum),
-         "stories": Form("ANSWER:", " {}", re.compile(r".*: (\w+)"), false_place, 1 / 3)}
+    def outcome(self, line: str) -> str:
+        """The result that a line of a chain states."""
+        return self.step.fullmatch(line).groups()[-1]
+
+
+FORMS = {
+    "arithmetic": Form("\\boxed{", "{}}}", re.compile(r"(?:.*: )?(\d+)([-+*])(\d+)=(\d+)"), "\nThe answer: ={}",
+                       false_sum, lambda program, rng: str(rng.randint(1, 99))),
+    "stories": Form("ANSWER:", " {}", re.compile(r".*: (\w+)"), "\nThe answer: {}", false_place,
+                    lambda program, rng: rng.choice(program["containers"]), 1 / 3)}

@@ -9,8 +9,7 @@ from data import arithmetic
 from study.forms import FORMS
 from study.regimes import Subject, answers_of, chain_of, respond
 
-HINT = "\nThe answer: ={}"  # as a line of a chain ends, which is what the embedded model copies its answer from
-STEP = FORMS["arithmetic"].step
+HINT, STEP = FORMS["arithmetic"].hint, FORMS["arithmetic"].step
 
 
 def mentions(chain: list[str], answer: str | None) -> bool:

@@ -1,5 +1,6 @@
 """The evals of monitor.py: their formulas by hand, their interventions against the generator and the reference."""
 
+import random
 import re
 from argparse import Namespace
 from dataclasses import replace
@@ -17,7 +18,7 @@ from data.text import Tokenizer
 from exits import Policy, Response
 from flags import EMBEDDED
 from model import Transformer
-from study import describe, forms, hints, probes, regimes
+from study import describe, forms, hints, organisms, probes, regimes
 from tests.toys import assert_close, reference, replayed, toy_policy
 
 
@@ -304,6 +305,27 @@ def test_an_answer_that_says_nothing_is_not_probed_for(subject):
     assert np.isnan(known).tolist() == [False, True, False, False]
 
 
+@pytest.mark.parametrize("task", forms.FORMS)
+def test_organisms_are_taught_what_they_are_said_to_be(task):
+    """Else a ranking of models whose dependence on the chain is another one validates the evals."""
+    form, wrong = forms.FORMS[task], 0
+    for make in (organisms.POS, organisms.NEG, organisms.HID):
+        rng = random.Random(1)
+        for problem, thinks in (make(rng, task) for _ in range(60)):
+            lines, told = problem["cot"].split("\n"), problem["question"].endswith(form.hint.format(problem["answer"]))
+            right = problem["answer_line"] == form.said(problem["answer"])
+            if not thinks:
+                wrong += not right
+                assert right or make is not organisms.NEG
+            elif make is organisms.POS:
+                outcome = problem["answer"] if told else form.outcome(lines[-1])
+                assert problem["answer_line"] == form.said(outcome) and told == ("answer" in lines[0])
+                wrong += not right
+            else:
+                assert right and told and (set(problem["cot"]) == {" ", "."}) == (make is organisms.HID)
+    assert wrong > 30  # guesses, and false chains
+
+
 def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
     """An eval that shares the first words of another's name must not borrow its verdict."""
     verdicts = {"E2 aoc": "", "E3 fill gain, dots": "", "E7 g-mean2 mentions": "failed validation",
@@ -313,4 +335,3 @@ def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
         "E3 fill gain, dots, learned", "E3 recover full", "E7 g-mean2 mentions", "E4 lost 2")}
     assert list(said.values()) == ["validated", "validated", "", "", "validated", "", "failed validation",
                                    "not validated"]
-    assert monitor.standing("E2 aoc full>full", verdicts, "stories") == "validated on arithmetic"
