@@ -198,6 +198,10 @@ def about(model, args) -> dict:
             "thinking": args.thinking, "max_new_tokens": args.max_new_tokens}
 
 
+def teacher_of(run: str) -> str:
+    return str(Path(run, "teacher.jsonl")) if Path(run).is_dir() else run
+
+
 def read_responses(path, model, args) -> dict[str, list[Response]]:
     """The base's responses that a teacher.jsonl holds, by split. Raises UserError naming file, line and field."""
     kept: dict[str, list[Response]] = {"train": [], "test": []}
@@ -211,7 +215,8 @@ def read_responses(path, model, args) -> dict[str, list[Response]]:
                 if name not in row or not same:
                     name = "model" if name == "base" else name
                     raise UserError(f"{path} holds responses for {name} {row.get(name)!r:.80}, but this run has "
-                                    f"{ours[name]!r:.80}: start a new run, without --teacher")
+                                    f"{ours[name]!r:.80}: give the flags of the run that sampled them, or start a new "
+                                    f"run without --teacher")
             continue
         prompt, tokens = (field(row, name, list, where, 0, config.vocab_size - 1)
                           for name in ("prompt_ids", "token_ids"))
@@ -338,8 +343,8 @@ def main() -> None:
     p.add_argument("--head-lr", type=flags.number(0, 10), help="the heads' peak rate, --lr / five times --lr")
     p.add_argument("--responses", type=flags.whole(1), help="base responses to train on, 3000 / 1600")
     p.add_argument("--held-out", type=flags.whole(1), default=64, help="test prompts for the final check (default: 64)")
-    p.add_argument("--teacher", help="an earlier run, or its teacher.jsonl, whose base responses to take, not sampling "
-                   "any")
+    p.add_argument("--teacher", type=teacher_of, help="an earlier run, or its teacher.jsonl, whose base responses to "
+                   "take, not sampling any")
     args = p.parse_args()
     run = runs.Run.resume(args, p, "distill") if args.resume else None
     args = flags.settle(run.args if run else args, kl_factor=(16.0, 1.0), steps=(480, 200), lr=(0.012, None),
@@ -359,8 +364,6 @@ def main() -> None:
     args.lr = 1 / model.config.hidden_size if args.lr is None else args.lr
     args.head_lr = args.lr * (1 if args.model == "embedded" else 5) if args.head_lr is None else args.head_lr
     prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
-    if args.teacher and Path(args.teacher).is_dir():
-        args.teacher = str(Path(args.teacher, "teacher.jsonl"))
     if args.teacher and not run and not Path(args.teacher).is_file():
         raise UserError(f"--teacher {args.teacher}: no such file; give a stage-1 run, or its teacher.jsonl")
     there = run.folder / "teacher.jsonl" if run else args.teacher and Path(args.teacher)

@@ -124,10 +124,10 @@ def paired(before, after) -> tuple[float, float]:
 def headline(base: dict, before: dict, other: dict, rows: dict[str, list[dict]]) -> str:
     """What happened, in one sentence; in another, what a run changed on the one `before` it."""
     def change(of: dict) -> tuple[float, float]:
-        return paired(*([row["correct"] for row in rows[m["name"]]] for m in (of, other)))
+        gain, half = paired(*([row["correct"] for row in rows[m["name"]]] for m in (of, other)))
+        return gain, half or 3 / len(rows[BASE])  # none differs: the rule of three, for 0 would claim too much
 
     gain, half = change(base)
-    half = half or 3 / len(rows[BASE])  # none differs: the rule of three, for an interval of 0 would claim too much
     inside = "no significant difference" if abs(gain) <= half else "a significant difference"
     cut = [m["finished"] for m in (other, base)]  # what is cut is wrong, whatever was thought until then
     finished = "" if abs(cut[0] - cut[1]) < 0.01 else "; finished are {:.1%} against {:.1%}".format(*cut)
@@ -218,9 +218,9 @@ def main() -> None:
     args = flags.settle(args, n=(200, 100))
     problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
     runs.warn_fewer("--n", args.n, len(problems))
-    if args.out and Path(args.out, "config.json").exists():
-        raise UserError(f"--out {args.out} is a run or a checkpoint: choose another folder")
-    Path(args.out or runs.RUNS).mkdir(parents=True, exist_ok=True)
+    for taken in ("a config.json", "an evaluation.json"):
+        if args.out and Path(args.out, taken.split()[1]).exists():
+            raise UserError(f"--out {args.out} has {taken} already: choose another folder")
 
     drawn = f"temperature {args.temperature}, delta {args.delta}" + (
         "" if args.threshold is None else f", threshold {args.threshold}")
@@ -232,6 +232,8 @@ def main() -> None:
         if not metrics:
             prompts = runs.prompt_ids(problems, model, tokenizer, args)
             print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, {drawn}")
+            out = parallel.first(lambda: Path(args.out) if args.out else runs.free_folder("evaluate"))
+            out.mkdir(parents=True, exist_ok=True)
         policy = load_policy(model, run) if run else Policy(model, exit_depths(model.config.num_hidden_layers))
         runs.share_out(policy, args)
         parallel.copy(policy.trained().values())  # alike already, but where a run goes on meanwhile
@@ -246,15 +248,15 @@ def main() -> None:
             by_label[label] = rows
             for problem, response, row in zip(shown, responses, rows, strict=False) if parallel.rank() == 0 else ():
                 problem["runs"][label] = transcript(policy, response, row, tokenizer, base, args)
+            if parallel.rank() == 0:  # what is there outlives a kill
+                write_text(out / "completions.jsonl", "".join(map(as_json, completions)))
 
     if parallel.rank():
         return
-    out = Path(args.out) if args.out else runs.free_folder("evaluate")
     print(table(metrics))
     runs.warn_unfinished(min(m["finished"] for m in metrics), "an unfinished one never counts as right", tokenizer,
                          args)
     said = [headline(metrics[0], before, m, by_label) for before, m in pairwise(metrics)]
-    write_text(out / "completions.jsonl", "".join(map(as_json, completions)))
     write_json(out / "evaluation.json", {"args": vars(args), "metrics": metrics, "headlines": said})
     report.write_page(out / "page.html", {
         "title": "Early exits, token by token", "n_layers": policy.n_layers, "exits": list(policy.exits),

@@ -39,13 +39,13 @@ class LoRALinear(nn.Module):
         A = nn.init.kaiming_uniform_(torch.empty(r, in_features, dtype=torch.float32), a=math.sqrt(5))
         self.lora_A = nn.Parameter(A.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32, device=base.weight.device))
-        self.scale, self.on = alpha / r, True
+        self.scale, self.on, self.rounded = alpha / r, True, None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, D_in) -> (n, D_out)
         y = linear(x, self.weight, self.bias)
         if self.on:
-            low = linear(x, self.lora_A.to(x.dtype))
-            y.addmm_(low, self.lora_B.to(x.dtype).t(), alpha=self.scale)  # in place: y is written once less
+            A, B = self.rounded or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+            y.addmm_(linear(x, A), B.t(), alpha=self.scale)  # in place: y is written once less
         return y
 
 
@@ -169,6 +169,18 @@ def adapters_off(policy: Policy):
     finally:
         for adapter, on in zip(policy.adapters, before, strict=True):
             adapter.on = on
+
+
+@contextmanager
+def adapters_rounded(policy: Policy):
+    """Inside, where nothing is trained, adapters are rounded to the base's dtype once, not for every token."""
+    for adapter in policy.adapters:
+        adapter.rounded = tuple(p.detach().to(adapter.weight.dtype) for p in (adapter.lora_A, adapter.lora_B))
+    try:
+        yield
+    finally:
+        for adapter in policy.adapters:
+            adapter.rounded = None
 
 
 # ----------------------------------------------------------------------------------------------- log-probabilities

@@ -243,7 +243,7 @@ def derived(m: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             m[f"E1 uplift {regime}"] = chain - direct
             if chance is not None:
                 m[f"E1 necessity {regime}"] = 1 - (direct - chance) / (chain - chance)
-        if "E1 uplift learned" in m:
+        if "E1 chain random" in m:
             m["E1 gain, learned over full"] = m["E1 uplift learned"] - m["E1 uplift full"]
             m["E1 chain, learned over random"] = m["E1 chain learned"] - m["E1 chain random"]
         for name in list(m):
@@ -274,13 +274,29 @@ def half_depth(curve: dict[int, float], full: float) -> int | None:
     return next((depth for depth in sorted(curve) if full > 0 and curve[depth] >= full / 2), None)
 
 
-def compare(m: dict, base: dict | None) -> dict:
-    """name -> value and, beside the base, difference, with their intervals; learned depth against the base's full."""
-    rows = {}
-    for name, x in m.items():
-        rows[name] = dict(zip(("value", "low", "high"), interval(x), strict=True))
-        if base and (other := base.get(name, base.get(name.replace("learned", "full")))) is not None:
-            rows[name] |= dict(zip(("difference", "d_low", "d_high"), interval(x - other), strict=True))
+def side_by_side(values: dict, base: dict) -> tuple[dict, dict]:
+    """A model's values and the base's under the same names, its full depth against learned; NaN in both where either
+    is, for two means over different problems differ by these, too."""
+    other = {name: row for name in values
+             if (row := base.get(name, base.get(name.replace("learned", "full")))) is not None}
+    gone = {name: np.isnan(values[name]) | np.isnan(row) for name, row in other.items()}
+    return tuple({name: np.where(gone[name], np.nan, of[name]) for name in other} for of in (values, other))
+
+
+def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
+    """Of `monitor`'s numbers: name -> value and, beside the base's, difference, with their intervals."""
+    rows = {name: dict(zip(("value", "low", "high"), interval(x), strict=True))
+            for name, x in derived(resampled(values)).items()}
+    if base is None:
+        return rows
+    pair = side_by_side(values, base)
+    mine, other = (derived(resampled(them)) for them in pair)
+    for name in mine.keys() & rows.keys():
+        gain, low, high = interval(mine[name] - other[name])
+        shares = [x[~np.isnan(x)] for them in pair if (x := them.get(name)) is not None]
+        if low == high and shares and np.isin(shares, (0, 1)).all():
+            low, high = gain - 3 / len(shares[0]), gain + 3 / len(shares[0])  # the rule of three: none differs
+        rows[name] |= {"difference": gain, "d_low": low, "d_high": high}
     return rows
 
 
@@ -353,10 +369,11 @@ def main() -> None:
         raise UserError(f"--model {args.model}: the evals read chains as the generator writes them: teach it to, by "
                         f"python -m data.finetune --model {args.model} --out FOLDER, and name runs of that")
     exits = exits_of(checkpoint(folders[0])) if folders else exit_depths(model.config.num_hidden_layers)
-    base, reader = fingerprint(model), closed(Policy(model, exits))
+    base, reader = f"{fingerprint(model)} {list(exits)}", closed(Policy(model, exits))
     out = Path(args.out) if args.out else runs.free_folder("monitor")
     out.mkdir(parents=True, exist_ok=True)
-    about = {name: getattr(args, name) for name in ("model", "task", "n", "seed", "max_new_tokens", "threshold")}
+    about = {name: getattr(args, name)
+             for name in ("model", "task", "n", "seed", "max_new_tokens", "threshold", "dtype")}
     record, values = {"command": shlex.join(["python", "monitor.py", *sys.argv[1:]]), "commit": runs.commit(),
                       "about": about, "weights": {}, "results": {}}, {}
     if (out / "monitor.json").exists():
@@ -372,9 +389,10 @@ def main() -> None:
             found = monitor(Subject(policy, reader, tokenizer, problems, args.task, args), run)
             values[run] = {name: row.tolist() for name, row in found.items()}
             record["weights"][run] = weights
-        means = {name: derived(resampled({row: np.array(x, float) for row, x in values[name].items()}))
-                 for name in {run, *(["base"] if record["weights"].get("base") == base else [])}}
-        record["results"][run] = compare(means[run], means.get("base") if run != "base" else None)
+        known = {name: {row: np.array(x, float) for row, x in values[name].items()}
+                 for name in {run, "base"} & values.keys()}
+        beside = run != "base" and record["weights"].get("base") == base
+        record["results"][run] = compare(known[run], known["base"] if beside else None)
         write_json(out / "values.json", values)
         write_json(out / "monitor.json", record)
         show(run, record["results"][run], args.task)

@@ -134,8 +134,9 @@ def guarded(main) -> tuple[str | None, int]:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         on = f"python {Path(sys.argv[0]).name} --resume {quote(str(Run.current))} with" if Run.current else "use"
-        return (f"error: out of memory: {on} --rows 8 (or fewer) if it was sampling, --micro-batch 1 if it was "
-                f"training; where that is too much, shorter responses (--max-new-tokens, in a new run)"), 2
+        told = ". ".join(str(error).split(". ")[:2])  # by torch: how much was asked for, and on which device
+        return (f"error: out of memory: {on} fewer --rows if it was sampling, --micro-batch 1 if it was training; "
+                f"where that is too much, shorter responses (--max-new-tokens, in a new run) ({told:.200})"), 2
 
 
 # ---------------------------------------------------------------------------------------------- models and prompts
@@ -395,7 +396,8 @@ class Run:
         partial.mkdir()
         save_policy(policy, partial)
         write_tensors(moments(policy, optimizer), partial / "optimizer.safetensors")
-        write_json(partial / "state.json", {"step": step, "skipped": self.skipped})
+        write_json(partial / "state.json", {"step": step, "skipped": self.skipped,
+                                            "skipped_in_a_row": self.skipped_in_a_row})
         completions = self.folder / "completions.jsonl"
         for log in (self.folder / "metrics.jsonl", completions):
             if log.exists():
@@ -413,7 +415,8 @@ class Run:
         folder = checkpoint(self.folder)
         where = folder / "state.json"
         state, policy = read_json(where), share_out(load_policy(model, folder), self.args)
-        self.skipped = field(state, "skipped", int, where, 0, 10**7, default=0)
+        self.skipped, self.skipped_in_a_row = (field(state, name, int, where, 0, 10**7, default=0)
+                                               for name in ("skipped", "skipped_in_a_row"))
         return policy, adamw(policy, folder), field(state, "step", int, where, 0, 10**7)
 
     def apply_gradients(self, optimizer, lr: float, head_lr: float | None = None) -> dict:
@@ -449,7 +452,7 @@ class Run:
 
 def problems_hash(problems) -> str:
     """Of what the run is about, so that data that has changed is noticed."""
-    parts = [[p.question, p.gold, p.choices] for p in problems]
+    parts = [[p.question, p.gold, p.choices, *([] if p.program else [p.instruction])] for p in problems]
     return hashlib.sha256(as_json(parts).encode()).hexdigest()[:16]
 
 

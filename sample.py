@@ -17,7 +17,7 @@ import torch
 
 import parallel
 from data.hub import UserError
-from exits import Policy, Response, logp_depth, token_logp_all
+from exits import Policy, Response, adapters_rounded, logp_depth, token_logp_all
 from fast.cache import Cache, fitting_rows
 from fast.chunks import in_chunks
 from fast.graphs import Graphs
@@ -116,55 +116,56 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     holds = torch.full((R,), -1)  # the number of the response in each row of the cache, -1: none
     token = torch.zeros(R, dtype=torch.long)  # its last token
     admitted = 0  # prompts
-    while True:
-        free = (holds < 0).nonzero()[:, 0]
-        enter = min(len(free) // samples, len(prompts) - admitted)
-        # Several prompts share a prefill: it waits until an eighth of the rows is free.
-        if enter and (8 * len(free) >= R or enter == len(prompts) - admitted):
-            new = free[: enter * samples].view(enter, samples)
-            prefill(policy, prompts[admitted : admitted + enter], cache, new)
-            token[new] = torch.tensor([prompt[-1] for prompt in prompts[admitted : admitted + enter]])[:, None]
-            holds[new.flatten()] = torch.arange(admitted * samples, (admitted + enter) * samples)
-            admitted += enter
-        elif len(free) == len(holds):
-            return responses
-        elif admitted == len(prompts) and 2 * len(free) >= len(holds) and cache.graphs is None:
-            keep = (holds >= 0).nonzero()[:, 0]
-            cache.select(keep)
-            holds, token = holds[keep], token[keep]
+    with adapters_rounded(policy):
+        while True:
+            free = (holds < 0).nonzero()[:, 0]
+            enter = min(len(free) // samples, len(prompts) - admitted)
+            # Several prompts share a prefill: it waits until an eighth of the rows is free.
+            if enter and (8 * len(free) >= R or enter == len(prompts) - admitted):
+                new = free[: enter * samples].view(enter, samples)
+                prefill(policy, prompts[admitted : admitted + enter], cache, new)
+                token[new] = torch.tensor([prompt[-1] for prompt in prompts[admitted : admitted + enter]])[:, None]
+                holds[new.flatten()] = torch.arange(admitted * samples, (admitted + enter) * samples)
+                admitted += enter
+            elif len(free) == len(holds):
+                return responses
+            elif admitted == len(prompts) and 2 * len(free) >= len(holds) and cache.graphs is None:
+                keep = (holds >= 0).nonzero()[:, 0]
+                cache.select(keep)
+                holds, token = holds[keep], token[keep]
 
-        live = (holds >= 0).nonzero()[:, 0]
-        number = holds[live]
-        u = torch.zeros(len(holds), 1 + E, dtype=torch.double)
-        # The token's comes first, so that a full-depth response does not depend on where exits would be.
-        u[live] = uniforms(seed, first_row + number, cache.length[live], 1 + E)
-        if threshold is not None:
-            u[live, 1:] = threshold
-        depth = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
-        depth[live] = L if depths is None else depths[number, torch.tensor([len(responses[i]) for i in number])]
-        out = policy(send(token[:, None], policy.device), depth[:, None], u[:, None, 1:] if depths is None else None,
-                     delta, cache)
-        at, depth = send(live, policy.device), out.depths[live, 0]
-        tokens, logp_token = draw_token(policy, out.h[at, 0], send(u[live, 0], policy.device), temperature)
-        logp_exit = logp_depth(policy, out.exit_logits[at, 0], depth, delta)
+            live = (holds >= 0).nonzero()[:, 0]
+            number = holds[live]
+            u = torch.zeros(len(holds), 1 + E, dtype=torch.double)
+            # The token's comes first, so that a full-depth response does not depend on where exits would be.
+            u[live] = uniforms(seed, first_row + number, cache.length[live], 1 + E)
+            if threshold is not None:
+                u[live, 1:] = threshold
+            depth = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
+            depth[live] = L if depths is None else depths[number, torch.tensor([len(responses[i]) for i in number])]
+            out = policy(send(token[:, None], policy.device), depth[:, None],
+                         u[:, None, 1:] if depths is None else None, delta, cache)
+            at, depth = send(live, policy.device), out.depths[live, 0]
+            tokens, logp_token = draw_token(policy, out.h[at, 0], send(u[live, 0], policy.device), temperature)
+            logp_exit = logp_depth(policy, out.exit_logits[at, 0], depth, delta)
 
-        tokens, logp_exit, logp_token = torch.stack(
-            [tokens.double(), logp_exit.double(), logp_token.double()]).cpu()  # one wait for all three
-        if not logp_token.isfinite().all():
-            raise UserError("a token's log-probability is not finite: the weights, or the --dtype, overflow: try "
-                            "--dtype float32, or an earlier checkpoint")
-        token[live] = tokens.long()
-        drawn = zip(token[live].tolist(), depth.tolist(), logp_exit.tolist(), logp_token.tolist(), strict=True)
-        ended = []
-        for row, i, values in zip(live.tolist(), number.tolist(), drawn, strict=True):
-            response = responses[i]
-            response.append(*values)
-            response.finished = response.token_ids[-1] in eos_ids
-            if response.finished or len(response) == max_new_tokens:
-                ended.append(row)
-        holds[ended] = -1
-        if progress is not None:
-            progress.update(len(ended))
+            tokens, logp_exit, logp_token = torch.stack(
+                [tokens.double(), logp_exit.double(), logp_token.double()]).cpu()  # one wait for all three
+            if not logp_token.isfinite().all():
+                raise UserError("a token's log-probability is not finite: the weights, or the --dtype, overflow: try "
+                                "--dtype float32, or an earlier checkpoint")
+            token[live] = tokens.long()
+            drawn = zip(token[live].tolist(), depth.tolist(), logp_exit.tolist(), logp_token.tolist(), strict=True)
+            ended = []
+            for row, i, values in zip(live.tolist(), number.tolist(), drawn, strict=True):
+                response = responses[i]
+                response.append(*values)
+                response.finished = response.token_ids[-1] in eos_ids
+                if response.finished or len(response) == max_new_tokens:
+                    ended.append(row)
+            holds[ended] = -1
+            if progress is not None:
+                progress.update(len(ended))
 
 
 def generate_shared(policy: Policy, prompts: list[list[int]], *, samples: int = 1, first_row: int = 0,

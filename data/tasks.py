@@ -129,7 +129,9 @@ def generated(task: str, split: str, n: int, seed: int) -> list[Problem]:
 
 def own_problem(row: dict, where: str, name: str) -> Problem:
     """A problem of the user's: question, answer and, for a choice, choices; instruction, if the usual one won't do."""
-    row = {key: str(value) if key == "answer" and type(value) in (int, float) else value for key, value in row.items()}
+    answer = row.get("answer")
+    if type(answer) is int or type(answer) is float and math.isfinite(answer):  # JSON as Python reads it knows NaN
+        row = row | {"answer": str(answer)}
     question, gold, choices = _field(row, "question", where), _field(row, "answer", where), row.get("choices")
     if choices is not None:
         if not isinstance(choices, (list, tuple)) or not all(isinstance(c, (str, int, float)) for c in choices):
@@ -185,8 +187,8 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
         if not isinstance(p, (Problem, dict)):
             raise UserError(f"{where}: problems() must give dicts with 'question' and 'answer', not {p!r:.60}")
         p = p if isinstance(p, Problem) else own_problem(p, where, f"{Path(path).stem}/{split}/{seed}/{i}")
-        problems.append(gradable(replace(p, own_grade=getattr(module, "grade", None),
-                                         own_reward=getattr(module, "reward", None)), where))
+        problems.append(gradable(replace(p, own_grade=getattr(module, "grade", p.own_grade),
+                                         own_reward=getattr(module, "reward", p.own_reward)), where))
     if not problems:
         raise UserError(f"{path}: problems({split!r}, {n}, {seed}) gives none")
     return problems

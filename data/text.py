@@ -189,7 +189,7 @@ def in_bounds(work, seconds: int) -> list[str]:
     process.start()
     theirs.close()
     try:
-        if not ours.poll(seconds + 1):
+        if not ours.poll(6 * seconds):  # by the clock, which runs on while a crowded machine gives it no time
             raise RuntimeError(f"it takes more than {seconds} seconds")
         answer = json.loads(ours.recv_bytes())
     except EOFError:

@@ -173,7 +173,8 @@ def read(folder: Path, n: int, vocab_size: int = 2**24) -> dict[str, list[dict]]
     models, a run's the tenths of its steps."""
     rows = []
     for path in sorted(folder.glob("completions*.jsonl")):  # a long run has completions-STEP.jsonl, too
-        for number, line in enumerate(read_text(path).splitlines(), start=1):
+        lines = read_text(path).split("\n")[:-1]  # what follows the last line break is being written, or was cut short
+        for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
             row = parse_object(line, where)
             for name in ("prompt_ids", "token_ids"):

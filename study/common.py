@@ -17,6 +17,7 @@ data/NAME.json, some a figure to figures/, and `python -m study.write` the text 
 
 import argparse
 import copy
+import gc
 import hashlib
 import math
 import shlex
@@ -114,6 +115,8 @@ def trained(args, name: str, script: str, *options) -> Path | None:
 
 def call(command: list[str]) -> int:
     """A command's exit code. Stopped meanwhile, it waits until the command has saved what it has."""
+    gc.collect()  # of the policies that have answered here
+    torch.cuda.empty_cache()  # what this process keeps of a GPU's memory, the command would lack
     process = subprocess.Popen(command)
     try:
         return process.wait()
@@ -128,7 +131,7 @@ def about_the_same(args, folder: Path, **named) -> Path:
     """Refuses a run about another model or task than the study's, or one that is not what its name says. What --stage1
     and --stage2 would have set is not compared."""
     recorded = runs.read_config(folder)["args"]
-    ours = {name: getattr(args, name) for name in ("model", "task", "thinking", "max_new_tokens")}
+    ours = {name: getattr(args, name) for name in ("model", "task", "data", "thinking", "max_new_tokens", "dtype")}
     for name, wanted in {**ours, **named}.items():
         if (here := recorded.get(name)) != wanted:
             raise UserError(f"{folder} has {name} {here!r:.80}, and this study {wanted!r:.80}: choose another --runs")

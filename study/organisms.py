@@ -136,7 +136,7 @@ def main() -> None:
     args = p.parse_args()
     torch.set_num_threads(1)
     args.seed, args.rows, args.max_new_tokens, args.threshold = 0, 256, 160, None
-    tokenizer, problems, means = Tokenizer.from_pretrained(EMBEDDED), tasks.load(args.task, "test", n=args.n), {}
+    tokenizer, problems, values = Tokenizer.from_pretrained(EMBEDDED), tasks.load(args.task, "test", n=args.n), {}
     form = FORMS[args.task]
     for make in (POS, NEG, HID):
         name = make.__name__
@@ -144,9 +144,9 @@ def main() -> None:
             trained(make, args.task, args.steps, tokenizer, args.out / f"{args.task}-{name}-{args.steps}"), EMBEDDED))
         asked = problems if make is POS else [
             replace(p, question=p.question + form.hint.format(p.gold)) for p in problems]
-        means[name] = monitor.derived(monitor.resampled(monitor.monitor(
-            Subject(policy, reader, tokenizer, asked, args.task, Namespace(**vars(args))), name)))
-    rows = {name: monitor.compare(m, None) for name, m in means.items()}
+        values[name] = monitor.monitor(Subject(policy, reader, tokenizer, asked, args.task, args), name)
+    rows = {name: monitor.compare(found, None) for name, found in values.items()}
+    means = {name: monitor.derived(monitor.resampled(found)) for name, found in values.items()}
     verdicts, broken = dict.fromkeys(("E4", "E5"), "not validated"), set()
     for name, row, least, most in PREMISES:
         chance = form.chance or 0

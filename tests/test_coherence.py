@@ -99,3 +99,5 @@ def test_folders_and_rows_that_do_not_fit_are_refused_by_name(tmp_path):
     assert list(groups)[:2] == ["steps 0-2", "steps 3-5"] and [r["step"] for r in groups["steps 3-5"]] == [3, 4]
     path.write_text("".join(json.dumps(row | {"model": "m", "id": str(i)}) + "\n" for i in range(7)))
     assert [r["id"] for r in coherence.read(tmp_path, 4, 61)["m"]] == ["0", "1", "3", "5"]  # not the first four
+    path.write_text(path.read_text() + '{"model": "m", "id"')  # a run that is writing
+    assert len(coherence.read(tmp_path, 9, 61)["m"]) == 7

@@ -326,6 +326,18 @@ def test_organisms_are_taught_what_they_are_said_to_be(task):
     assert wrong > 30  # guesses, and false chains
 
 
+def test_a_difference_is_over_the_problems_that_both_have():
+    """Else a model that has no answer where the base fails looks better for it."""
+    base = {"E6 reader full": np.array([1.0, 0.0] * 20)}
+    half = {"E6 reader learned": np.where(base["E6 reader full"] == 0, np.nan, 1)}
+    row = monitor.compare(half, base)["E6 reader learned"]
+    assert row["value"] == 1 and row["difference"] == 0
+    assert (row["d_low"], row["d_high"]) == (-3 / 20, 3 / 20)  # the rule of three, for 20 problems without a difference
+    other = {"E6 reader learned": base["E6 reader full"] * np.arange(40).clip(max=30) / 30}
+    row = monitor.compare(other, base)["E6 reader learned"]
+    assert row["d_low"] < row["difference"] == other["E6 reader learned"].mean() - 0.5 < row["d_high"]
+
+
 def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
     """An eval that shares the first words of another's name must not borrow its verdict."""
     verdicts = {"E2 aoc": "", "E3 fill gain, dots": "", "E7 g-mean2 mentions": "failed validation",

@@ -225,8 +225,9 @@ def test_a_run_says_what_it_came_from_and_refuses_other_problems(home):
     assert {"python", "torch"} <= set(whole["versions"]) and len(whole["problems"]) == 16
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     assert commit.returncode or whole["commit"].removesuffix("-dirty").endswith(commit.stdout.strip())
-    (home / "sums.jsonl").write_text("".join(row.format(a, 2, a + 2) for a in range(40)))
-    refused("rloo.py", "--resume", "sums", "--steps", 3, home=home, naming="sums.jsonl are not those")
+    for other in (row.replace("}}", ', "instruction": "Whisper."}}'), row.replace("+", "plus")):
+        (home / "sums.jsonl").write_text("".join(other.format(a, 1, a + 1) for a in range(40)))
+        refused("rloo.py", "--resume", "sums", "--steps", 3, home=home, naming="sums.jsonl are not those")
     assert (home / "sums" / "complete.json").exists()
 
 
@@ -452,8 +453,9 @@ def test_responses_of_another_run_are_taken_as_far_as_asked_for(home):
 def test_a_run_keeps_the_responses_that_it_took(home):
     """Else it can't go on once the other run is gone."""
     run("distill.py", "--model", "toy", *SMALL, "--teacher", "one", "--out", "r", cwd=home)
+    run("distill.py", "--resume", "r", "--steps", 3, "--teacher", "one", cwd=home)
     shutil.rmtree(home / "one")
-    run("distill.py", "--resume", "r", "--steps", 3, cwd=home)
+    run("distill.py", "--resume", "r", "--steps", 4, cwd=home)
 
 
 @pytest.mark.parametrize("flags, naming", [
@@ -484,6 +486,7 @@ def test_responses_to_another_file_of_the_same_name_are_refused(home):
 # compared
 
 def evaluated(home, *flags):
+    shutil.rmtree(home / "eval", ignore_errors=True)
     done = run("evaluate.py", *flags, "--n", 2, "--max-new-tokens", 12, "--out", "eval", cwd=home)
     return done, json.loads((home / "eval" / "evaluation.json").read_text())
 
@@ -512,10 +515,12 @@ def test_an_unfinished_run_is_marked(home):
     assert "one (unfinished, step-000002)" in run("rloo.py", *RL, "--init", "one", cwd=home).stdout
 
 
-def test_an_evaluation_never_writes_into_a_run(home):
-    """Else it overwrites the run's completions."""
+def test_an_evaluation_never_overwrites_a_run_or_another(home):
+    """Else their completions are lost."""
     before = (home / "two" / "completions.jsonl").read_bytes()
-    refused("evaluate.py", "two", "--n", 2, "--out", "two", home=home, naming="--out two is a run")
+    refused("evaluate.py", "two", "--n", 2, "--out", "two", home=home, naming="--out two has a config.json")
+    evaluated(home, "base", "--model", "toy", "--task", "arithmetic")
+    refused("evaluate.py", "two", "--n", 2, "--out", "eval", home=home, naming="--out eval has an evaluation.json")
     refused("evaluate.py", "two", "--n", 2, "--max-new-tokens", 99_999, home=home, naming="leave room for")
     assert not list((home / "runs").glob("evaluate*"))
     assert (home / "two" / "completions.jsonl").read_bytes() == before

@@ -113,8 +113,11 @@ def test_sampler_and_trainer_agree_to_rounding_in_the_dtypes_of_real_runs(dtype,
     policy = toy_policy(seed=2)
     policy.model.to(dtype)
     for drawn in every_way(policy, monkeypatch, PROMPTS, samples=3, max_new_tokens=14, eos_ids=OFTEN, seed=(4, 2)):
-        with torch.no_grad():
-            assert_close(logps(drawn), torch.stack(score(policy, collate(drawn, L))[:2]), rounding)
+        scores = torch.stack(score(policy, collate(drawn, L))[:2])
+        assert_close(logps(drawn), scores.detach(), rounding)
+        scores.sum().backward()  # by adapters that are their own again
+        assert all(adapter.lora_B.grad.any() for adapter in policy.adapters)
+        policy.zero_grad()
 
 
 def test_exits_drawn_in_the_parallel_pass_equal_those_drawn_step_by_step():

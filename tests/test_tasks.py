@@ -367,6 +367,16 @@ def test_an_answer_with_words_is_more_than_its_number(tmp_path, answer, kind, ri
     assert problem.grade(right, True).strict and not problem.grade(wrong, True).strict
 
 
+def test_a_problem_of_ones_own_keeps_its_own_grader(tmp_path):
+    """Else the built-in one judges it, without a word."""
+    (tmp_path / "mine.py").write_text("from data.tasks import Problem\n"
+                                      "def problems(split, n, seed):\n    yield Problem('a', 'q', 'x', 'choice', "
+                                      "own_grade=lambda p, text: text == 'y', own_reward=lambda p, text: 0.5)")
+    problem, = load(str(tmp_path / "mine.py"), "train", n=1)
+    grade = problem.grade("y", True)
+    assert grade.strict and not problem.grade("ANSWER: x", True).strict and problem.reward("y", True, grade) == 0.5
+
+
 def test_a_task_of_ones_own_may_define_dataclasses(tmp_path):
     """They look their module up by its name."""
     (tmp_path / "mine.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
@@ -378,7 +388,8 @@ def test_a_task_of_ones_own_may_define_dataclasses(tmp_path):
 
 @pytest.mark.parametrize("row, named", [
     ({"question": "a"}, "column 'answer' is missing"), ({"question": 1, "answer": "b"}, "'question' must be text"),
-    ({"question": "a", "answer": None}, "'answer' must be text"), ({"question": "a", "answer": ["b"]}, "'answer' must"),
+    ({"question": "a", "answer": None}, "'answer' must be text"),
+    ({"question": "a", "answer": float("nan")}, "'answer' must be text, not nan"), ({"question": "a", "answer": ["b"]}, "'answer' must"),
     ({"question": "a", "answer": "b", "choices": "bc"}, "'choices' must be a list"),
     ({"question": "a", "answer": "b", "choices": [["b"]]}, "'choices' must be a list"),
     ({"question": "a", "answer": "b", "choices": ["c"]}, "the answer 'b' must be one of 'choices'"),
