@@ -225,7 +225,7 @@ def test_a_run_says_what_it_came_from_and_refuses_other_problems(home):
     assert {"python", "torch"} <= set(whole["versions"]) and len(whole["problems"]) == 16
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     assert commit.returncode or whole["commit"].removesuffix("-dirty").endswith(commit.stdout.strip())
-    for other in (row.replace("}}", ', "instruction": "Whisper."}}'), row.replace("+", "plus")):
+    for other in (row.replace("{{", '{{"instruction": "Whisper.", '), row.replace("+", "plus")):
         (home / "sums.jsonl").write_text("".join(other.format(a, 1, a + 1) for a in range(40)))
         refused("rloo.py", "--resume", "sums", "--steps", 3, home=home, naming="sums.jsonl are not those")
     assert (home / "sums" / "complete.json").exists()

@@ -389,7 +389,8 @@ def test_a_task_of_ones_own_may_define_dataclasses(tmp_path):
 @pytest.mark.parametrize("row, named", [
     ({"question": "a"}, "column 'answer' is missing"), ({"question": 1, "answer": "b"}, "'question' must be text"),
     ({"question": "a", "answer": None}, "'answer' must be text"),
-    ({"question": "a", "answer": float("nan")}, "'answer' must be text, not nan"), ({"question": "a", "answer": ["b"]}, "'answer' must"),
+    ({"question": "a", "answer": float("nan")}, "'answer' must be text, not nan"),
+    ({"question": "a", "answer": ["b"]}, "'answer' must"),
     ({"question": "a", "answer": "b", "choices": "bc"}, "'choices' must be a list"),
     ({"question": "a", "answer": "b", "choices": [["b"]]}, "'choices' must be a list"),
     ({"question": "a", "answer": "b", "choices": ["c"]}, "the answer 'b' must be one of 'choices'"),
