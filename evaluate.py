@@ -86,7 +86,7 @@ def transcript(policy: Policy, response: Response, row: dict, tokenizer, base: b
     """A response as the page shows it: every token's depth, exit probabilities and the top tokens of each lens."""
     batch = collate([response], policy.n_layers, policy.device)
     with adapters_off(policy) if base else nullcontext():
-        out = policy(batch.ids, batch.depths)
+        out = policy(batch.ids, batch.depths, place=batch.place)
 
     def best(h):
         return tuple(token_logp_all(policy.model, h).exp().topk(3))
@@ -125,12 +125,13 @@ def headline(base: dict, before: dict, other: dict, rows: dict[str, list[dict]])
     """What happened, in one sentence; in another, what a run changed on the one `before` it."""
     def change(of: dict) -> tuple[float, float]:
         gain, half = paired(*([row["correct"] for row in rows[m["name"]]] for m in (of, other)))
-        return gain, half or 3 / len(rows[BASE])  # none differs: the rule of three, for 0 would claim too much
+        # Where none differs, the rule of three: an interval of 0 would claim too much.
+        return gain, half if gain or half else 3 / len(rows[BASE])
 
     gain, half = change(base)
     inside = "no significant difference" if abs(gain) <= half else "a significant difference"
-    cut = [m["finished"] for m in (other, base)]  # what is cut is wrong, whatever was thought until then
-    finished = "" if abs(cut[0] - cut[1]) < 0.01 else "; finished are {:.1%} against {:.1%}".format(*cut)
+    finished = ("" if abs(other["finished"] - base["finished"]) < 0.01 else  # what is cut off counts as wrong
+                f"; finished are {other['finished']:.1%} against {base['finished']:.1%}")
     beside = "" if before is base else "; {:+.1f} ± {:.1f} points from {}, which runs {:.0f}%".format(
         *(100 * x for x in change(before)), before["name"], 100 * before["average_compute"])
     return (f"{other['name']}: {other['accuracy']:.1%} against the base's {base['accuracy']:.1%} "
@@ -218,9 +219,9 @@ def main() -> None:
     args = flags.settle(args, n=(200, 100))
     problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
     runs.warn_fewer("--n", args.n, len(problems))
-    for taken in ("a config.json", "an evaluation.json"):
-        if args.out and Path(args.out, taken.split()[1]).exists():
-            raise UserError(f"--out {args.out} has {taken} already: choose another folder")
+    for taken in ("config.json", "evaluation.json"):
+        if args.out and Path(args.out, taken).exists():
+            raise UserError(f"--out {args.out} holds {taken} already: choose another folder")
 
     drawn = f"temperature {args.temperature}, delta {args.delta}" + (
         "" if args.threshold is None else f", threshold {args.threshold}")
@@ -232,9 +233,10 @@ def main() -> None:
         if not metrics:
             prompts = runs.prompt_ids(problems, model, tokenizer, args)
             print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, {drawn}")
+        policy = load_policy(model, run) if run else Policy(model, exit_depths(model.config.num_hidden_layers))
+        if not metrics:
             out = parallel.first(lambda: Path(args.out) if args.out else runs.free_folder("evaluate"))
             out.mkdir(parents=True, exist_ok=True)
-        policy = load_policy(model, run) if run else Policy(model, exit_depths(model.config.num_hidden_layers))
         runs.share_out(policy, args)
         parallel.copy(policy.trained().values())  # alike already, but where a run goes on meanwhile
         print(f"  {name}: {run or args.model}")

@@ -133,11 +133,14 @@ class Policy(nn.Module):
     def forward(self, ids, depths=None, u=None, delta: float = 0.0, place=None) -> Pass:
         """The one forward pass, and the only point where a stream freezes: ids (B, T) -> Pass.
 
-        depths (B, T), on the host, prescribes how many layers each position runs (default: all); 0 means that nothing
-        stands there, as in padding. With uniforms u (B, T, E), on the host, positions given depth L draw theirs, exit
-        by exit, with p_e = sigmoid(z_e + delta); the others obey, and u above 1 (sample.NEVER) is never drawn. `place`
-        runs a segment, the layers between two exits, for those that want it, and knows whom they attend to. Sequences:
-        to the positions before them in ids. A Cache: ids (R, 1) are its rows' next tokens, each attends to its row.
+        depths (B, T), on the host: how many layers each position runs (default: all); 0 where nothing stands, as in
+            padding
+        u (B, T, E), on the host: uniform numbers. With them a position that was given depth L stops at the first exit
+            with u_e < p_e = sigmoid(z_e + delta), or not at all; one given less runs just that. u above 1
+            (sample.NEVER) takes no exit
+        place: runs a segment, the layers between two exits, for those that want it, and knows whom they attend to.
+            Sequences, the default: to the positions before them in ids. A Cache: ids (R, 1) are its rows' next
+            tokens, each attends to its row
         """
         L = self.n_layers
         place = Sequences(ids.shape) if place is None else place

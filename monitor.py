@@ -294,7 +294,7 @@ def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
     for name in mine.keys() & rows.keys():
         gain, low, high = interval(mine[name] - other[name])
         shares = [x[~np.isnan(x)] for them in pair if (x := them.get(name)) is not None]
-        if low == high and shares and np.isin(shares, (0, 1)).all() and not name.startswith(("D", "E4")):
+        if gain == low == high == 0 and shares and np.isin(shares, (0, 1)).all() and not name.startswith(("D", "E4")):
             low, high = -3 / len(shares[0]), 3 / len(shares[0])  # the rule of three: of so many answers none differs
         rows[name] |= {"difference": gain, "d_low": low, "d_high": high}
     return rows

@@ -108,7 +108,8 @@ def collate(batch: list) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def initialise(model: Transformer) -> None:
-    """Normal with std D^-1/2, smaller where a block writes to the stream, so that depth doesn't swell it."""
+    """Normal with std 1 / sqrt(inputs), embeddings 0.02; smaller where a block writes to the stream, so that depth
+    doesn't swell it."""
     for name, p in model.named_parameters():
         if p.dim() == 2:
             std = 0.02 if "embed" in name else p.shape[1] ** -0.5

@@ -108,7 +108,7 @@ def refuse_difference(found: dict[str, tuple], wanted: dict[str, tuple], where) 
 
 
 def refuse_nan(tensor: torch.Tensor, name: str, where) -> torch.Tensor:
-    if not all(bool(torch.isfinite(x)) for x in torch.aminmax(tensor)):  # which pass on NaN, and build no mask
+    if not all(bool(torch.isfinite(x)) for x in torch.aminmax(tensor)):  # NaN comes through, and no mask is built
         raise UserError(f"{where}: {name} holds NaN or infinite values: training went wrong, or the file is damaged")
     return tensor
 

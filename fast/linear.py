@@ -15,7 +15,7 @@ from torch import nn
 
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 SMALL = 2**18  # multiplications up to which oneDNN's larger cost of a call is not worth it
-LARGE = 2**24  # numbers of a matrix from which oneDNN was faster on both of these, at ROWS
+LARGE = 2**24  # numbers of a matrix from which oneDNN was faster on an AMD and an Intel, at ROWS
 ROWS = range(2, 128)
 
 

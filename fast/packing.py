@@ -1,8 +1,8 @@
 """The parallel pass over whole sequences, without the work that changes nothing.
 
 Only positions that run a layer enter its query, attention output and MLP products; frozen ones give their keys and
-values; padding gives nothing. And a prompt that several sequences share is run once. The plain way is `model.Causal`
-followed by `torch.where(running, new, old)` at every layer; tests/reference.py does it so.
+values; padding gives nothing. And a prompt that several sequences share is run once. The plain way is to run
+all positions and to take `torch.where(running, new, old)` after every layer; tests/reference.py does it so.
 """
 
 import torch
@@ -29,7 +29,8 @@ class Sequences:
 
     def run(self, model, h: torch.Tensor, segment: int, layers: range, running: torch.Tensor | None) -> torch.Tensor:
         """Streams (B, T, D) before some layers -> after them. `running` (B, T), on the host: who runs them (None: all);
-        the others keep their streams. Who is left out of the first segment is padding."""
+        the others keep their streams. Who is left out of the first segment, padding or a prompt that stands elsewhere,
+        gives no keys and values either."""
         h = h.flatten(0, 1)
         if segment == 0:
             self.tables, self.present = rope(self.shape[1], model.config, h), running

@@ -52,7 +52,7 @@ def kept_streams(s: Subject, responses) -> list[torch.Tensor]:
     found = []
     for i in range(0, len(responses), 64):
         batch = collate(responses[i : i + 64], s.policy.n_layers, s.policy.device)
-        h = s.policy(batch.ids, batch.depths).h[batch.predicting].float().cpu()
+        h = s.policy(batch.ids, batch.depths, place=batch.place).h[batch.predicting].float().cpu()
         found += h.split([len(r) for r in responses[i : i + 64]])
     return found
 

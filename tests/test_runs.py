@@ -518,9 +518,9 @@ def test_an_unfinished_run_is_marked(home):
 def test_an_evaluation_never_overwrites_a_run_or_another(home):
     """Else their completions are lost."""
     before = (home / "two" / "completions.jsonl").read_bytes()
-    refused("evaluate.py", "two", "--n", 2, "--out", "two", home=home, naming="--out two has a config.json")
+    refused("evaluate.py", "two", "--n", 2, "--out", "two", home=home, naming="--out two holds config.json")
     evaluated(home, "base", "--model", "toy", "--task", "arithmetic")
-    refused("evaluate.py", "two", "--n", 2, "--out", "eval", home=home, naming="--out eval has an evaluation.json")
+    refused("evaluate.py", "two", "--n", 2, "--out", "eval", home=home, naming="--out eval holds evaluation.json")
     refused("evaluate.py", "two", "--n", 2, "--max-new-tokens", 99_999, home=home, naming="leave room for")
     assert not list((home / "runs").glob("evaluate*"))
     assert (home / "two" / "completions.jsonl").read_bytes() == before
