@@ -3,8 +3,6 @@
 import json
 import os
 import resource
-import subprocess
-import sys
 import time
 from fnmatch import fnmatch
 from functools import cache
@@ -319,34 +317,6 @@ def test_pieces_are_printable_one_per_token(loaded):
 
 
 # the hub
-
-def offline(code, cache):
-    """Runs code as HF_HUB_OFFLINE=1 would find it, for the hub client reads its settings at import."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env,
-                          cwd=Path(__file__).parent.parent)
-
-
-def test_offline_with_an_empty_cache_is_one_line(tmp_path):
-    """Else a laptop on a train shows forty lines of traceback for a model that isn't downloaded."""
-    code = "from data.hub import *\ntry: resolve('Qwen/Qwen3-4B')\nexcept UserError as error: print(error)"
-    run = offline(code, tmp_path)
-    assert run.stdout.count("\n") == 1 and run.returncode == 0, run.stderr
-    for word in ("Qwen/Qwen3-4B", "HF_HUB_OFFLINE", str(tmp_path), "local folder"):
-        assert word in run.stdout
-
-
-def test_a_cached_repository_is_found_offline(tmp_path):
-    """Else HF_HOME is not honoured, and an offline machine can't use what it has."""
-    sha = "a" * 40
-    repo = tmp_path / "hub" / "models--some--model"
-    build(repo / "snapshots" / sha)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(sha)
-    code = "from data.text import Tokenizer\nprint(Tokenizer.from_pretrained('some/model').eos_ids)"
-    run = offline(code, tmp_path)
-    assert run.stdout.startswith("("), run.stderr
-
 
 def test_neither_pickles_nor_code_are_asked_of_the_hub(monkeypatch, tmp_path):
     """Else loading a model can run what its author wrote."""
