@@ -69,14 +69,25 @@ A = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
     ("exit_config.json", lambda c: c.pop("exits"), "exits"),
     ("adapter_config.json", lambda c: c.pop("r"), "'r'"),
     ("adapter_config.json", lambda c: c.update(r=4), "has shape"),
+    ("adapter_config.json", lambda c: c.update(r=10**5), "lora_A.weight has shape"),
+    ("adapter_config.json", lambda c: c.update(r="3"), "r = '3'"),
+    ("adapter_config.json", lambda c: c.update(lora_alpha=0), "lora_alpha"),
+    ("adapter_config.json", lambda c: c.update(use_rslora=True), "use_rslora"),
+    ("exit_config.json", lambda c: c.update(exits=[4, 2]), "exits [4, 2]"),
+    ("exit_config.json", lambda c: c.update(exits=[2, "4"]), "exits = "),
+    ("exit_config.json", lambda c: c.update(exits=[]), "exits []"),
+    ("exit_config.json", lambda c: c.update(num_hidden_layers=None), "num_hidden_layers"),
+    ("exit_config.json", lambda c: c.update(base=3), "base"),
 ])
 def test_a_policy_that_does_not_fit_is_refused_by_name(name, change, told, tmp_path):
-    """A tensor that is skipped stays at its start, and the loaded policy is another one."""
+    """A tensor that is skipped stays at its start, and the loaded policy is another one. Refused before anything is
+    allocated, for a huge r would take all memory."""
     save_policy(toy_policy(), tmp_path)
     edit(tmp_path / name, change)
+    model = toy_model()
     with pytest.raises(UserError) as error:
-        load_policy(toy_model(), tmp_path)
-    assert told in str(error.value)
+        load_policy(model, tmp_path)
+    assert told in str(error.value) and not any("lora_" in name for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("changes, told", [
