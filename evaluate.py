@@ -260,10 +260,10 @@ def main() -> None:
                          args)
     said = [headline(metrics[0], before, m, by_label) for before, m in pairwise(metrics)]
     write_json(out / "evaluation.json", {"args": vars(args), "metrics": metrics, "headlines": said})
-    report.write_page(out / "page.html", {
+    write_text(out / "page.html", report.page({
         "title": "Early exits, token by token", "n_layers": policy.n_layers, "exits": list(policy.exits),
         "subtitle": f"{Path(args.model).name}, {Path(args.task).name}, {drawn}",
-        "headline": said[-1] if said else "", "metrics": metrics, "problems": shown})
+        "headline": said[-1] if said else "", "metrics": metrics, "problems": shown}))
     print(f"wrote {out}/page.html, evaluation.json, completions.jsonl")
     print("\n".join(said))
 

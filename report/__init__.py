@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 from string import Template
 
-from data.hub import write_text
 from report.kinds import MEANING
 
 METRICS = ("name", "n", "accuracy", "accuracy_low", "accuracy_high", "exit_rate", "layer_savings", "average_compute",
@@ -30,22 +29,17 @@ def pack(record: dict) -> dict:
     def thousandths(p):
         return round(1000 * p) if math.isfinite(p) else None
 
-    def pack_run(problem, name, run):
-        T = len(run["tokens"])
-        if len(run["depths"]) != T or not {len(run["exit_probs"]), len(run["top"])} <= {0, T}:
-            raise ValueError(f"problem {problem}, {name}: depths, exit_probs and top must be as long as the {T} tokens")
-        if strange := set(run["depths"]) - set(depths):
-            raise ValueError(f"problem {problem}, {name}: depths {sorted(strange)} are none of {depths}")
+    def pack_run(name, run):
         reached = [depths.index(depth) + 1 for depth in run["depths"]]
         return run | {
             "name": name,
             "tokens": [string_id(token) for token in run["tokens"]],
             "exit_probs": [[thousandths(p) for p in ps[:k]] for ps, k in zip(run["exit_probs"], reached, strict=False)],
             "top": [[[(string_id(token), thousandths(p)) for token, p in lens] for lens in lenses[:k]]
-                    for lenses, k in zip(run["top"], reached, strict=False)],
+                    for lenses, k in zip(run["top"], reached, strict=True)],
         }
 
-    problems = [problem | {"runs": [pack_run(problem["id"], name, run) for name, run in problem["runs"].items()]}
+    problems = [problem | {"runs": [pack_run(name, run) for name, run in problem["runs"].items()]}
                 for problem in record["problems"]]
     metrics = [{key: metric[key] for key in METRICS} | {"kinds": {
         MEANING[kind["kind"]]: [kind["share"], kind["average_compute"]] for kind in metric["kinds"]
@@ -65,8 +59,3 @@ def page(record: dict) -> str:
     frame, css, script = (Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     data = json.dumps(pack(record), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return Template(frame).substitute(css=css, script=script, data=data)
-
-
-def write_page(path: str | Path, record: dict) -> None:
-    """Write the page whole or not at all: a crash leaves the old file or none, never half of one."""
-    write_text(Path(path), page(record))

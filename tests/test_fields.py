@@ -76,12 +76,16 @@ def test_what_is_written_is_json_and_there_or_not():
 
 
 def test_a_file_is_replaced_only_when_it_is_on_the_disk(tmp_path, monkeypatch):
-    """Else a power cut leaves a name without its content."""
+    """Else a power cut leaves a name without its content, or an error half of it, or litter."""
     calls, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(hub.os, "fsync", lambda *args: (calls.append("fsync"), fsync(*args)))
     monkeypatch.setattr(hub.os, "replace", lambda *args: (calls.append("replace"), replace(*args)))
     write_text(tmp_path / "x", "text")
     assert calls == ["fsync", "replace", "fsync"] and (tmp_path / "x").read_text() == "text"
+    monkeypatch.setattr(hub.os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_text(tmp_path / "x", "another")
+    assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x").read_text() == "text"
 
 
 def test_mutated_files_are_refused_in_one_line(tmp_path, monkeypatch):
