@@ -325,10 +325,7 @@ def save(args, name: str, command: str, **data) -> dict:
 
 def figure(args, name: str, columns: int = 1, rows: int = 1, width: float = 7, height: float = 3.4):
     """(axes, finish): empty axes that share a plain style, and what writes them to figures/NAME.png."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib: python -m pip install -r requirements.txt") from None
+    import matplotlib  # slow
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.2,

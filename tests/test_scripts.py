@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -23,9 +24,6 @@ from tests.commands import RL, fresh, lines, run, toy_checkpoint
 
 def test_literal_command_on_a_hub_model_offline(tmp_path):
     """`python distill.py --model Qwen/Qwen3-4B` with nothing else must find model and GSM8K in the hub's cache."""
-    pytest.importorskip("pyarrow")
-    import pyarrow
-    import pyarrow.parquet
     hub = tmp_path / "home" / "hub"
     for kind, sha in (("models--Qwen--Qwen3-4B", "a" * 40), ("datasets--openai--gsm8k", "b" * 40)):
         (hub / kind / "refs").mkdir(parents=True)

@@ -391,7 +391,6 @@ def test_the_monitors_table_reads_the_regime_that_is_the_models_own():
 
 def test_figures_are_small(tmp_path):
     """Pages that load at once, and a repository that stays light."""
-    pytest.importorskip("matplotlib")
     args = argparse.Namespace(out=tmp_path)
     table1.draw(args, {"distributions": [{"name": name, "depths": [1, 2, 3], "target": [0.2, 0.3, 0.5],
                                           "learned": [0.3, 0.3, 0.4]} for name in ("1", "4", "16")]})

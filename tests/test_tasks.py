@@ -5,6 +5,7 @@ import json
 from argparse import Namespace
 from fnmatch import fnmatch
 
+import pyarrow.parquet
 import pytest
 
 from data import hub, tasks
@@ -28,10 +29,8 @@ def jsonl(path, items, end="\n"):
 
 
 def parquet(path, items):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(items), path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(items), path)
     return str(path)
 
 
@@ -454,9 +453,8 @@ def test_a_file_of_another_kind_is_not_a_task(tmp_path):
 
 def test_bad_utf8_in_parquet_is_told(tmp_path):
     """Else one broken cell ends in a UnicodeDecodeError."""
-    pyarrow = pytest.importorskip("pyarrow")
     broken = pyarrow.array([b"q\xff"]).cast(pyarrow.binary()).view(pyarrow.string())
     table = pyarrow.table({"question": broken, "answer": pyarrow.array(["#### 1"])})
-    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "x.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(UserError, match="x.parquet can't be read as parquet"):
         load("gsm8k", "train", str(tmp_path / "x.parquet"))
