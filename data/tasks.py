@@ -42,8 +42,8 @@ class Problem:
     gold: str
     kind: str  # "number" or "choice"
     choices: tuple[str, ...] | None = None
-    cot: str | None = None  # a right chain of thought, where the source has one
-    program: object = None  # what a generator computed the answer with
+    cot: str | None = None  # a generator's chain of thought
+    program: object = None  # what it computed the answer with
     instruction: str = ""  # says how to answer
     own_grade: Callable | None = None  # (problem, response) -> whether it is right, instead of data/grade.py
     own_reward: Callable | None = None  # (problem, response) -> r_task of eq. (1), instead of 1 for right
@@ -229,14 +229,13 @@ def gsm8k(split: str, data: str | None) -> list[Problem]:
     problems = []
     for i, (where, row) in enumerate(_gsm8k_rows(path, split)):
         question, answer = (_field(row, name, where) for name in ("question", "answer"))
-        cot, mark, gold = answer.rpartition("####")
+        _, mark, gold = answer.rpartition("####")
         gold = gold.strip().replace(",", "")
         if not mark or number(gold) is None:
             raise UserError(f"{where}: 'answer' must end in '#### ' and a number: repair or remove the row")
         if path.is_file() and _split(" ".join(question.split())) != split:
             continue
-        cot = re.sub(r"<<[^>]*>>", "", cot).strip()  # the calculator's marks
-        problems.append(Problem(f"gsm8k/{split}/{i}", question, gold, "number", None, cot, None, BOXED))
+        problems.append(Problem(f"gsm8k/{split}/{i}", question, gold, "number", instruction=BOXED))
     return problems
 
 

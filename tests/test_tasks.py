@@ -56,11 +56,10 @@ def asked(problem, taught: bool = False) -> str:
 # gsm8k
 
 def test_gsm8k_row_becomes_a_problem(tmp_path):
-    """Else the calculator's marks are taught to the model, or a gold with a comma is never matched."""
+    """Else a gold with a comma is never matched."""
     jsonl(tmp_path / "train.jsonl", [ROW])
     problem, = load("gsm8k", "train", str(tmp_path))
     assert problem.gold == "1072" and problem.kind == "number"
-    assert problem.cot == "Then 48/2 = 24.\nIn all 48+24 = 1,072."
     assert asked(problem) == ("Natalia sold 48 clips, then half as many. How many?\n"
                               "Please reason step by step, and put your final answer within \\boxed{}.")
     assert problem.grade(r"\boxed{1072.0}", True).strict
