@@ -23,7 +23,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Cache:
-    """Keys and values of R rows, preallocated, and the final streams of their tokens: `numbers` of a slot each.
+    """Keys and values of R rows, preallocated, and the final streams of their tokens.
 
     Row r holds length[r] tokens. The layers between two exits are a segment; in segment g the first filled[g, r]
     tokens of a row have their keys and values. The others froze below it and wait: their streams are in `streams`.
@@ -39,11 +39,6 @@ class Cache:
         self.cos, self.sin = rope(slots, config, like)
         self.graphs = graphs  # fast.graphs.Graphs, to decode by CUDA graphs
         self.site: NextTokens | None = None
-
-    @staticmethod
-    def numbers(config: Config) -> int:
-        """Of a slot: 2 L K C + D."""
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim + config.hidden_size
 
     def write_prompts(self, layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Keys and values (P, T, K, C) of prompts, into the rows (P, G), on the device, that continue them."""
@@ -171,7 +166,8 @@ class NextTokens:
 
 def row_bytes(config: Config, slots: int, like: torch.Tensor) -> int:
     """Memory of one cache row: slots x (2 L K C + D) numbers in the base's dtype."""
-    return slots * Cache.numbers(config) * like.element_size()
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim + config.hidden_size
+    return slots * numbers * like.element_size()
 
 
 def free_memory(like: torch.Tensor) -> int:
