@@ -241,12 +241,15 @@ def test_only_lora_and_heads_get_gradient(recompute):
 
 
 def test_recomputing_blocks_leaves_the_policys_gradient_alone():
-    """Checkpointed blocks must freeze the same positions when they run again."""
-    policy, gradients = toy_policy().double(), []
+    """Checkpointed blocks must freeze the same positions when they run again; and run again, or long sequences would
+    not fit."""
+    policy, gradients, calls = toy_policy().double(), [], []
+    policy.model.model.layers[3].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for policy.model.recompute in (False, True):
         policy.zero_grad()
         loss_of(policy)[1].backward()
         gradients.append([p.grad for p in policy.trained().values()])
+    assert len(calls) == 2 + 3  # the base's pass and the policy's, then that twice
     for plain, recomputed in zip(*gradients, strict=True):
         assert_close(recomputed, plain)
 

@@ -319,15 +319,6 @@ def test_stage_2_starts_from_stage_1_alone(home):
     refused("rloo.py", *RL, "--init", "one/step-000002", home=home, naming="give one, whose newest checkpoint is taken")
 
 
-def test_a_copied_run_is_a_run(home):
-    """Else runs can't be archived, shared or branched."""
-    shutil.copytree(home / "one", home / "copies" / "one")
-    shutil.rmtree(home / "one")
-    run("distill.py", "--resume", "copies/one", "--steps", 3, cwd=home)
-    run("rloo.py", *RL[:-1], 1, "--init", "copies/one", cwd=home)
-    run("evaluate.py", "copies/one", "--n", 2, "--out", "eval", cwd=home)
-
-
 # flags on resume
 
 @pytest.mark.parametrize("flags, naming", [
