@@ -199,25 +199,14 @@ def test_base_responses_differ_by_seed_and_by_split(tmp_path):
 
 BAD = {
     "no stage-1 run": (("rloo.py",), "python distill.py"),
-    "k of one": (("rloo.py", "--samples", 1), "--samples"),
     "absent model": (("distill.py", "--model", "./nothing"), "nothing"),
     "stride out of range": (("distill.py", "--model", "toy", "--task", "stories", "--exit-every", 9), "--exit-every 9"),
-    "prompt beyond the context": (("distill.py", "--model", "toy", "--task", "arithmetic", "--max-new-tokens", 4090),
-                                  "--max-new-tokens"),
-    "graphs without CUDA": (("distill.py", "--model", "toy", "--device", "cpu", "--cuda-graphs"), "--cuda-graphs"),
-    "no steps": (("distill.py", "--model", "toy", "--steps", 0), "--steps"),
-    "malformed data": (("distill.py", "--model", "toy", "--data", "bad.jsonl"), "bad.jsonl:2"),
-    "missing column": (("distill.py", "--model", "toy", "--data", "column.jsonl"), "answer"),
-    "empty data": (("distill.py", "--model", "toy", "--data", "empty.jsonl"), "empty.jsonl"),
-    "absent teacher": (("distill.py", "--model", "toy", "--task", "arithmetic", "--teacher", "x.jsonl"), "x.jsonl"),
     "run of another version": (("rloo.py", "--resume", "old"), "another version"),
     "not a run": (("evaluate.py", "toy"), "toy"),
     "nothing to evaluate": (("evaluate.py",), "python distill.py"),
     "merge without out": (("evaluate.py", "--merge", "toy"), "--out"),
     "unset variable": (("distill.py", "--resume", ""), "--resume is empty"),
     "run as a model": (("distill.py", "--model", "old"), "--model old is a run"),
-    "file as a folder": (("distill.py", "--model", "toy", "--task", "arithmetic", "--out", "empty.jsonl"),
-                         "--out empty.jsonl is a file"),
 }
 
 
@@ -225,9 +214,6 @@ BAD = {
 def test_bad_input_ends_in_one_line(case, tmp_path, monkeypatch, capsys):
     """A user's mistake is told in one line that names it, with exit code 2, and nothing half-written is left."""
     toy_checkpoint(tmp_path / "toy")
-    (tmp_path / "bad.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n{"question": \n')
-    (tmp_path / "column.jsonl").write_text('{"question": "q"}\n')
-    (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.jsonl").write_text("")
     (tmp_path / "old" / "config.json").write_text('{"stage": "rloo", "args": {"model": "toy"}}')
