@@ -98,8 +98,6 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
         if not 0 < len(prompt) <= context - max_new_tokens:
             raise UserError(f"prompt {i} has {len(prompt)} tokens: it must have one at least, and leave room for "
                             f"--max-new-tokens {max_new_tokens} in a context of {context}; shorten either")
-    if max_new_tokens < 1 or samples < 1:
-        raise UserError("at least 1 sample and 1 new token are needed")
     if not prompts:  # as where a step has fewer of them than there are processes
         return []
     responses = [Response(prompt, [], [], [], []) for prompt in prompts for _ in range(samples)]

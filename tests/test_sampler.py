@@ -430,10 +430,3 @@ def test_a_prompt_that_just_fits_is_accepted():
     """The context's last position is usable."""
     (r,) = generate(toy_policy(), [[1] * 124], max_new_tokens=4, eos_ids=[])
     assert len(r) == 4 and all(map(math.isfinite, r.logp_token))
-
-
-@pytest.mark.parametrize("bad", [dict(max_new_tokens=0), dict(max_new_tokens=4, samples=0)])
-def test_a_request_for_nothing_is_refused(bad):
-    """It would end in an error about an empty tensor."""
-    with pytest.raises(UserError, match="at least 1"):
-        generate(toy_policy(), [[1, 2]], eos_ids=[], **bad)
