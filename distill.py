@@ -296,7 +296,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
     """Accumulates the gradient of eq. (5) over a step's responses and returns what is logged."""
     count = args.draws * sum(map(len, responses))
     E, outcomes = len(policy.exits), policy.depth_of_outcome
-    sizes = [2, E + 1, E, E, E]
+    sizes = [2, E + 1, E, E]
     sums = policy.heads.bias.new_zeros(sum(sizes))
     for index, batch in micro_batches(policy, responses, args.micro_batch, parallel.share(len(responses))):
         base_h, lens_h = base_pass(policy, batch)
@@ -312,16 +312,14 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
         distill_loss(token_kl, exit_nll(exit_logits, p_safe, depths, policy.exits), count).backward()
 
         learned, reached = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
-        wanted, _ = hazards(p_safe, depths, policy.exits)
         # Logged is (5) as it stands, with the coins that fell; the gradient has averaged them out.
         total = torch.stack([token_kl.detach().sum(), -logp_exit.detach().sum()])
-        sums += torch.cat([total, args.draws * log_q.exp().sum(0), learned, wanted, reached])
+        sums += torch.cat([total, args.draws * log_q.exp().sum(0), learned, reached])
     parallel.add(sums)  # over the processes; apply_gradients adds the gradients
-    total, q_sum, learned, wanted, reached = sums.cpu().split(sizes)  # together, since each copy waits for the device
-    total, reached = (total / count).tolist(), reached.clamp(min=1)
+    total, q_sum, learned, reached = sums.cpu().split(sizes)  # together, since each copy waits for the device
+    total, p_learned = (total / count).tolist(), learned / reached.clamp(min=1)
     return {"loss": sum(total), "token_kl": total[0], "exit_cross_entropy": total[1], "tokens": count,
-            "target": summary(q_sum / count, outcomes), "learned": summary(from_hazards(learned / reached), outcomes),
-            "hazard_learned": (learned / reached).tolist(), "hazard_target": (wanted / reached).tolist()}
+            "target": summary(q_sum / count, outcomes), "learned": summary(from_hazards(p_learned), outcomes)}
 
 
 @parallel.shared

@@ -123,7 +123,7 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
     slow, names = reference(policy), [name.removeprefix("model.") for name in policy.trained()]
     for name in names:
         slow.w[name].requires_grad_()
-    scores, targets, hazards, coins = [], [], [], []
+    scores, targets, hazards, coins = [], [], ([], []), []
     for i, r in enumerate(ANSWERS):
         kls = [slow_kls(policy, ids) for _, ids in predicting(r)]
         q = [slow_target(row, kappa) for row in kls]
@@ -136,8 +136,9 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
             for t, ids in predicting(r):
                 p, s = slow.policy(ids, before[:t])[0], slow_safe(kls[t - len(r.prompt_ids) + 1], kappa)
                 reached = [e for e in (0, 1) if before[t] >= EXITS[e]]
-                hazards += [(e, p[e].item(), s[e]) for e in reached]
-                coins += [-s[e] * p[e].log() - (1 - s[e]) * (1 - p[e]).log() for e in reached]
+                for e in reached:
+                    hazards[e].append(p[e].item())
+                    coins.append(-s[e] * p[e].log() - (1 - s[e]) * (1 - p[e]).log())
     logp_exit, _, token_kl = torch.cat(scores, 1)
     loss = (token_kl - logp_exit).mean()
     ((token_kl.sum() + sum(coins)) / len(token_kl)).backward()
@@ -150,10 +151,9 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
         assert metrics[key] == pytest.approx(value.item(), rel=1e-6)
     assert metrics["tokens"] == 7 * draws
     assert metrics["target"]["distribution"] == pytest.approx(torch.tensor(targets).mean(0).tolist(), abs=2e-5)
-    for e in (0, 1):
-        p, s = torch.tensor([(p, s) for exit_idx, p, s in hazards if exit_idx == e], dtype=torch.double).mean(0)
-        assert metrics["hazard_learned"][e] == pytest.approx(float(p), rel=1e-6)
-        assert metrics["hazard_target"][e] == pytest.approx(float(s), rel=1e-6)
+    first, second = (sum(hazards[e]) / len(hazards[e]) for e in (0, 1))
+    assert metrics["learned"]["exit_rate"] == pytest.approx(1 - (1 - first) * (1 - second), rel=1e-6)
+    assert metrics["learned"]["layer_savings"] == pytest.approx((4 * first + 2 * (1 - first) * second) / L, rel=1e-6)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])

@@ -96,7 +96,7 @@ def main() -> None:
 
     of_three = drawn[::2]  # so that the fourth rank has none
     metrics = distill.train_step(policy, of_three, 1, args)
-    figures = [metrics["loss"], *metrics["hazard_target"], metrics["learned"]["exit_rate"]]
+    figures = [metrics["loss"], metrics["target"]["layer_savings"], metrics["learned"]["exit_rate"]]
     gradient("stage 1")
     measured = distill.held_out(policy, of_three, 1.0, 0, 3)
     figures += [measured["token_kl"], measured["intact"], measured["learned"]["exit_rate"]]
