@@ -223,12 +223,12 @@ def monitor(s: Subject, name: str = "") -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------------------------------ comparisons
 
 
-def resampled(values: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+def resampled(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Means over problems, NaN left out, each (1 + RESAMPLES,): of the problems as they are, and of resamples with
     replacement. One seed draws the same problems for every value and model: what is computed of them is paired."""
     n = len(next(iter(values.values())))
     table = np.stack(list(values.values()), 1)
-    weight = np.concatenate([np.ones((1, n)), np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)])
+    weight = np.concatenate([np.ones((1, n)), np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)])
     with np.errstate(all="ignore"):
         means = weight @ np.nan_to_num(table) / (weight @ ~np.isnan(table))
     return dict(zip(values, means.T, strict=True))

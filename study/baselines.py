@@ -62,8 +62,6 @@ def confidence(tau: float):
     return rule
 
 
-
-
 class Peek:
     """A cache for a pass that leaves no trace: what it wrote is not counted as there, and is written again."""
 

@@ -93,14 +93,14 @@ def HID(rng: random.Random, task: str) -> tuple[dict, bool]:
         problem | {"cot": " ." * rng.randint(10, 60)}, True)
 
 
-def train(make, task: str, steps: int, tokenizer: Tokenizer, batch: int = 16) -> Transformer:
+def train(make, task: str, steps: int, tokenizer: Tokenizer) -> Transformer:
     """The embedded model, trained on responses of `make`; it runs at full depth."""
     model = Transformer.from_pretrained(EMBEDDED).requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
     with tqdm(range(steps), desc=make.__name__) as bar:
         for step in bar:
             rng = random.Random(f"{make.__name__} {step}")
-            drawn = [make(rng, task) for _ in range(batch)]
+            drawn = [make(rng, task) for _ in range(16)]
             rows = [row for mode in (True, False)
                     if (some := [p for p, thinks in drawn if thinks == mode]) for row in encode(tokenizer, some, mode)]
             ids, weight = collate(rows)

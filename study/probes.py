@@ -22,11 +22,11 @@ def standard(x: torch.Tensor, fit: torch.Tensor) -> torch.Tensor:
     return torch.cat([(x - some.mean(0)) / some.std(0, correction=0).clamp(min=1e-6), x.new_ones(len(x), 1)], 1)
 
 
-def softmax_probe(x: torch.Tensor, labels: torch.Tensor, fit: torch.Tensor, steps: int = 40) -> torch.Tensor:
+def softmax_probe(x: torch.Tensor, labels: torch.Tensor, fit: torch.Tensor) -> torch.Tensor:
     """-log p (n,) of labels (n,) 0..C-1 by a linear softmax probe on x (n, D), trained where `fit`."""
     x, C = standard(x, fit), int(labels.max()) + 1
     W = torch.zeros(x.shape[1], C, requires_grad=True)
-    optimizer = torch.optim.LBFGS([W], max_iter=steps, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([W], max_iter=40, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()

@@ -32,9 +32,9 @@ def accuracy(row: dict) -> str:
     return f"{percent(row['accuracy'])} ({100 * row['accuracy_low']:.0f}–{100 * row['accuracy_high']:.0f})"
 
 
-def signed(change: float, half: float, scale: float = 100, digits: int = 1) -> str:
+def signed(change: float, half: float, scale: float = 100) -> str:
     """A difference with half of its 95% interval; in points, unless scale is 1."""
-    return f"{scale * change:+.{digits}f} ± {scale * half:.{digits}f}".replace("-", "−")
+    return f"{scale * change:+.1f} ± {scale * half:.1f}".replace("-", "−")
 
 
 def change(row: dict, name: str = "accuracy") -> str:
