@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from exits import PROJECTIONS, Policy, exit_depths  # noqa: E402
 from fast.linear import linear  # noqa: E402
 from model import Config, Transformer  # noqa: E402
 
@@ -39,6 +40,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--model", help="checkpoint folder; it is also measured in transformers, where installed")
     p.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="random weights (default: smollm2-135m)")
     p.add_argument("--layers", type=int, help="of --shape: only so many (default: all)")
+    p.add_argument("--exit-every", type=int, help="layers between exits")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
     p.add_argument("--cuda-graphs", action="store_true", help="decode by CUDA graphs")
@@ -69,14 +71,15 @@ def random_model(shape: str, layers: int | None, dtype: torch.dtype, device: str
     return model.eval()
 
 
-def load(args) -> Transformer:
+def load(args) -> Policy:
+    settle(args)
     dtype = getattr(torch, args.dtype)
     if args.model:
         model = Transformer.from_pretrained(args.model, dtype=dtype, device=args.device)
     else:
         model = random_model(args.shape, args.layers, dtype, args.device)
     model.graphs = args.cuda_graphs
-    return model
+    return Policy(model, exit_depths(model.config.num_hidden_layers, args.exit_every))
 
 
 def peer(args):
@@ -116,9 +119,7 @@ def median(values) -> float:
 
 
 def layer_weights(block) -> list[torch.Tensor]:
-    attention, mlp = block.self_attn, block.mlp
-    return [part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-                                     mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    return [part.weight for name, part in block.named_modules() if name.endswith(PROJECTIONS)]
 
 
 @torch.no_grad()

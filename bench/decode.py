@@ -26,11 +26,10 @@ from common import (
     peak_gib,
     peer,
     report,
-    settle,
 )
 
 import sample
-from exits import Policy, adapters_off, exit_depths
+from exits import Policy, adapters_off
 from fast.cache import Cache
 from fast.graphs import Graphs
 
@@ -140,12 +139,9 @@ def main() -> None:
     p.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     p.add_argument("--context", type=int, nargs="+", default=[128], help="prompt tokens (default: 128)")
     p.add_argument("--new", type=int, default=24, help="tokens decoded and counted (default: 24)")
-    p.add_argument("--exit-every", type=int, help="layers between exits")
     p.add_argument("--grow", action="store_true", help="sweep batch 1..64 and context 256..4096")
     args = p.parse_args()
-    settle(args)
-    model = load(args)
-    policy = Policy(model, exit_depths(model.config.num_hidden_layers, args.exit_every), rank=16)
+    policy = load(args)
     with torch.no_grad():
         policy.heads.bias.fill_(-1e9)  # "never firing" evaluates the heads and draws
     theirs, note = (None, "no prompts are read") if args.grow else peer(args)

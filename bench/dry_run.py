@@ -28,14 +28,13 @@ def main() -> None:
     p.add_argument("--layers", type=int, help="run only so many layers (default: all)")
     p.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default: 128)")
     p.add_argument("--new", type=int, default=128, help="tokens of a response (default: 128)")
-    p.add_argument("--rank", type=int, default=16)
     args = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     model = random_model(args.shape, args.layers, dtype, device)
     model.recompute = True
-    policy = Policy(model, exit_depths(model.config.num_hidden_layers), args.rank, head_width=256)
+    policy = Policy(model, exit_depths(model.config.num_hidden_layers), head_width=256)
     run, optimizer = runs.Run(Path(tempfile.mkdtemp()), args), adamw(policy)  # the run only takes steps
     trained = sum(p.numel() for p in policy.trained().values())
     size = sum(p.numel() for p in policy.parameters())

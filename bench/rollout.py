@@ -10,9 +10,9 @@ in the mean (at random ids; the same random numbers in every arm, so the same to
 from contextlib import nullcontext
 
 import torch
-from common import interleaved, load, machine, median, parser, peak_gib, peer, report, settle
+from common import interleaved, load, machine, median, parser, peak_gib, peer, report
 
-from exits import Policy, Response, adapters_off, exit_depths
+from exits import Policy, Response, adapters_off
 from fast.cache import row_bytes
 from sample import generate
 
@@ -44,14 +44,11 @@ def main() -> None:
     p.add_argument("--context", type=int, default=128, help="prompt tokens (default: 128)")
     p.add_argument("--new", type=int, default=32, help="tokens of a response at most (default: 32)")
     p.add_argument("--rows", type=int, default=16, help="responses in the cache at a time (default: 16)")
-    p.add_argument("--exit-every", type=int)
     args = p.parse_args()
-    settle(args)
-    model = load(args)
-    policy = Policy(model, exit_depths(model.config.num_hidden_layers, args.exit_every), rank=16)
+    policy = load(args)
     uniform_heads(policy)
-    V, G = model.config.vocab_size, args.samples
-    prompts = torch.randint(5, V, (args.prompts, args.context))
+    model, G = policy.model, args.samples
+    prompts = torch.randint(5, model.config.vocab_size, (args.prompts, args.context))
     rows = prompts.tolist()
     eos = ending_halfway(generate(policy, rows, samples=G, max_new_tokens=args.new, eos_ids=[-1], rows=args.rows))
     produced = {}

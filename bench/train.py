@@ -17,17 +17,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, load, machine, median, parser, peak_gib, peer, report, settle, synchronise
+from common import interleaved, load, machine, median, parser, peak_gib, peer, report, synchronise
 
 import distill
 from exits import (
+    PROJECTIONS,
     ExitHeads,
     Policy,
     Response,
     adapters_off,
     base_pass,
     collate,
-    exit_depths,
     joint_logp,
     score,
     stick_breaking,
@@ -68,8 +68,8 @@ def peft_model(args, rank: int):
         from peft import LoraConfig, get_peft_model
     except ImportError:
         return None, "peft is not installed"
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return get_peft_model(theirs, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)), note + " + peft"
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(PROJECTIONS))
+    return get_peft_model(theirs, lora), note + " + peft"
 
 
 def steps(policy: Policy, args) -> None:
@@ -84,7 +84,7 @@ def steps(policy: Policy, args) -> None:
 
     full, mixed = (collate(responses(depths), L, args.device)
                    for depths in ([L] * (T - 1), [outcomes[i % (E + 1)] for i in range(T - 1)]))
-    settings = argparse.Namespace(micro_batch=args.micro_batch or B, kl_factor=NEVER_SAFE, seed=0, draws=1)
+    settings = argparse.Namespace(micro_batch=B, kl_factor=NEVER_SAFE, seed=0, draws=1)
     losses = {}
 
     def ours():
@@ -209,16 +209,11 @@ def main() -> None:
     p = parser(__doc__)
     p.add_argument("--batch", type=int, default=4, help="sequences in a step (default: 4)")
     p.add_argument("--length", type=int, default=128, help="positions of a sequence (default: 128)")
-    p.add_argument("--micro-batch", type=int, help="sequences in one pass (default: all)")
-    p.add_argument("--rank", type=int, default=16)
-    p.add_argument("--exit-every", type=int, help="layers between exits")
     p.add_argument("--recompute", action="store_true", help="activation checkpointing")
     p.add_argument("--memory", type=int, nargs="+", metavar="POSITIONS", help="measure targets and loss alone")
     args = p.parse_args()
-    settle(args)
-    model = load(args)
-    model.recompute = args.recompute
-    policy = Policy(model, exit_depths(model.config.num_hidden_layers, args.exit_every), args.rank)
+    policy = load(args)
+    policy.model.recompute = args.recompute
     print(f"{args.model or args.shape}, {policy.n_layers} layers, exits {policy.exits}; {machine(args)}")
     memory(policy, args) if args.memory else steps(policy, args)
 
