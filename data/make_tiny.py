@@ -35,6 +35,7 @@ FAMILIES = {"arithmetic": arithmetic, "stories": stories}
 THINKING = 0.75  # share of problems answered with a chain of thought
 MODES = [("think", True, 0.0), ("think_t1", True, 1.0), ("direct", False, 0.0), ("direct_t1", False, 1.0)]
 CHUNK = 16  # batches drawn together, so that rows of like length can share a batch
+SAVE_EVERY = 256  # steps
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 128,
     "intermediate_size": 320, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -186,20 +187,16 @@ def evaluate(folder: Path, tokenizer: Tokenizer, n: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="training state; resumed if it exists")
-    parser.add_argument("--export", type=Path, help="folder of the checkpoint (default: model/ in --out)")
+    parser.add_argument("--out", type=Path, required=True, help="training state, resumed if it exists, and model/")
     parser.add_argument("--steps", type=int, default=2560)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--story-share", type=float, default=0.55, help="share of stories, the longer texts")
-    parser.add_argument("--save-every", type=int, default=256, help="steps between checkpoints")
-    parser.add_argument("--eval-problems", type=int, default=50, help="held-out problems per family")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     args = parser.parse_args()
-    export = args.export or args.out / "model"  # and not data/tiny, which would be gone at the first step
+    export = args.out / "model"  # and not data/tiny, which would be gone at the first step
 
     # Model, optimizers, and where the last run stopped
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = make_tokenizer(export)
     model = Transformer(Config(**config_fields(json.loads((export / "config.json").read_text()))))
@@ -233,12 +230,12 @@ def main() -> None:
             losses.append(loss.item())
             bar.update()
 
-        if step % args.save_every == 0 or step >= args.steps:
+        if step % SAVE_EVERY == 0 or step >= args.steps:
             save_state(state, model, optimizers, step)
             save_weights(export, model)
             row = {"step": step, "loss": sum(losses) / len(losses)}
             row |= {"tokens_per_s": tokens / (time.time() - clock)}
-            row |= evaluate(export, tokenizer, args.eval_problems)
+            row |= evaluate(export, tokenizer, 50)
             with open(args.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             bar.write(json.dumps(row))
