@@ -18,7 +18,6 @@ Shapes: P prompts of a step, k samples of each, B responses of a micro-batch, N 
 
 import argparse
 import time
-from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 
@@ -30,7 +29,7 @@ import runs
 from checkpoints import load_policy
 from data import tasks
 from data.hub import UserError, field
-from evaluate import measure
+from evaluate import graded, measure
 from exits import Policy, Response, base_pass, micro_batches, score
 from fast.packing import send
 from sample import generate
@@ -171,16 +170,16 @@ def main() -> None:
                                  max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step),
                                  first_row=mine.start * args.samples)
         asked = [problems[i] for i in chosen for _ in range(args.samples)]
-        graded = [runs.grade(problem, r, tokenizer) for problem, r in zip(asked, responses, strict=True)]
+        rows = graded(asked, responses, tokenizer)
         times.append(time.perf_counter())
 
         # Score: the reward needs the KL to the base model.
         base, mean_kl, drift = score_responses(policy, responses, args.micro_batch)
-        task = torch.tensor([problem.reward(text, r.finished, grade) for problem, r, (text, grade) in
-                             zip(asked, responses, graded, strict=True)], dtype=torch.double)
+        task = torch.tensor([problem.reward(row["text"], row["finished"], row["correct"])
+                             for problem, row in zip(asked, rows, strict=True)], dtype=torch.double)
         depth_charged = torch.tensor([sum(r.depths) / len(r) / policy.n_layers for r in responses], dtype=torch.double)
         if args.gate_depth_on_correct:
-            depth_charged *= torch.tensor([float(grade.strict) for _, grade in graded])
+            depth_charged *= torch.tensor([float(row["correct"]) for row in rows])
         rewards = reward(task, depth_charged, mean_kl, args.lam, args.beta)
         advantages = leave_one_out(rewards.view(-1, args.samples)).flatten()
         times.append(time.perf_counter())
@@ -191,14 +190,11 @@ def main() -> None:
         times.append(time.perf_counter())
 
         seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
-        rows = parallel.gather([
-            {"step": step, "id": problem.id, "sample": i % args.samples, "text": text, **asdict(r),
-             "gold": problem.gold, "value": grade.value, "rule": grade.rule, "correct": grade.strict,
-             "flexible": grade.flexible, "reward_task": t, "depth_charged": d, "mean_kl": m, "reward": total,
-             "advantage": a}
-            for i, (problem, r, (text, grade), t, d, m, total, a) in enumerate(zip(
-                asked, responses, graded, task.tolist(), depth_charged.tolist(), mean_kl.tolist(), rewards.tolist(),
-                advantages.tolist(), strict=True))])
+        found = {"reward_task": task, "depth_charged": depth_charged, "mean_kl": mean_kl, "reward": rewards,
+                 "advantage": advantages}
+        rows = parallel.gather([{"step": step, "sample": i % args.samples, **row,
+                                 **{name: float(values[i]) for name, values in found.items()}}
+                                for i, row in enumerate(rows)])
         drift = torch.cat(parallel.gather([drift]))
         metrics = {"step": step, **summarise(rows, drift, policy.depth_of_outcome.tolist(), args), **updated}
         metrics |= {f"seconds_{name}": s for name, s in zip(("rollout", "score", "update"), seconds, strict=True)}

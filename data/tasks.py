@@ -55,11 +55,11 @@ class Problem:
         right = own_verdict(self.own_grade, self, text, yes_or_no)
         return Grade(None, "own", right, right)
 
-    def reward(self, text: str, finished: bool, grade: Grade) -> float:
+    def reward(self, text: str, finished: bool, right: bool) -> float:
         """r_task of eq. (1): 1 if the response is finished and right, else 0; or what the task's own reward says of a
         finished response, its thoughts finished or not."""
         if self.own_reward is None or not finished:
-            return float(grade.strict)
+            return float(right)
         value = own_verdict(self.own_reward, self, text, float)
         if not math.isfinite(value):
             raise UserError(f"the reward of problem {self.id} is {value}: it must be a finite number")

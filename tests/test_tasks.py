@@ -310,7 +310,7 @@ def test_the_readmes_own_tasks_run(home, name):
         best, wrong = (f"<think>7</think> \\boxed{{{gold}}}" for gold in (problem.gold, f"1{problem.gold}"))
         for said, right in ((best, True), (wrong, False), (f"{best}</think> It's 7.", False)):
             assert problem.grade(said, True).strict == right
-            assert problem.reward(said, True, problem.grade(said, True)) == right * (1 - len(said) / 20_000)
+            assert problem.reward(said, True, right) == right * (1 - len(said) / 20_000)
     assert metrics["reward_task"] == pytest.approx(sum(row["reward_task"] for row in rows) / len(rows))
     assert metrics["reward"] == pytest.approx(sum(metrics[f"reward_{part}"] for part in ("task", "depth", "kl")))
 
@@ -353,7 +353,7 @@ def test_a_problem_of_ones_own_keeps_its_own_grader(tmp_path):
                                       "own_grade=lambda p, text: text == 'y', own_reward=lambda p, text: 0.5)")
     problem, = load(str(tmp_path / "mine.py"), "train", n=1)
     grade = problem.grade("y", True)
-    assert grade.strict and not problem.grade("ANSWER: x", True).strict and problem.reward("y", True, grade) == 0.5
+    assert grade.strict and not problem.grade("ANSWER: x", True).strict and problem.reward("y", True, True) == 0.5
 
 
 def test_a_task_of_ones_own_may_define_dataclasses(tmp_path):
@@ -418,22 +418,22 @@ def test_a_judge_of_ones_own_decides_and_its_error_is_told(tmp_path, judge, name
     graded, unfinished = problem.grade("good", True), problem.grade("good", False)
     assert graded.strict == (judge == "grade") and not unfinished.flexible
     assert not problem.grade("good", True, think_open=True).flexible  # a thought is no answer, whatever it says
-    assert problem.reward("better", True, problem.grade("better", True)) == (1 if judge == "grade" else 2.5)
-    assert problem.reward("better", False, unfinished) == 0
+    assert problem.reward("better", True, problem.grade("better", True).strict) == (1 if judge == "grade" else 2.5)
+    assert problem.reward("better", False, False) == 0
     if judge == "reward":
         with pytest.raises(UserError, match="the reward of problem mine/train/0/0 is inf"):
-            problem.reward("inf", True, graded)
+            problem.reward("inf", True, True)
     else:  # a text or nothing would count as right or wrong
         with pytest.raises(UserError, match=r"problem mine/train/0/0: grade\(\) gave inf: it must be True or False"):
             problem.grade("inf", True)
     path.write_text(code % judge + "raise SystemExit\n")  # which would end the training as if it were done
     (problem,) = load(str(path), "train", n=2)
     with pytest.raises(UserError, match="SystemExit"):
-        problem.reward("x", True, problem.grade("x", True))
+        problem.reward("x", True, problem.grade("x", True).strict)
     path.write_text(code % judge + "return 1 / 0\n")
     (problem,) = load(str(path), "train", n=2)
     with pytest.raises(UserError, match=named):
-        problem.reward("x", True, problem.grade("x", True))
+        problem.reward("x", True, problem.grade("x", True).strict)
 
 
 def test_a_task_whose_splits_share_a_problem_is_refused(home):
