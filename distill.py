@@ -32,7 +32,6 @@ from exits import (
     Response,
     adapters_off,
     base_pass,
-    collate,
     exit_depths,
     joint_logp,
     micro_batches,
@@ -294,7 +293,7 @@ def report_accuracy(problems, prompts, responses: list[Response], tokenizer: Tok
 
 def train_step(policy: Policy, responses: list[Response], step: int, args) -> dict:
     """Accumulates the gradient of eq. (5) over a step's responses and returns what is logged."""
-    count = args.draws * sum(map(len, responses))
+    count = sum(map(len, responses))
     E, outcomes = len(policy.exits), policy.depth_of_outcome
     sizes = [2, E + 1, E, E]
     sums = policy.heads.bias.new_zeros(sum(sizes))
@@ -302,19 +301,18 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
         base_h, lens_h = base_pass(policy, batch)
         kl_e = lens_kl(policy.model, base_h, lens_h)
         log_q = log_target(kl_e, args.kl_factor)
-        u = send(uniforms((args.seed, DEPTHS, step), index[batch.row], batch.position, args.draws), policy.device)
-        depths = outcomes[torch.cat([draw(log_q, u[:, n]) for n in range(args.draws)]).cpu()]  # l*_t
-        student = collate([responses[i] for i in index] * args.draws, policy.n_layers, policy.device)
-        student.depths[student.row, student.position] = depths
+        u = uniforms((args.seed, DEPTHS, step), index[batch.row], batch.position, 1)[:, 0]
+        depths = outcomes[draw(log_q, send(u, policy.device)).cpu()]  # l*_t
+        batch.depths[batch.row, batch.position] = depths
         # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
-        logp_exit, _, token_kl, exit_logits = score(policy, student, base_h.repeat(args.draws, 1), tokens=False)
-        p_safe = log_safe(kl_e, args.kl_factor)[0].exp().repeat(args.draws, 1)
+        logp_exit, _, token_kl, exit_logits = score(policy, batch, base_h, tokens=False)
+        p_safe = log_safe(kl_e, args.kl_factor)[0].exp()
         distill_loss(token_kl, exit_nll(exit_logits, p_safe, depths, policy.exits), count).backward()
 
         learned, reached = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
         # Logged is (5) as it stands, with the coins that fell; the gradient has averaged them out.
         total = torch.stack([token_kl.detach().sum(), -logp_exit.detach().sum()])
-        sums += torch.cat([total, args.draws * log_q.exp().sum(0), learned, reached])
+        sums += torch.cat([total, log_q.exp().sum(0), learned, reached])
     parallel.add(sums)  # over the processes; apply_gradients adds the gradients
     total, q_sum, learned, reached = sums.cpu().split(sizes)  # together, since each copy waits for the device
     total, p_learned = (total / count).tolist(), learned / reached.clamp(min=1)
@@ -334,8 +332,6 @@ def main() -> None:
                    "0 means a linear map")
     p.add_argument("--steps", type=flags.whole(1, 999_999), help="480 / 200")
     p.add_argument("--responses-per-step", type=flags.whole(1), default=8, help="(default: 8)")
-    p.add_argument("--draws", type=flags.whole(1), default=1, help="depth samples of each response, in a pass that "
-                   "shares its prompt (default: 1)")
     p.add_argument("--lr", type=flags.number(0, 10), help="the adapters' peak rate: 0.012 / (1 / hidden size, since "
                    "a logit sums over the width)")
     p.add_argument("--head-lr", type=flags.number(0, 10), help="the heads' peak rate, --lr / five times --lr")

@@ -49,7 +49,7 @@ def main() -> None:
         return value
 
     prompts = torch.randint(0, model.config.vocab_size, (2, args.prompt)).tolist()
-    settings = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=0, draws=1, beta=0.02, max_new_tokens=args.new)
+    settings = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=0, beta=0.02, max_new_tokens=args.new)
     responses = timed(f"rollout, 4 x {args.new} tokens", lambda: generate(
         policy, prompts, samples=2, max_new_tokens=args.new, eos_ids=[-1], delta=2.0))
     timed("stage 1, gradient of 4", lambda: distill.train_step(policy, responses, 0, settings))

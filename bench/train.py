@@ -84,7 +84,7 @@ def steps(policy: Policy, args) -> None:
 
     full, mixed = (collate(responses(depths), L, args.device)
                    for depths in ([L] * (T - 1), [outcomes[i % (E + 1)] for i in range(T - 1)]))
-    settings = argparse.Namespace(micro_batch=B, kl_factor=NEVER_SAFE, seed=0, draws=1)
+    settings = argparse.Namespace(micro_batch=B, kl_factor=NEVER_SAFE, seed=0)
     losses = {}
 
     def ours():

@@ -33,8 +33,7 @@ EXITS, L, E = (1, 2), 4, 2  # few layers, since an op on the device costs 0.1 ms
 PROMPTS = [[3, 5, 7, 9], [1, 2], [8], [4, 4, 4], [20, 21, 22, 23, 24, 25]]
 RAGGED = list(range(0, 61, 7))  # so many ids end a response that few reach the limit
 MIXED = torch.tensor([1, 2, 4])[torch.arange(10 * 7).view(10, 7) * 5 % 3]
-FLAGS = argparse.Namespace(keep=2, shard=False, micro_batch=3, kl_factor=1.0, seed=0, draws=1, beta=0.02,
-                           max_new_tokens=7)
+FLAGS = argparse.Namespace(keep=2, shard=False, micro_batch=3, kl_factor=1.0, seed=0, beta=0.02, max_new_tokens=7)
 
 
 def both(function):
@@ -287,18 +286,17 @@ def stage_2(policy, responses, step, args=FLAGS):
     return {"kl": mean_kl.tolist(), "drift": drift.tolist()}
 
 
-@pytest.mark.parametrize("stage, recompute, draws", [(stage_1, True, 2), (stage_2, False, 1)])
-def test_training_steps(stage, recompute, draws, tmp_path):
-    args = argparse.Namespace(**vars(FLAGS) | {"draws": draws})
+@pytest.mark.parametrize("stage, recompute", [(stage_1, True), (stage_2, False)])
+def test_training_steps(stage, recompute, tmp_path):
     responses = some_responses()
 
     def trained(device):
         policy = on(device)
         policy.model.recompute = recompute
         (tmp_path / device).mkdir()
-        run, optimizer, logged = runs.Run(tmp_path / device, args), checkpoints.adamw(policy), []
+        run, optimizer, logged = runs.Run(tmp_path / device, FLAGS), checkpoints.adamw(policy), []
         for step in range(2):
-            logged += [stage(policy, responses, step, args), run.apply_gradients(optimizer, 1e-3)]
+            logged += [stage(policy, responses, step), run.apply_gradients(optimizer, 1e-3)]
         return logged, dict(policy.trained())
 
     assert_same(*both(trained), 1e-5)

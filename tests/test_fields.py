@@ -149,7 +149,7 @@ FLAGS = {
                 "--steps 0", "--steps 1.5", "--rows 0", "--micro-batch 0", "--max-new-tokens 0", "--problems 0",
                 "--device nope", "--device meta", "--device cuda:99", "--dtype int8", "--task gsm",
                 "--task none.jsonl", "--prompts-per-step -1"),
-    "distill.py": ("--draws 0", "--kl-factor nan", "--kl-factor 0", "--rank 0", "--held-out 0", "--responses x"),
+    "distill.py": ("--kl-factor nan", "--kl-factor 0", "--rank 0", "--held-out 0", "--responses x"),
     "evaluate.py": ("--temperature -1", "--temperature nan", "--delta inf", "--show -1", "--n 0"),
 }
 

@@ -84,7 +84,7 @@ def together(size: int, *command, cwd, codes=(0,), harm=None) -> str:
 def main() -> None:
     """What the ranks of the next test do."""
     policy, results = toy_policy(seed=2).double(), {}
-    args = argparse.Namespace(micro_batch=2, kl_factor=1.0, draws=2, seed=3, beta=0.3, max_new_tokens=6)
+    args = argparse.Namespace(micro_batch=2, kl_factor=1.0, seed=3, beta=0.3, max_new_tokens=6)
     drawn = generate_shared(policy, PROMPTS, samples=2, max_new_tokens=6, eos_ids=range(0, 61, 7), seed=(4,),
                             first_row=6)
     results["samples"] = torch.tensor([[*r.token_ids, *[-1] * 6][:6] + [*r.depths, *[-1] * 6][:6] for r in drawn])

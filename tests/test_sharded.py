@@ -48,7 +48,7 @@ def main() -> None:
     policy, results, (out, *how) = toy_policy(seed=2).double(), {}, sys.argv[1:]
     policy.model.recompute = "recompute" in how
     whole = share_out(policy, "fits" in how) if parallel.size() > 1 else [0]
-    args = argparse.Namespace(micro_batch=1, kl_factor=1.0, draws=2, seed=3, beta=0.3, max_new_tokens=6)
+    args = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=3, beta=0.3, max_new_tokens=6)
     share = parallel.share(len(PROMPTS))
     with policy.model.rollout():
         mine = generate(policy, PROMPTS[share], samples=2, max_new_tokens=6, eos_ids=range(0, 61, 7), seed=(4,),
