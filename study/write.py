@@ -164,7 +164,7 @@ def fronts(data: dict) -> list[str]:
                      f"; at λ = 0.1 it lies between {percent(min(alike))} and {percent(max(alike))} in {len(alike)} "
                      "seeds" if len(alike) > 1 else "") + ".", "",
                  f"Does a price on depth make texts longer? At λ = {dearest['value']:g}: "
-                 f"{change(dearest, 'length') or '0'} tokens a response, " + verdict(
+                 f"{change(dearest, 'length')} tokens a response, " + verdict(
                      dearest["length_change"], dearest["length_change_half"], "significantly longer than the base's",
                      "shorter than the base's", "no significant difference from the base") + ".", "",
                  "![Length and total compute against λ](figures/verbosity.png)"]
