@@ -250,6 +250,8 @@ class Run:
     def claim(self, stage: str, problems: str) -> Path:
         """The new folder, which this process holds from now on."""
         self.folder = Path(self.args.out) if self.args.out else free_folder(stage)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"--out {self.folder} is a file: choose a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         # A run that was refused or killed before it did anything leaves these, and may be started again.
         if any(p.name not in ("config.json", ".lock", ".partial-config.json") for p in self.folder.iterdir()):
