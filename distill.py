@@ -360,9 +360,11 @@ def main() -> None:
     prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
     if args.teacher and not run and not Path(args.teacher).is_file():
         raise UserError(f"--teacher {args.teacher}: no such file; give a stage-1 run, or its teacher.jsonl")
-    there = run.folder / "teacher.jsonl" if run else args.teacher and Path(args.teacher)
-    if there and (there.exists() or not run):  # before the run has a folder, or is open again
-        usable(there, model, prompts, args)
+    # Before the run has a folder, or is open again:
+    if run and (run.folder / "teacher.jsonl").exists():
+        usable(run.folder / "teacher.jsonl", model, prompts, args)
+    elif args.teacher and not run:
+        usable(Path(args.teacher), model, prompts, args)
     run, policy, optimizer, start = runs.begin(run, "distill", args, model, problems["train"] + problems["test"],
                                               lambda: Policy(model, exits, args.rank, head_width=args.head_width))
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers} -> {run.folder}")

@@ -151,8 +151,8 @@ def main() -> None:
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(problems, model, tokenizer, args)
-    # Recorded, so that a resumed run keeps it. A tenth of stage 1's, to be careful: on the embedded model the best of
-    # three rates is twice that, and 135 M parameters took three times as much; no larger model has been tried.
+    # Recorded, so that a resumed run keeps it. A tenth of stage 1's, to be careful: on the embedded model 0.0015, twice
+    # 0.1 / D, was the best of three rates, and 135 M parameters took three times 0.1 / D. No larger model was tried.
     args.lr = 0.1 / model.config.hidden_size if args.lr is None else args.lr
     run, policy, optimizer, start = runs.begin(run, "rloo", args, model, problems, lambda: load_policy(model, init))
     print(f"stage 1: {init}{runs.unfinished(init)}")

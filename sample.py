@@ -115,7 +115,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     token = torch.zeros(R, dtype=torch.long)  # its last token
     admitted = 0  # prompts
     with adapters_rounded(policy):
-        while True:
+        while admitted < len(prompts) or (holds >= 0).any():
             free = (holds < 0).nonzero()[:, 0]
             enter = min(len(free) // samples, len(prompts) - admitted)
             # Several prompts share a prefill: it waits until an eighth of the rows is free.
@@ -125,8 +125,6 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
                 token[new] = torch.tensor([prompt[-1] for prompt in prompts[admitted : admitted + enter]])[:, None]
                 holds[new.flatten()] = torch.arange(admitted * samples, (admitted + enter) * samples)
                 admitted += enter
-            elif len(free) == len(holds):
-                return responses
             elif admitted == len(prompts) and 2 * len(free) >= len(holds) and cache.graphs is None:
                 keep = (holds >= 0).nonzero()[:, 0]
                 cache.select(keep)
@@ -164,6 +162,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             holds[ended] = -1
             if progress is not None:
                 progress.update(len(ended))
+    return responses
 
 
 def generate_shared(policy: Policy, prompts: list[list[int]], *, samples: int = 1, first_row: int = 0,
