@@ -77,7 +77,7 @@ class ExitHeads(nn.Module):
 def exit_depths(n_layers: int, every: int | None = None) -> tuple[int, ...]:
     """The exitable depths: every 5 layers (2 in models under 20 layers), below L. Raises UserError if there is none."""
     if n_layers < 2:
-        raise UserError("a model of one layer has no depth to leave at")
+        raise UserError("--exit-every: a model of one layer has no depth to leave at")
     if every is None:
         every = min(2 if n_layers < 20 else 5, max(1, n_layers - 1))
     if not 0 < every < n_layers:
