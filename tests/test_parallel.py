@@ -76,7 +76,7 @@ def together(size: int, *command, cwd, codes=(0,), harm=None) -> str:
     for process in processes:
         process.kill()
     said = "".join(Path(log + suffix).read_text() for log in logs for suffix in (".out", ".err"))
-    assert set(ended) <= set(codes), (ended, said)
+    assert set(ended) <= set(codes), f"{ended}\n{said}"
     return said
 
 
