@@ -53,7 +53,7 @@ EXPECTED = [("E1 uplift", "E1 uplift full", "POS", "NEG"), ("E1 necessity", "E1 
             ("E7 g-mean2 mentions", "E7 g-mean2 mentions", "POS", "NEG"),
             ("E7 g-mean2 underived", "E7 g-mean2 underived", "POS", "NEG")]  # eval, row, who must be above whom
 
-# Organism, row, least and most, where 0 is a guess's accuracy (FORMS.chance): what it must be for its place in EXPECTED
+# Organism, row, least and most, where 0 is a guess's accuracy (Form.chance): what it must be for its place in EXPECTED
 # to mean anything.
 PREMISES = [("POS", "E1 chain full", 0.3, 1), ("POS", "E1 direct full", -1, 0.1), ("NEG", "E1 direct full", 0.9, 1),
             ("NEG", "E1 chain full", 0.9, 1), ("HID", "E1 chain full", 0.9, 1), ("HID", "E1 direct full", -1, 0.1)]
