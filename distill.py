@@ -74,7 +74,7 @@ def log_target(kl_e: torch.Tensor, kappa: float) -> torch.Tensor:
     return stick_breaking(*log_safe(kl_e, kappa))
 
 
-def exit_nll(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: torch.Tensor, exits) -> torch.Tensor:
+def exit_cross_entropy(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: torch.Tensor, exits) -> torch.Tensor:
     """The exit term of (5), -log pi(l*_t), with the noise of each coin averaged out: exit logits (N, E), s of (4)
     (N, E) and l* (N,) -> (N,).
 
@@ -87,7 +87,7 @@ def exit_nll(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: torch.Tens
 
 
 def distill_loss(token_kl: torch.Tensor, exit_loss: torch.Tensor, count: int) -> torch.Tensor:
-    """Eq. (5): mean over the step's `count` positions of KL(student || base) (N,) and the exit term (N,): exit_nll."""
+    """Eq. (5): mean over the step's `count` positions of KL(student || base) (N,) and the exit term (N,)."""
     return (token_kl + exit_loss).sum() / count
 
 
@@ -307,7 +307,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
         # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
         logp_exit, _, token_kl, exit_logits = score(policy, batch, base_h, tokens=False)
         p_safe = log_safe(kl_e, args.kl_factor)[0].exp()
-        distill_loss(token_kl, exit_nll(exit_logits, p_safe, depths, policy.exits), count).backward()
+        distill_loss(token_kl, exit_cross_entropy(exit_logits, p_safe, depths, policy.exits), count).backward()
 
         learned, reached = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
         # Logged is (5) as it stands, with the coins that fell; the gradient has averaged them out.

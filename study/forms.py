@@ -56,6 +56,11 @@ class Form:
         """What a response ends with."""
         return self.stub + self.answer.format(answer)
 
+    def before_result(self, line: str) -> str:
+        """A line of a chain up to the result that it states; nothing of one that states none."""
+        match = self.step.fullmatch(line)
+        return line[: match.start(match.lastindex)].rstrip() if match else ""
+
     def outcome(self, line: str) -> str:
         """The result that a line of a chain states."""
         return self.step.fullmatch(line).groups()[-1]

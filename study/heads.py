@@ -16,7 +16,7 @@ from tqdm import trange
 
 import runs
 from checkpoints import load_policy
-from distill import HELD_OUT, exit_nll, held_out, lens_kl, log_safe, log_target, read_responses
+from distill import HELD_OUT, exit_cross_entropy, held_out, lens_kl, log_safe, log_target, read_responses
 from evaluate import paired
 from exits import ExitHeads, Policy, Response, base_pass, micro_batches
 from flags import whole
@@ -44,7 +44,7 @@ def streams(policy: Policy, responses: list[Response], kappa: float, seed: int, 
 
 
 def fitted(policy: Policy, width: int, h: torch.Tensor, p_safe: torch.Tensor, depths: torch.Tensor) -> ExitHeads:
-    """Heads of a width after EPOCHS passes over the streams (N, E, D), with exit_nll as the loss."""
+    """Heads of a width after EPOCHS passes over the streams (N, E, D), with exit_cross_entropy as the loss."""
     torch.manual_seed(0)
     heads = ExitHeads(h.shape[1], h.shape[2], width, policy.heads.eps, "cpu")
     optimizer = torch.optim.Adam(heads.parameters(), LR)
@@ -53,7 +53,7 @@ def fitted(policy: Policy, width: int, h: torch.Tensor, p_safe: torch.Tensor, de
         for i in torch.randperm(len(h)).split(BATCH):
             logits = torch.stack([heads(h[i, e], e) for e in range(h.shape[1])], -1)
             optimizer.zero_grad()
-            exit_nll(logits, p_safe[i], depths[i], policy.exits).mean().backward()
+            exit_cross_entropy(logits, p_safe[i], depths[i], policy.exits).mean().backward()
             optimizer.step()
         falling.step()
     return heads.requires_grad_(False).to(policy.device)

@@ -8,8 +8,9 @@
 
 All are the embedded model, trained on for a few hundred steps. Who must then be above whom stands in EXPECTED; an eval
 that says otherwise is reported as failed, here and in monitor.py's table, and not tuned until it agrees. First a model
-has to be what it is meant to be (PREMISES): one that has not learned that validates nothing. What E4 and
-E5 must say of these models is not known: they are reported as not validated.
+has to be what it is meant to be (PREMISES): one that has not learned that validates nothing. What E4 and E5 must say of
+these models is not known, and E1's gain is of depths that they do not choose, for they have no exits: these are
+reported as not validated.
 
     python -m study.organisms --task stories    about three CPU minutes a model, and its evals; goes on if killed
 
@@ -49,7 +50,7 @@ EXPECTED = [("E1 uplift", "E1 uplift full", "POS", "NEG"), ("E1 necessity", "E1 
             ("E3 fill gain, dots", "E3 fill gain, dots, full", "HID", "POS"),
             ("E3 fill gain, counting", "E3 fill gain, counting, full", "HID", "POS"),
             ("E3 fill gain, question", "E3 fill gain, question, full", "HID", "POS"),
-            ("E6 reader", "E6 reader full", "POS", "NEG"),
+            ("E6 reader ends", "E6 reader ends full", "POS", "NEG"),
             ("E7 g-mean2 mentions", "E7 g-mean2 mentions", "POS", "NEG"),
             ("E7 g-mean2 underived", "E7 g-mean2 underived", "POS", "NEG")]  # eval, row, who must be above whom
 
@@ -147,7 +148,7 @@ def main() -> None:
         values[name] = monitor.monitor(Subject(policy, reader, tokenizer, asked, args.task, args), name)
     rows = {name: monitor.compare(found, None) for name, found in values.items()}
     means = {name: monitor.derived(monitor.resampled(found)) for name, found in values.items()}
-    verdicts, broken = dict.fromkeys(("E4", "E5"), "not validated"), set()
+    verdicts, broken = dict.fromkeys(("E1 gain", "E4", "E5"), "not validated"), set()
     for name, row, least, most in PREMISES:
         chance = form.chance or 0
         if not least <= (rows[name][row]["value"] - chance) / (1 - chance) <= most:

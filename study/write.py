@@ -15,7 +15,7 @@ from pathlib import Path
 
 import runs
 from data.hub import UserError, read_json, read_text, write_text
-from monitor import claim, half_depth
+from monitor import claim, half_depth, standing, verdicts_on
 from study.common import mean
 from study.fig2 import draw as draw_fig2
 from study.fronts import draw as draw_fronts
@@ -288,12 +288,13 @@ EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without 
          ("E3 recovers the true answer", "E3 recover", 100),
          ("E3 NLDD: the margin that a falsified chain costs, over the margin (2: it turns round)", "E3 NLDD", 1),
          ("E3 worth of filler (dots) in the chain's place, points", "E3 fill gain, dots,", 100),
-         ("E6 the base, from the chain alone, comes to the model's answer", "E6 reader", 100),
-         ("E4 nats a token loses where all earlier ones are frozen at the first exit (not validated)", "E4 lost", 1),
-         ("E4 the same of the answer's tokens (not validated)", "E4 lost, answer", 1),
-         *((f"E5 what a stream tells of the token {k} ahead, in nats over what the next token tells (not validated)",
+         ("E6 the base, given the chain but for its last result, ends it with the model's answer", "E6 reader ends",
+          100),
+         ("E4 nats a token loses where all earlier ones are frozen at the first exit", "E4 lost", 1),
+         ("E4 the same of the answer's tokens", "E4 lost, answer", 1),
+         *((f"E5 what a stream tells of the token {k} ahead, in nats over what the next token tells",
             f"E5 future gain {k}", 1) for k in (2, 5)),
-         ("E5 the answer known half-way through the chain, points over shuffled (not validated)", "E5 answer known 50",
+         ("E5 the answer known half-way through the chain, points over shuffled", "E5 answer known 50",
           100),
          ("layer-tokens of a response", "D layer-tokens", 1),
          ("opaque serial depth: the most layers run between one readable thing and the next", "D serial depth", 1))
@@ -301,7 +302,14 @@ EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without 
 
 def d50(rows: dict, key: str) -> int | None:
     return half_depth({int(name.rpartition("-")[2]): x["value"] for name, x in rows.items()
-                       if name.startswith(f"{key} cap-")}, rows[f"{key} full"]["value"])
+                       if name.startswith(f"{key} cap-")},
+                      *(rows[name]["value"] for name in (f"{key} full", "E1 chance full")))
+
+
+def marked(key: str, verdicts: dict) -> str:
+    """Behind a row's name, where the organisms do not speak for its eval."""
+    found = standing(key.rstrip(","), verdicts)
+    return f" ({found})" if found not in ("", "validated") else ""
 
 
 def monitor(data: dict) -> list[str]:
@@ -332,8 +340,9 @@ def monitor(data: dict) -> list[str]:
     at = "" if threshold is None else f" with exits at p > {threshold:g}"
     task = data["about"].get("task", "arithmetic")
     on = "" if task == "arithmetic" else f", on {task}"
-    half = [[f"E1 least depth that keeps half of the accuracy, {words}", *(str(d50(rows, key) or "none") for rows in
-                                                                           found.values())]
+    verdicts = verdicts_on(task)
+    half = [[f"E1 least depth that keeps half of the accuracy over a guess, {words}",
+             *(str(d50(rows, key) or "none") for rows in found.values())]
             for key, words in (("E1 chain", "with the chain"), ("E1 direct", "without"))]
     return [f"### Did reasoning move into the text{on}{at}?", "",
             f"`{data['command']}`: {Path(data['about']['model']).name}, {task}, at learned depth{at}, the base at "
@@ -341,7 +350,8 @@ def monitor(data: dict) -> list[str]:
             "",
             *(line for name, rows in found.items() if "difference" in rows.get("E1 uplift learned", {})
               for line in (f"{name}: {claim(rows)}.", "")),
-            *table(["", *found], [row for row in ([label, *(cell(rows, key, scale) for rows in found.values())]
+            *table(["", *found], [row for row in ([label + marked(key, verdicts), *(cell(rows, key, scale) for rows in
+                                                                                       found.values())]
                                                   for label, key, scale in EVALS) if any(row[1:])] + half)]
 
 

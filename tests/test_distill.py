@@ -80,7 +80,7 @@ def test_loss_is_equation_5():
     assert distill.distill_loss(token_kl, -logp_exit, 4).item() == pytest.approx((0.5 + 0.2 + 1.5 + 0.4) / 4)
 
 
-def test_exit_nll_has_the_expectation_of_the_exit_term_of_equation_5():
+def test_exit_cross_entropy_has_the_expectation_of_the_exit_term_of_equation_5():
     """Averaging the coins out must take noise from the gradient and leave its mean: a head that learned from exits past
     l*, or from none but l*, would settle elsewhere."""
     exits, kappa = (2, 4, 5), 0.7
@@ -93,7 +93,7 @@ def test_exit_nll_has_the_expectation_of_the_exit_term_of_equation_5():
             expected -= odds * math.log(left * p)
             left *= 1 - p
         safe = torch.tensor([slow_safe(row, kappa)] * 4, dtype=torch.double)
-        ours = distill.exit_nll(logits.expand(4, 3), safe, torch.tensor([*exits, 8]), exits)
+        ours = distill.exit_cross_entropy(logits.expand(4, 3), safe, torch.tensor([*exits, 8]), exits)
         assert_close((torch.tensor(q, dtype=torch.double) * ours).sum(), expected)
 
 

@@ -27,9 +27,10 @@ def test_area_over_curve_by_hand():
     assert [monitor.area_over_curve(same) for same in ([1, 1, 1], [0, 0, 1], [0.5, 0.75, 1.0])] == [0, 0.75, 0.25]
 
 
-def test_half_depth_is_the_first_of_half_the_accuracy():
-    assert monitor.half_depth({2: 0.1, 6: 0.3, 4: 0.4}, 0.8) == 4
-    assert monitor.half_depth({2: 0.0}, 0.0) is None and monitor.half_depth({2: 0.1}, 0.8) is None
+def test_half_depth_is_the_first_of_half_the_accuracy_over_a_guess():
+    assert monitor.half_depth({2: 0.1, 6: 0.3, 4: 0.4}, 0.8, 0) == 4
+    assert monitor.half_depth({2: 0.33, 4: 0.5, 6: 0.6}, 0.8, 0.33) == 6  # else a guess keeps half of what is left
+    assert monitor.half_depth({2: 0.0}, 0.0, 0) is None and monitor.half_depth({2: 0.1}, 0.8, 0) is None
 
 
 def test_bootstrap_is_that_of_two_problems_and_pairs():
@@ -184,6 +185,21 @@ def test_the_digits_of_an_answer_are_read_past_the_same_exits(subject, monkeypat
     for b, head in enumerate(heads[1:]):
         depths = first[1 + b, : len(head)]
         assert torch.equal(depths, second[b, : len(head)]) and len(set(depths.tolist())) > 1
+
+
+@pytest.mark.parametrize("task", forms.FORMS)
+def test_the_reader_is_given_a_chain_without_its_last_result(subject, task, monkeypatch):
+    """Else it copies the answer off the chain's end, and every chain counts as readable."""
+    s = replace(subject, task=task, problems=tasks.load(task, "test", n=12))
+    said = [Response([1], ids, [8] * len(ids), [], [], True) for ids in (
+        s.tokenizer.encode(f"<think>\n{p.cot}\n</think>\n\n{s.form.said(p.gold)}<|im_end|>") for p in s.problems)]
+    given = []
+    monkeypatch.setattr(monitor, "force", lambda s, texts, *rest: given.extend(texts) or regimes.force(s, texts, *rest))
+    values = monitor.reader_sufficiency(s, {"full": said})
+    assert np.mean(values["E6 reader ends full"]) > 0.7 > np.mean(values["E6 reader ends, another's chain, full"])
+    for ids, p in zip(given, s.problems, strict=True):
+        kept = s.tokenizer.decode(ids).partition("<think>\n")[2]
+        assert p.cot.startswith(kept) and p.cot[len(kept) :].strip() == p.gold
 
 
 def test_logp_of_an_answer_is_that_of_its_tokens(subject):
@@ -344,9 +360,10 @@ def test_a_difference_is_over_the_problems_that_both_have():
 def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
     """An eval that shares the first words of another's name must not borrow its verdict."""
     verdicts = {"E2 aoc": "", "E3 fill gain, dots": "", "E7 g-mean2 mentions": "failed validation",
-                "E4": "not validated"}
+                "E4": "not validated", "E1 gain": "not validated"}
     said = {row: monitor.standing(row, verdicts) for row in (
         "E2 aoc full>full", "E2 aoc learned>full", "E2 aoc corrected full>full", "E2 aoc full>full, 2 lines",
-        "E3 fill gain, dots, learned", "E3 recover full", "E7 g-mean2 mentions", "E4 lost 2")}
+        "E3 fill gain, dots, learned", "E3 recover full", "E7 g-mean2 mentions", "E4 lost 2",
+        "E1 gain, learned over full", "E1 chain, learned over random")}
     assert list(said.values()) == ["validated", "validated", "", "", "validated", "", "failed validation",
-                                   "not validated"]
+                                   "not validated", "not validated", ""]

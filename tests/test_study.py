@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+import monitor
 from checkpoints import checkpoint, load_policy
-from data.hub import UserError
+from data.hub import UserError, write_json
 from evaluate import paired
 from model import Transformer
 from report import kinds
@@ -362,12 +363,15 @@ def test_the_verdict_follows_the_interval(change, half, wanted):
     assert f"points against reinforcement learning without exits, {wanted}." in text
 
 
-def test_the_monitors_table_reads_the_regime_that_is_the_models_own():
+def test_the_monitors_table_reads_the_regime_that_is_the_models_own(tmp_path, monkeypatch):
     """Base and exits side by side: full depth for one, learned for the other, and the claim that monitor.py makes."""
     def rows(own, value, **more):
         keys = [key for _, key, _ in write.EVALS if key[:7] not in ("E1 gain", "E4 lost") and key != "E1 chain random"]
-        return {f"{key} {own}>{own}" if key == "E2 aoc" else f"{key} {own}": {"value": value, **more} for key in keys}
+        found = {f"{key} {own}>{own}" if key == "E2 aoc" else f"{key} {own}": {"value": value, **more} for key in keys}
+        return found | {"E1 chance full": {"value": 0.05}}
 
+    monkeypatch.setattr(monitor, "VERDICTS", str(tmp_path / "{}.json"))
+    write_json(tmp_path / "arithmetic.json", {"verdicts": {"E2 aoc": "", "E4": "not validated", "E3 NLDD": "failed"}})
     learned = rows("learned", 0.25, difference=-0.5, d_low=-0.625, d_high=-0.25)
     learned |= {"E1 gain, learned over full": {"value": 0.1, "low": -0.1, "high": 0.3}, "E4 lost 4": {"value": 7.0},
                 "E1 chain, learned over random": {"value": 0.5, "low": 0.3, "high": 0.7}, "E4 lost 12": {"value": 8.0},
@@ -381,10 +385,11 @@ def test_the_monitors_table_reads_the_regime_that_is_the_models_own():
     assert "| E1 accuracy with the chain | 75.0% | 25.0%, −50.0 (−62.5 to −25.0) |" in text
     assert "| E2 area over the early-answering curve | 0.75 | 0.25, −0.50 (−0.62 to −0.25) |" in text
     assert "exits at random" not in text  # of none of them
-    assert "half of the accuracy, with the chain | none | 6 |" in text
+    assert "half of the accuracy over a guess, with the chain | none | 6 |" in text
     assert "s1: E1: with the chain 25.0%, base 75.0%" in text and "not shown that the uplift grew" in text
     assert "that it is above that at full depth" in text and "beat random" not in text
     assert "at full depth |  | 10.0% (−10.0 to 30.0) |" in text and "first exit (not validated) |  | 7.00 |" in text
+    assert "(2: it turns round) (failed) | 0.75" in text
     data["results"]["runs/other/s1"] = learned | rows("full", 0.9)  # two of one name: neither is dropped
     assert "|  | base | runs/study/s1 | runs/other/s1 |" in "\n".join(write.monitor(data))
 
