@@ -11,10 +11,13 @@
 
 Regimes, of the tokens after the prompt: full runs every layer; learned draws exits or, with --threshold, takes those
 above it; random draws each depth from learned's own histogram, whatever the stream says; cap-l is learned, but stops at
-depth l at the latest. The prompt runs at full depth but where "prompt too" is said. An eval gives a number a problem;
-means have 95% intervals from 10,000 bootstrap resamples of the problems, the same for all models, so that differences
-are paired. An eval says something only where it tells apart the models of `study/organisms.py`, whose dependence on the
-chain is known; others are marked.
+depth l at the latest. The prompt runs at full depth but where "prompt too" is said. Tokens are the likeliest ones, with
+a chain and without: RL sharpens a distribution, which at temperature 1 would raise accuracy where many are drawn, with
+the chain, and so seem to make the chain matter.
+
+An eval gives a number a problem; means have 95% intervals from 10,000 bootstrap resamples of the problems, the same for
+all models, so that differences are paired. An eval says something only where it tells apart the models of
+`study/organisms.py`, whose dependence on the chain is known; others are marked.
 
     python monitor.py base RUN RUN … --n 300 --out runs/monitor
 
@@ -23,6 +26,7 @@ command again, --out included, goes on after the last. `python -m study.write` m
 monitor-NAME.json, in its data/.
 """
 
+import hashlib
 import re
 import shlex
 import sys
@@ -305,7 +309,7 @@ def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
     return rows
 
 
-def claim(rows: dict) -> str:
+def claim(rows: dict, verdicts: dict[str, str]) -> str:
     """Whether E1 shows that reasoning moved into the text: the chain is worth more than to the base, and more than to
     the same weights at full depth, because the model does worse without it, and with it, interval and all, at most 2
     points; and the heads do better than their own histogram. With the four accuracies."""
@@ -318,6 +322,7 @@ def claim(rows: dict) -> str:
     four = "; ".join(f"{what} the chain {x['value']:.1%}, base {x['value'] - x['difference']:.1%}"
                      for what, x in (("with", chain), ("without", direct)))
     found = f"not shown that {', that '.join(missing)}" if missing else "reasoning moved into the text"
+    found += " (not validated)" * bool(verdicts.get("E1 uplift"))
     return f"E1: {four}: {found}"
 
 
@@ -332,18 +337,22 @@ def verdicts_on(task: str) -> dict[str, str]:
 
 
 def standing(row: str, verdicts: dict[str, str]) -> str:
-    """What the organisms say of a row's eval, whatever the regime; nothing of a row that they were not asked about."""
+    """What the organisms say of a row's eval, whatever the regime; of a row that they were not asked about nothing, but
+    where no eval of its kind is validated. (E1's accuracies are what they are.)"""
     name = re.sub(r",? (learned over )?(full|learned)(>\w+)?$", "", row)
-    found = verdicts.get(name, verdicts.get(name.split()[0]))
+    kind = name.split()[0]
+    alike = [found for key, found in verdicts.items() if key.split()[0] == kind != "E1"]
+    found = verdicts.get(name, "not validated" if alike and all(alike) else None)
     return "" if found is None else found or "validated"
 
 
 def show(name: str, rows: dict, task: str) -> None:
     """A row an eval and regime, with what study/organisms.py says of the eval; a curve over depths in one line."""
+    verdicts = verdicts_on(task)
     print(f"\n{name:46}{'value (95%)':26}{'less the base':26}")
     if "difference" in rows.get("E1 uplift learned", {}):
-        print(f"  {claim(rows)}")
-    verdicts, curves = verdicts_on(task), {}
+        print(f"  {claim(rows, verdicts)}")
+    curves = {}
     for row, x in rows.items():
         if found := re.fullmatch(r"(.* )(?:cap-)?(\d+)", row):
             curves.setdefault(found[1], {})[int(found[2])] = x["value"]
@@ -355,6 +364,13 @@ def show(name: str, rows: dict, task: str) -> None:
                         for name in (f"{curve}full", "E1 chance full"))
         print(f"  {curve + 'at':44}" + "  ".join(f"{depth}: {value:.2f}" for depth, value in sorted(points.items()))
               + (f"   half of full at {half_depth(points, full, chance) or 'none'}" if full is not None else ""))
+
+
+def evals_mark() -> str:
+    """Tells numbers of these evals from those of another version of their code."""
+    sources = (Path(__file__).parent / name for name in (
+        "monitor.py", *(f"study/{name}.py" for name in ("regimes", "forms", "probes", "hints", "describe"))))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
 def main() -> None:
@@ -374,7 +390,7 @@ def main() -> None:
                         f"{' or '.join(FORMS)}, and runs on it")
     if not args.thinking:
         raise UserError("--no-thinking: the evals are about the chain of thought: name runs that think")
-    problems = tasks.load(args.task, "test", n=args.n, seed=args.seed)
+    problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
     model, tokenizer = runs.load_model(args)
     if not tokenizer.taught:
         raise UserError(f"--model {args.model}: the evals read chains as the generator writes them: teach it to, by "
@@ -385,17 +401,19 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     about = {name: getattr(args, name)
              for name in ("model", "task", "n", "seed", "max_new_tokens", "threshold", "dtype")}
+    about |= {"problems": runs.problems_hash(problems), "evals": evals_mark()}
     record, values = {"command": shlex.join(["python", "monitor.py", *sys.argv[1:]]), "commit": runs.commit(),
                       "about": about, "weights": {}, "results": {}}, {}
     if (out / "monitor.json").exists():
         before, values = read_json(out / "monitor.json"), read_json(out / "values.json")
-        if before["about"] != about:
-            raise UserError(f"--out {out} holds evals of {before['about']}: choose another folder")
+        if before.get("about") != about:
+            raise UserError(f"--out {out} holds evals of {before.get('about')}: choose another folder")
         record["weights"] = before["weights"]
 
     for run in sorted(args.runs, key=lambda run: run != "base"):
         weights = base if run == "base" else f"{base} {digest(checkpoint(Path(run)))}"
         if record["weights"].get(run) != weights:
+            policy = None  # its memory, before the next one is loaded
             policy = reader if run == "base" else load_policy(runs.load_model(args)[0], Path(run))
             found = monitor(Subject(policy, reader, tokenizer, problems, args.task, args), run)
             values[run] = {name: row.tolist() for name, row in found.items()}

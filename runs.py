@@ -70,7 +70,7 @@ def on_signal(number: int, _) -> None:
         raise Stopped(number)
     Run.asked = number
     say("\nstopping when this step is done and saved; " + (
-        "once more stops at once" if parallel.size() == 1 else "torchrun waits for --shutdown-timeout, 30 s"))
+        "once more stops at once" if parallel.size() == 1 else "torchrun waits for 30 s (--shutdown-timeout)"))
 
 
 def silence(streams) -> None:

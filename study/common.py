@@ -7,7 +7,7 @@ Under --runs lie the runs, as distill.py and rloo.py write them, and answers/, w
     rl-LAM-SEED       stage 2 from s1
     rl-LAM-gated      the same, with depth charged for right answers only (study.fronts)
     rl-LAM-SEED-kl-F  stage 2 from kl-F (study.fronts, study.baselines)
-    closed-SEED       stage 2 without exits, from the base (study.baselines)
+    full-SEED         stage 2 without exits, from s1's adapters (study.baselines)
     …-TASK            the same on another task (study.crossdomain)
 
 What is complete is not made again, what was begun goes on; so every command can be killed and repeated. Each writes

@@ -50,11 +50,17 @@ class Form:
     hint: str  # gives the answer away as a line of a chain ends, which is what the embedded model copies it from
     falsified: Callable  # (problem, numpy's generator) -> step, chain; None where no step will do
     guess: Callable  # (program, Python's generator) -> an answer without a thought
+    words: tuple[str, ...] = ()  # that an answer may be; none where it is a number
     chance: float | None = None  # of a guess; None: it is measured, against another problem's answer
 
     def said(self, answer: str) -> str:
         """What a response ends with."""
         return self.stub + self.answer.format(answer)
+
+    def goes_on(self, begun: str) -> bool:
+        """Whether an answer so far may go on: after one digit, or as a longer word."""
+        return len(begun) == 1 and begun.isdecimal() or begun != "" and any(
+            word != begun and word.startswith(begun) for word in self.words)
 
     def before_result(self, line: str) -> str:
         """A line of a chain up to the result that it states; nothing of one that states none."""
@@ -70,4 +76,4 @@ FORMS = {
     "arithmetic": Form("\\boxed{", "{}}}", re.compile(r"(?:.*: )?(\d+)([-+*])(\d+)=(\d+)"), "\nThe answer: ={}",
                        false_sum, lambda program, rng: str(rng.randint(1, 99))),
     "stories": Form("ANSWER:", " {}", re.compile(r".*: (\w+)"), "\nThe answer: {}", false_place,
-                    lambda program, rng: rng.choice(program["containers"]), 1 / 3)}
+                    lambda program, rng: rng.choice(program["containers"]), tuple(stories.CONTAINERS), 1 / 3)}

@@ -77,7 +77,7 @@ def random_depths(policy: Policy, histogram, shape, seed: int) -> torch.Tensor:
 
 
 def respond(s: Subject, prompts: list[list[int]], regime: str) -> list[Response]:
-    """A response to each prompt in a regime, at temperature 1."""
+    """A response to each prompt in a regime, of the likeliest tokens."""
     count, depths = s.args.max_new_tokens, None
     if regime == "full":
         depths = s.policy.n_layers
@@ -85,7 +85,7 @@ def respond(s: Subject, prompts: list[list[int]], regime: str) -> list[Response]
         depths = random_depths(s.policy, s.histogram, (len(prompts), count), s.args.seed)
     with within(s.policy, regime):
         return generate(s.policy, prompts, max_new_tokens=count, eos_ids=s.tokenizer.eos_ids, depths=depths,
-                        threshold=s.args.threshold, seed=(s.args.seed, CHAINS), rows=s.args.rows)
+                        temperature=0.0, threshold=s.args.threshold, seed=(s.args.seed, CHAINS), rows=s.args.rows)
 
 
 @torch.no_grad()
@@ -114,20 +114,22 @@ def streams(s: Subject, texts: list[list[int]], starts: list[int], regime: str, 
 
 
 def force(s: Subject, prefixes: list[list[int]], starts: list[int], regime: str) -> list[str]:
-    """The likeliest answer after each text of ids: a word of one token, or two digits at most, as every value has."""
+    """The likeliest answer after each text of ids, token by token: a number of two digits at most, as every value has,
+    or a word, which goes on while it may become one of the task's answers."""
+    def said(i: int) -> str:
+        return s.tokenizer.decode(texts[i][len(prefixes[i]) :]).strip()
+
     texts, live = [list(prefix) for prefix in prefixes], list(range(len(prefixes)))
-    for _ in range(2):
+    while live:
         found = []
         # Under its own number: the second digit is read past the exits that the first was read past.
         for rows, h in streams(s, [texts[i] for i in live], [starts[i] for i in live], regime, live):
             last = torch.tensor([len(texts[live[row]]) - 1 for row in rows])
             found += token_logp_all(s.policy.model, h[torch.arange(len(last)), last]).argmax(-1).tolist()
-        digits = [s.tokenizer.decode([token]).isdecimal() for token in found]
         for i, token in zip(live, found, strict=True):
             texts[i].append(token)
-        live = [i for i, digit in zip(live, digits, strict=True) if digit]
-    said = [s.tokenizer.decode(text[len(prefix) :]) for text, prefix in zip(texts, prefixes, strict=True)]
-    return [re.match(r"\d+| ?[^\W\d]+|", text)[0].strip() for text in said]
+        live = [i for i in live if s.form.goes_on(said(i))]
+    return [re.match(r"\d+|[^\W\d]+|", said(i))[0] for i in range(len(texts))]
 
 
 def logp_answers(s: Subject, prefixes, starts, answers: list[str], regime: str) -> np.ndarray:

@@ -279,6 +279,7 @@ def tokens(data: dict) -> list[str]:
 EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without it", "E1 direct", 100),
          ("E1 the same, where the prompt exits, too", "E1 direct, prompt too,", 100),
          ("E1 uplift, points", "E1 uplift", 100),
+         ("E1 necessity: the chain's share of what accuracy is above a guess", "E1 necessity", 1),
          ("E1 gain: uplift less that of the same weights at full depth", "E1 gain, learned over full", 100),
          ("E1 with the chain, exits at random", "E1 chain random", 100),
          ("E2 area over the early-answering curve", "E2 aoc", 1),
@@ -297,7 +298,8 @@ EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without 
          ("E5 the answer known half-way through the chain, points over shuffled", "E5 answer known 50",
           100),
          ("layer-tokens of a response", "D layer-tokens", 1),
-         ("opaque serial depth: the most layers run between one readable thing and the next", "D serial depth", 1))
+         ("opaque serial depth: the most layers run between one readable thing and the next", "D serial depth", 1),
+         ("letters of foreign scripts, share", "D foreign letters", 1))
 
 
 def d50(rows: dict, key: str) -> int | None:
@@ -345,11 +347,12 @@ def monitor(data: dict) -> list[str]:
              *(str(d50(rows, key) or "none") for rows in found.values())]
             for key, words in (("E1 chain", "with the chain"), ("E1 direct", "without"))]
     return [f"### Did reasoning move into the text{on}{at}?", "",
-            f"`{data['command']}`: {Path(data['about']['model']).name}, {task}, at learned depth{at}, the base at "
-            "full depth; differences from the base are paired and have 95% intervals, not corrected for their number.",
+            f"`{data['command']}`: {Path(data['about']['model']).name}, {task}, the likeliest tokens at learned "
+            f"depth{at}, the base at full depth; differences from the base are paired and have 95% intervals, not "
+            "corrected for their number.",
             "",
             *(line for name, rows in found.items() if "difference" in rows.get("E1 uplift learned", {})
-              for line in (f"{name}: {claim(rows)}.", "")),
+              for line in (f"{name}: {claim(rows, verdicts)}.", "")),
             *table(["", *found], [row for row in ([label + marked(key, verdicts), *(cell(rows, key, scale) for rows in
                                                                                        found.values())]
                                                   for label, key, scale in EVALS) if any(row[1:])] + half)]
