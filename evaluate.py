@@ -231,6 +231,7 @@ def main() -> None:
         model = policy = None  # of the run before: two bases may not fit
         model, tokenizer = runs.load_model(args)
         if not metrics:
+            args.revision = model.revision  # the commit, where a branch was named or none
             prompts = runs.prompt_ids(problems, model, tokenizer, args)
             print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, {drawn}")
         policy = load_policy(model, run) if run else Policy(model, exit_depths(model.config.num_hidden_layers))

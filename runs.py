@@ -129,7 +129,8 @@ def guarded(main) -> tuple[str | None, int]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        return f"error: {UserError(f'{error.filename or Run.current}: {error.strerror or error}')}", 2
+        where = error.filename or Run.current  # neither, where a disk is full and no run is open
+        return f"error: {UserError(f'{where}: ' * bool(where) + (error.strerror or str(error)))}", 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise

@@ -80,7 +80,9 @@ def _extract_number(answer: str) -> tuple[str | None, str | None]:
 def _extract_choice(answer: str) -> tuple[str | None, str | None]:
     _, found, span = answer.rpartition("ANSWER:")
     if found:
-        return normalise(span.lstrip("*_ \t\r\n").partition("\n")[0], "choice"), "ANSWER:"
+        span = span.lstrip("*_$ \t\r\n").partition("\n")[0]
+        inside = last_boxed(span) if span.startswith("\\boxed") else None  # as many models write it by habit
+        return normalise(span if inside is None else inside, "choice"), "ANSWER:"
     boxed = last_boxed(answer)
     if boxed is not None:
         return normalise(boxed, "choice"), "boxed"

@@ -17,6 +17,8 @@ whether an answer is right, nor whether a thought makes sense to a reader: for t
 import math
 import random
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -95,7 +97,7 @@ def body(texts: list[str]) -> range:
 
 
 def swapped(steps, rng):
-    i = rng.randrange(len(steps) - 1)
+    i = rng.choice([i for i in range(len(steps) - 1) if steps[i] != steps[i + 1]])
     return steps[:i] + [steps[i + 1], steps[i]] + steps[i + 2 :]
 
 
@@ -211,8 +213,8 @@ def main() -> None:
     p.add_argument("--calibrate", action="store_true", help="damage the base's responses, and see what ranks them "
                    "lower")
     args = p.parse_args()
-    if args.out and Path(args.out).is_dir():
-        raise UserError(f"--out {args.out} is a folder: give the file to write")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
+        raise UserError(f"--out {args.out}: must be a file to write, in a folder that is there")
     saved, where = about(args.folder)
     flags.inherit(args, {"args": saved}, where)
     args = flags.settle(args)
@@ -220,7 +222,8 @@ def main() -> None:
     policy = Policy(model, exit_depths(model.config.num_hidden_layers))
     groups = read(args.folder, args.n, model.config.vocab_size)
     out = Path(args.out) if args.out else args.folder / f"coherence{'-calibration' if args.calibrate else ''}.json"
-    record = {"model": args.model, "task": Path(args.task).name, "folder": args.folder.name}
+    record = {"command": shlex.join(["python", "-m", "study.coherence", *sys.argv[1:]]), "commit": runs.commit(),
+              "model": Path(args.model).name, "task": Path(args.task).name, "folder": args.folder.name}
     if args.calibrate:
         if "base" not in groups:
             raise UserError(f"{args.folder}: no responses of the base model in it: give a folder that evaluate.py "

@@ -20,6 +20,7 @@ import copy
 import gc
 import hashlib
 import math
+import re
 import shlex
 import signal
 import subprocess
@@ -105,7 +106,10 @@ def trained(args, name: str, script: str, *options) -> Path | None:
         if not args.train:
             print(f"{folder} is not complete: left out", file=sys.stderr)
             return None
-        begun = ["--resume", folder] if (folder / "config.json").exists() else [*args.passed, *options, "--out", folder]
+        free = [text for text in args.passed if re.match("--(no-)?(" + "|".join(
+            flags.flag(name) for name in runs.FREE_ON_RESUME) + ")(=|$)", text)]  # fewer --rows, say, after too many
+        begun = (["--resume", folder, *free] if (folder / "config.json").exists() else
+                 [*args.passed, *options, "--out", folder])
         command = [sys.executable, str(ROOT / script), *map(str, begun)]
         print(f"+ {shlex.join(command[1:])}", flush=True)
         if call(command):

@@ -16,7 +16,7 @@ from evaluate import BASE, paired
 from study import common
 from study.common import answers, correct, mean, mean_correct, point, undrawn
 
-LAMBDAS = (0, 0.03, 0.1, 0.3, 1)
+LAMBDAS = (0, 0.03, 0.1, 0.3, 1, 3)
 DELTAS = (-4, -2, -1, 0, 1, 2)
 
 
@@ -27,9 +27,10 @@ def main() -> None:
         return
     front = {key: [] for key in ("lambda", "gated", "lower kappa", "delta stage 1", "delta stage 2")}
     for lam in LAMBDAS:
-        for seed in range(args.seeds if lam == 0.1 else 1):
+        for seed in range(args.seeds if lam == 0.1 or not args.train else 1):  # all that there are; one is trained
             if run := common.rl_run(args, lam, seed):
-                front["lambda"].append(point(args, answers(args, run), value=lam, seed=seed))
+                front["lambda"].append(point(args, answers(args, run), value=lam, seed=seed,
+                                             thresholded=point(args, undrawn(args, run))))
     if run := common.stage_two(args, "rl-0.1-gated", 0.1, 0, s1, "--gate-depth-on-correct"):
         front["gated"].append(point(args, answers(args, run), value=0.1, seed=0))
         if ungated := common.rl_run(args):
@@ -103,6 +104,8 @@ def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> N
     for ax in axes:
         curve(ax, [data["base"]], "base model", color="k", marker="*", markersize=9, linestyle="")
         curve(ax, front["lambda"], "stage 2, each λ and seed", color="C3", marker="o", linestyle="")
+        curve(ax, [row["thresholded"] for row in front["lambda"] if "thresholded" in row],
+              "… exits at p > 1/2, not drawn", color="C3", marker="D", linestyle="", markerfacecolor="w")
         curve(ax, front["delta stage 2"], "stage 2, λ = 0.1: δ swept", color="C3", linestyle="-", marker=".")
         curve(ax, front["lower kappa"], "stage 2 from a lower κ", color="C3", marker="s", linestyle="",
               markerfacecolor="w")
@@ -149,7 +152,7 @@ def draw_verbosity(args, data: dict) -> None:
 def draw_histogram(args, training: list[dict]) -> None:
     (ax,), finish = common.figure(args, "histogram", width=5)
     depths = list(training[0]["exit_histogram"])
-    shades = [str(0.15 + 0.75 * i / (len(depths) - 1)) for i in range(len(depths))]
+    shades = [str(0.9 - 0.75 * i / (len(depths) - 1)) for i in range(len(depths))]  # the deeper the darker
     ax.stackplot([m["step"] for m in training],
                  [[100 * m["exit_histogram"][depth] for m in training] for depth in depths], colors=shades,
                  labels=depths, linewidth=0)

@@ -31,6 +31,7 @@ import runs
 from data.grade import after_thinking
 from data.hub import UserError, as_json, parse_object, write_json
 from data.text import Tokenizer
+from evaluate import Z
 from study.coherence import about, read
 
 SCORES = ("flow", "completeness", "clarity", "cleanness")
@@ -199,7 +200,7 @@ def judge(pairs: list[tuple[str, str]], url: str, request: dict, key: str | None
 
 
 def summary(found: list[dict | str]) -> dict:
-    """Means over what was scored, and the mean of the four with its standard error; what was not, by its reason."""
+    """Means over what was scored, the mean of the four with half of its 95% interval; what was not, by its reason."""
     scored = [one for one in found if isinstance(one, dict)]
     record = {"n": len(found), "unscored": dict(Counter(one for one in found if isinstance(one, str)))}
     if scored:
@@ -207,7 +208,7 @@ def summary(found: list[dict | str]) -> dict:
         mean = sum(overall) / len(overall)
         spread = sum((x - mean) ** 2 for x in overall) / max(1, len(overall) - 1)
         record |= {name: sum(one[name] for one in scored) / len(scored) for name in SCORES}
-        record |= {"coherence": mean, "coherence_error": math.sqrt(spread / len(overall))}
+        record |= {"coherence": mean, "coherence_half": Z * math.sqrt(spread / len(overall))}
     return record
 
 
@@ -217,7 +218,7 @@ def table(models: dict[str, dict]) -> str:
     for name, m in models.items():
         left = sum(m["unscored"].values())
         cells = "".join(f"{m[score]:>14.2f}" if score in m else f"{'–':>14}" for score in SCORES)
-        mean = f"{m['coherence']:.2f} ± {m['coherence_error']:.2f}" if "coherence" in m else "–"
+        mean = f"{m['coherence']:.2f} ± {m['coherence_half']:.2f}" if "coherence" in m else "–"
         scored = f"{m['n'] - left}/{m['n']}"
         lines.append(f"{name:{width}}{scored:>9}{cells}{mean:>20}")
     return "\n".join(lines)

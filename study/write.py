@@ -125,16 +125,20 @@ def fig2(data: dict) -> list[str]:
 
 def fronts(data: dict) -> list[str]:
     front, base = data["front"], data["base"]
+    def undrawn(r: dict) -> list[str]:
+        half = r.get("thresholded")
+        return [percent(half["average_compute"]), accuracy(half), change(half)] if half else ["", "", ""]
+
     rows = [[what, f"{r['value']:g}".replace("-", "−") + (f", seed {r['seed']}" if "seed" in r else "") +
              (f", from κ = {r['kappa']:g}" if "kappa" in r else ""), percent(r["average_compute"]),
              accuracy(r), change(r), f"{r['length']:.1f}", change(r, "length"), f"{r['total_compute']:.1f}",
-             change(r, "total_compute")]
+             change(r, "total_compute"), *undrawn(r)]
             for what, key in (("λ", "lambda"), ("λ for right answers only", "gated"), ("λ", "lower kappa"),
                               ("δ on stage 1", "delta stage 1"),
                               ("δ on stage 2, λ = 0.1, seed 0", "delta stage 2"))
             for r in sorted(front.get(key, ()), key=lambda r: r["value"])]
     rows.append(["base", "", "100%", accuracy(base), "", f"{base['length']:.1f}", "", f"{base['total_compute']:.1f}",
-                 ""])
+                 *[""] * 4])
     text = ["### What λ, κ and δ trade", "", about(data, "; one seed each unless named"), "Changes are from the base.",
             "",
             "![Accuracy against average compute](figures/fronts.png)"]
@@ -178,7 +182,8 @@ def fronts(data: dict) -> list[str]:
                  f"ten (λ = 0.1, seed 0): {', '.join(shares)}.", "",
                  "![Where tokens leave over the steps of stage 2](figures/histogram.png)"]
     return text + table(["swept", "value", "average compute", "accuracy (95% interval)", "change, points",
-                         "length, tokens", "change", "total compute, full-depth tokens", "change"], rows)
+                         "length, tokens", "change", "total compute, full-depth tokens", "change",
+                         "at p > 1/2: average compute", "accuracy", "change, points"], rows)
 
 
 def heads(data: dict) -> list[str]:

@@ -97,6 +97,8 @@ def test_number_is_extracted(response, value, rule):
     ("**ANSWER:** An *old  box*", "old box", "ANSWER:"),
     ('ANSWER:\n"box"\nbye', "box", "ANSWER:"),
     (r"ANSWER: \text{box}", "box", "ANSWER:"),
+    (r"ANSWER: $\boxed{\text{the box}}$.", "box", "ANSWER:"),
+    (r"ANSWER: bag, not \boxed{box}", r"bag, not \boxed{box}", "ANSWER:"),
     ("ANSWER: box or bag", "box or bag", "ANSWER:"),
     ("ANSWER: ~p", "~p", "ANSWER:"),
     ("\\boxed{bag}\nANSWER: box", "box", "ANSWER:"),

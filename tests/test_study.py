@@ -94,7 +94,8 @@ def test_what_is_complete_is_skipped_and_what_was_begun_goes_on(tmp_path, monkey
     """Else a killed command starts its trainings anew, or evaluates half of one."""
     called, code = [], 0
     monkeypatch.setattr(common, "call", lambda command: called.append(command[1:]) or code)
-    args = settled(monkeypatch, "--runs", tmp_path, "--max-new-tokens", 9, "--no-thinking", "--n", 2)
+    args = settled(monkeypatch, "--runs", tmp_path, "--max-new-tokens", 9, "--no-thinking", "--n", 2,
+                   "--rows", 7, "--device", "cpu")
     assert common.trained(args, "new", "distill.py", "--kl-factor", "4") == tmp_path / "new"
     (command,) = called
     assert command[0].endswith("distill.py") and command[-4:] == ["--kl-factor", "4", "--out", str(tmp_path / "new")]
@@ -102,7 +103,7 @@ def test_what_is_complete_is_skipped_and_what_was_begun_goes_on(tmp_path, monkey
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.json").write_text("{}")
     common.trained(args, "begun", "rloo.py", "--lam", "1")
-    assert called[1][1:] == ["--resume", str(tmp_path / "begun")]
+    assert called[1][1:] == ["--resume", str(tmp_path / "begun"), "--rows=7", "--no-cuda-graphs", "--device=cpu"]
     code = 2
     with pytest.raises(UserError, match="begun is not complete"):
         common.trained(args, "begun", "rloo.py")
