@@ -42,8 +42,9 @@ def pack(record: dict) -> dict:
     problems = [problem | {"runs": [pack_run(name, run) for name, run in problem["runs"].items()]}
                 for problem in record["problems"]]
     metrics = [{key: metric[key] for key in METRICS} | {"kinds": {
-        MEANING[kind["kind"]]: [kind["share"], kind["average_compute"]] for kind in metric["kinds"]
-        if kind["part"] == "all" != kind["kind"]}} for metric in record["metrics"]]
+        MEANING.get(kind["kind"], f"all of the {kind['part']}"): [kind["share"], kind["average_compute"]]
+        for kind in metric["kinds"] if (kind["part"] == "all") != (kind["kind"] == "all")}}  # each kind, and each part
+        for metric in record["metrics"]]
     return record | {"metrics": metrics, "problems": problems, "strings": list(ids)}
 
 

@@ -375,7 +375,12 @@ def written(folder: Path) -> str:
              "were not committed). Intervals are 95%: a share's is Wilson's, a change's is over the same problems. A "
              "row is one seed unless it says more."]
     for section, path in found:
-        lines += ["", *section(read_json(path))]
+        data = read_json(path)
+        try:
+            lines += ["", *section(data)]
+        except KeyError as error:
+            raise UserError(f"{path} has no {error}: another version wrote it; run its command again, or take it away: "
+                            f"{data.get('command')}") from None
     lines = [line if line[:1] in ("|", "#", "!") else textwrap.fill(line, 118, break_on_hyphens=False)
              for line in lines]
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"

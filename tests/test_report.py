@@ -35,7 +35,7 @@ def make_record(strings=("14", " +", " 5", "\n"), marker="plain") -> dict:
     base = run | {"depths": [7] * T, "exit_probs": [], "correct": False, "value": None}
     metric["kinds"] = [dict(zip(("part", "kind", "share", "average_compute"), row, strict=True)) for row in (
         ("all", "result", 0.25, 0.9375), ("all", "word", 0.75, 0.125), ("answer", "word", 0.5, 0.5),
-        ("all", "all", 1, 0.5))]
+        ("all", "all", 1, 0.5), ("answer", "all", 0.5, 0.625))]
     base_metric = metric | {"name": "base", "exit_histogram": {"7": 1.0}, "exit_rate": 0.0}
     metric |= {"name": marker, "exit_histogram": {"2": 0.125, "4": 0.25, "6": 0.0, "7": 0.625}}
     return {
@@ -196,7 +196,8 @@ def test_questions_answers_names_and_tokens_are_shown_as_written(tmp_path):
 def test_kinds_of_tokens_are_shown_the_earliest_first(tmp_path):
     """If it fails, a reader can't see which tokens need depth, or sees it of the wrong kind."""
     record, probe = make_record(), "return [...d.querySelectorAll('#early tr')].map(row => row.textContent);"
-    rows = ["plain", "other words (75.0%)12.5%", "digits of a result (after =) (25.0%)93.8%"]
+    rows = ["plain", "other words (75.0%)12.5%", "all of the answer (50.0%)62.5%",
+            "digits of a result (after =) (25.0%)93.8%"]
     assert browse(tmp_path, record, probe) == rows
     del record["metrics"][1]  # the base alone runs all layers for every kind
     assert browse(tmp_path, record, "return d.querySelector('#early');") is None

@@ -349,6 +349,10 @@ def test_the_text_says_what_the_json_says_and_leaves_out_what_was_not_run(tmp_pa
     assert ("| stage 1 | arithmetic | stories | 61.3% (57–65) | −2.7 ± 1.1 | 72.3% | 43.2% | 99.8% | 70.0% (57–65) |"
             in text)
     assert "Table 1" not in text and "600 held-out problems" in text
+    (tmp_path / "data" / "heads.json").write_text('{"command": "python -m study.heads"}')
+    with pytest.raises(UserError, match="heads.json has no 'rows'.*again.*: python -m study.heads"):
+        write.main()
+    (tmp_path / "data" / "heads.json").unlink()
     path.write_text("no marks")
     with pytest.raises(UserError, match="must stand in it"):
         write.main()
