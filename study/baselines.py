@@ -154,6 +154,11 @@ def pooled(answered: list) -> tuple[list[float], float]:
     return mean_correct(answered), mean(map(compute_of, answered))
 
 
+def start_of(stage: str) -> str:
+    """Whose weights a stage began with."""
+    return stage.replace("stage 2 from", "stage 1 at").replace("stage 2", "stage 1")
+
+
 def against(name: str, mine: list[float], other: list[float] | None, **about) -> list[dict]:
     """A comparison, in accuracy over the same problems; none where the other has no such compute."""
     if other is None:
@@ -191,7 +196,8 @@ def main() -> None:
             sweep = [answers(args, source, f"{rule} {value:g}", make(value)) for value in values]
             points += [point(args, a, rule=rule, weights=name, value=v) for a, v in zip(sweep, values, strict=True)]
             for whose, (home, each) in learned.items():
-                if name in ("base", "stage 1", home) and (whose == home or rule == "confidence"):
+                if name in ("base", "stage 1", home) and (whose == home or rule == "confidence") or (
+                        name == start_of(home) != home != whose and rule == "heads"):  # has stage 2 added, undrawn?
                     # Seed 0's adapters against seed 0 alone: the mean over seeds would be compared with one's luck.
                     accuracy, compute = pooled(each[:1] if name == home else each)
                     comparisons += against(whose, accuracy, at_compute([*sweep, full], compute), rule=rule,

@@ -16,6 +16,7 @@ from pathlib import Path
 import runs
 from data.hub import UserError, read_json, read_text, write_text
 from monitor import claim, half_depth, standing, verdicts_on
+from study.baselines import start_of
 from study.common import mean
 from study.fig2 import draw as draw_fig2
 from study.fronts import draw as draw_fronts
@@ -206,7 +207,7 @@ def heads(data: dict) -> list[str]:
 
 def baselines(data: dict) -> list[str]:
     found = {(c["of"], c["rule"], c["weights"]): c for c in data["comparisons"]}
-    labels = {"static": "static exit", "heads": "its own heads, thresholded", "confidence": "confidence threshold",
+    labels = {"static": "static exit", "heads": "heads, thresholded", "confidence": "confidence threshold",
               "oracle": "KL oracle (sees all layers)", "random": "random exits",
               "plain RL": "RLOO without exits", "full depth": "base at full depth"}
 
@@ -217,10 +218,12 @@ def baselines(data: dict) -> list[str]:
 
     def verdicts(whose: str) -> str:
         """Its differences from the others that the question is about, in one sentence."""
+        home = whose.partition(",")[0]
         others = {("full depth", "base"): "the base at full depth",
                   ("confidence", "base"): "a confidence threshold on the base",
                   ("confidence", "stage 1"): "such a threshold on stage 1's adapters",
-                  ("confidence", whose.partition(",")[0]): "such a threshold on its own adapters",
+                  ("confidence", home): "such a threshold on its own adapters",
+                  ("heads", start_of(home)): "its start's heads at a threshold",
                   ("heads", whose): "its own heads at a threshold",
                   ("plain RL", "plain RL"): "reinforcement learning without exits"}
         texts = [f"{signed(c['change'], c['half'])} points against {other}"
@@ -372,8 +375,9 @@ def written(folder: Path) -> str:
     found = [(section, path) for section in SECTIONS for end in ("", "-*")
              for path in sorted(folder.glob(f"data/{section.__name__}{end}.json"))]
     lines = ["## The study", "", "Generated from data/*.json, which also name the commit (-dirty: with changes that "
-             "were not committed). Intervals are 95%: a share's is Wilson's, a change's is over the same problems. A "
-             "row is one seed unless it says more."]
+             "were not committed). Intervals are 95%, over problems and draws: a share's is Wilson's, a change's is "
+             "over the same problems. No interval covers how much another training would differ, means over seeds "
+             "included. A row is one seed unless it says more."]
     for section, path in found:
         data = read_json(path)
         try:

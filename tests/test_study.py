@@ -358,6 +358,12 @@ def test_the_text_says_what_the_json_says_and_leaves_out_what_was_not_run(tmp_pa
         write.main()
 
 
+def test_stage_2_is_compared_with_the_weights_it_began_with():
+    """Else what it adds, undrawn, is read off another calibration."""
+    assert [baselines.start_of(name) for name in ("stage 1", "stage 2", "stage 1 at κ = 4", "stage 2 from κ = 4")] == [
+        "stage 1", "stage 1", "stage 1 at κ = 4", "stage 1 at κ = 4"]
+
+
 @pytest.mark.parametrize("change, half, wanted", [(0.03, 0.01, "better"), (-0.03, 0.01, "worse"),
                                                   (0.01, 0.03, "no significant difference")])
 def test_the_verdict_follows_the_interval(change, half, wanted):
