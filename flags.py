@@ -118,16 +118,19 @@ def replay(saved: dict, p: argparse.ArgumentParser, where) -> argparse.Namespace
                         f"run")
     argv = []
     for name, value in saved.items():
-        if isinstance(value, bool):
-            argv.append(f"--{'' if value else 'no-'}{flag(name)}")
-        elif value is not None:
+        if value is not None:
             if not isinstance(value, (int, float)) and not is_text(value):
                 raise UserError(f"{where}: {name} = {value!r:.60}: must be a number or a text")
-            argv.append(f"--{flag(name)}={value}")
+            argv.append(typed(name, value))
     try:
         return p.parse_args(argv)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def typed(name: str, value) -> str:
+    """A flag with its value, as on a command line."""
+    return f"--{'' if value else 'no-'}{flag(name)}" if isinstance(value, bool) else f"--{flag(name)}={value}"
 
 
 def flag(name: str) -> str:

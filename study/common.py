@@ -20,7 +20,6 @@ import copy
 import gc
 import hashlib
 import math
-import re
 import shlex
 import signal
 import subprocess
@@ -73,9 +72,7 @@ def arguments(doc: str, more=None):
     args.out = args.out or args.runs
     if run := getattr(args, "run", None):  # a command about one run takes from it what it was about
         flags.inherit(args, runs.read_config(run), run / "config.json")
-    given = {name: value for name in PASSED if (value := getattr(args, name)) is not None}
-    args.passed = [f"--{'' if value else 'no-'}{flags.flag(name)}" if isinstance(value, bool) else
-                   f"--{flags.flag(name)}={value}" for name, value in given.items()]
+    args.passed = {name: flags.typed(name, value) for name in PASSED if (value := getattr(args, name)) is not None}
     return with_problems(flags.settle(args, n=(600, 100)))
 
 
@@ -90,7 +87,7 @@ def on_task(args, task: str):
     """The same settings on another task."""
     args = copy.copy(args)
     args.task, args.data = task, None
-    args.passed = [text for text in args.passed if not text.startswith(("--task=", "--data="))] + [f"--task={task}"]
+    args.passed = {name: text for name, text in args.passed.items() if name != "data"} | {"task": f"--task={task}"}
     return with_problems(args)
 
 
@@ -106,10 +103,9 @@ def trained(args, name: str, script: str, *options) -> Path | None:
         if not args.train:
             print(f"{folder} is not complete: left out", file=sys.stderr)
             return None
-        free = [text for text in args.passed if re.match("--(no-)?(" + "|".join(
-            flags.flag(name) for name in runs.FREE_ON_RESUME) + ")(=|$)", text)]  # fewer --rows, say, after too many
+        free = [text for name, text in args.passed.items() if name in runs.FREE_ON_RESUME]  # fewer --rows, say
         begun = (["--resume", folder, *free] if (folder / "config.json").exists() else
-                 [*args.passed, *options, "--out", folder])
+                 [*args.passed.values(), *options, "--out", folder])
         command = [sys.executable, str(ROOT / script), *map(str, begun)]
         print(f"+ {shlex.join(command[1:])}", flush=True)
         if call(command):
