@@ -133,7 +133,7 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
     guess best: `intact_at_half`."""
     E, outcomes = len(policy.exits), policy.depth_of_outcome
     drawn, target = torch.zeros(E + 1), policy.heads.bias.new_zeros(E + 1)
-    totals, count = torch.zeros(5, dtype=torch.double, device=policy.device), sum(map(len, responses))
+    totals, count = torch.zeros(6, dtype=torch.double, device=policy.device), sum(map(len, responses))
     for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
         base_h, lens_h = base_pass(policy, batch)
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
@@ -146,14 +146,15 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         logp_exit, _, kl_t, _ = score(policy, batch, base_h, tokens=False)
         lost = torch.stack([kl_own, kl_half], 1).double()
         lost = lost.new_zeros(len(index), 2).index_add(0, batch.predicting[0], lost)
+        whole = torch.exp(-lost[:, 0]).sum()
         lost *= send(torch.tensor([[min(1, STRETCH / len(responses[i]))] for i in index]), policy.device)
-        totals += torch.stack([kl_t.sum(), -logp_exit.sum(), kl_own.sum(), *torch.exp(-lost).sum(0)])
+        totals += torch.stack([kl_t.sum(), -logp_exit.sum(), kl_own.sum(), whole, *torch.exp(-lost).sum(0)])
     for sums in (drawn, target, totals):
         parallel.add(sums)  # over the processes, each of which has seen its share of the responses
-    token_kl, cross_entropy, own_kl, intact, intact_at_half = totals.tolist()
+    token_kl, cross_entropy, own_kl, whole, intact, intact_at_half = totals.tolist()
     return {"positions": count, "token_kl": token_kl / count, "exit_cross_entropy": cross_entropy / count,
             "token_kl_at_own_exits": own_kl / count, "intact": intact / len(responses),
-            "intact_at_half": intact_at_half / len(responses),
+            "intact_whole": whole / len(responses), "intact_at_half": intact_at_half / len(responses),
             "learned": summary(drawn / count, outcomes), "target": summary(target.cpu() / count, outcomes)}
 
 
@@ -322,7 +323,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
 
 @parallel.shared
 def main() -> None:
-    p = flags.training(__doc__, save_every=50)
+    p = flags.training(__doc__, save_every="50 / 5")
     p.add_argument("--kl-factor", type=flags.number(0, 1e6, above=True), help="kappa of (4): larger exits later, and "
                    "costs less accuracy; 16 / 1, the paper's")
     p.add_argument("--exit-every", type=flags.whole(1), help="layers between exits (default: 5, or 2 in models under "
@@ -342,7 +343,7 @@ def main() -> None:
     args = p.parse_args()
     run = runs.Run.resume(args, p, "distill") if args.resume else None
     args = flags.settle(run.args if run else args, kl_factor=(16.0, 1.0), steps=(480, 200), lr=(0.012, None),
-                        rank=(8, 16), responses=(3000, 1600), head_width=(0, 256))
+                        rank=(8, 16), responses=(3000, 1600), head_width=(0, 256), save_every=(50, 5))
 
     runs.warn_idle("--responses-per-step", args.responses_per_step)
     problems = {split: tasks.load(args.task, split, data=args.data, n=n, seed=args.seed)
@@ -383,10 +384,11 @@ def main() -> None:
 
     measured = held_out(policy, data["test"], args.kl_factor, args.seed, args.micro_batch)
     run.complete(measured)
+    long = f" ({measured['intact_whole']:.0%} of whole ones)" if max(map(len, data["test"])) > STRETCH else ""
     print(f"held-out responses, {measured['positions']} positions: token KL {measured['token_kl']:.4f} "
           f"({measured['token_kl_at_own_exits']:.4f} where the student itself exits), exit CE "
           f"{measured['exit_cross_entropy']:.3f}; about {measured['intact']:.0%} of the base's responses, or "
-          f"of stretches of {STRETCH} tokens, stay as they were; {measured['intact_at_half']:.0%} with exits at "
+          f"of stretches of {STRETCH} tokens, stay as they were{long}; {measured['intact_at_half']:.0%} with exits at "
           f"p > 1/2, not drawn")
     for name in ("target", "learned"):
         s = measured[name]

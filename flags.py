@@ -93,11 +93,10 @@ def parser(doc: str, out: str, seed: str = "of problems, samples, adapters and h
     return p
 
 
-def training(doc: str, save_every: int) -> argparse.ArgumentParser:
+def training(doc: str, save_every: str) -> argparse.ArgumentParser:
     """The same, with what every training has."""
     p = parser(doc, "the run's folder (default: runs/STAGE-TIME)")
-    p.add_argument("--save-every", type=whole(1), default=save_every, help="steps between checkpoints (default: "
-                   "%(default)s)")
+    p.add_argument("--save-every", type=whole(1), help=f"steps between checkpoints, {save_every}")
     p.add_argument("--keep", type=whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
     p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps moves "

@@ -34,6 +34,8 @@ from exits import Policy, Response, base_pass, micro_batches, score
 from fast.packing import send
 from sample import generate
 
+IDLE = 10  # steps that teach nothing about the task before it is said
+
 
 def reward(task, depth_share, mean_kl, lam: float, beta: float) -> torch.Tensor:
     """Eq. (1): R_i = r_task,i - lambda mean_t l_t / L - beta mean_t KL_t, all (P k,); depth_share is mean_t l_t / L."""
@@ -121,7 +123,7 @@ def stage_one(args) -> Path:
 
 @parallel.shared
 def main() -> None:
-    p = flags.training(__doc__, save_every=20)
+    p = flags.training(__doc__, save_every="20 / 5")
     p.add_argument("--lam", type=flags.number(0, 1e6), default=0.1, help="lambda of (1), the price of depth (default: "
                    "0.1)")
     p.add_argument("--beta", type=flags.number(0, 1e6), default=0.02, help="weight of the mean token KL to the base "
@@ -145,7 +147,8 @@ def main() -> None:
         init = parallel.first(lambda: stage_one(args).resolve())
         args.init = str(init)
         flags.inherit(args, runs.read_config(init), init / "config.json")
-    args = flags.settle(args, steps=(200, 400), lr=(1e-3, None), prompts_per_step=(12, 4), problems=(4096, None))
+    args = flags.settle(args, steps=(200, 400), lr=(1e-3, None), prompts_per_step=(12, 4), problems=(4096, None),
+                        save_every=(20, 5))
 
     runs.warn_idle("--prompts-per-step", args.prompts_per_step)
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)
@@ -159,7 +162,7 @@ def main() -> None:
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers}, lambda {args.lam}, beta "
           f"{args.beta}, {args.prompts_per_step} prompts x {args.samples} samples -> {run.folder}")
 
-    warned = False
+    warned, idle = False, 0
     for step in run.steps(start, policy, optimizer):
         # Roll out: k samples of each problem with stochastic exits, at temperature 1, no top-k, no top-p.
         times = [time.perf_counter()]
@@ -186,6 +189,7 @@ def main() -> None:
 
         # Update: one gradient step.
         accumulate_gradient(policy, responses, advantages, base, args.prompts_per_step * args.samples, args)
+        del base  # else it is held through the next rollout, where memory is scarcest
         updated = run.apply_gradients(optimizer, args.lr * runs.schedule(step, args.steps))
         times.append(time.perf_counter())
 
@@ -204,6 +208,11 @@ def main() -> None:
             run.bar.clear()
             runs.warn_unfinished(metrics["finished"], "an unfinished one never counts as right", tokenizer, args)
             warned = True
+        idle = idle + 1 if metrics["groups_of_equal_task_reward"] == 1 else 0  # steps in a row
+        if idle == IDLE:
+            run.bar.clear()
+            runs.say(f"{IDLE} steps in a row the samples of every prompt earned the same task reward: depth and KL are "
+                     f"all that is trained. Where accuracy stays at 0%, stop: has stage 1 converged?")
         run.bar.set_postfix_str(f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.0%}  "
                                 f"compute {metrics['average_compute']:.2f}  length {metrics['length']:.0f}  "
                                 f"KL {metrics['kl']:.3f}  drift {metrics['drift_max']:.0e}  "

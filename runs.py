@@ -43,6 +43,7 @@ from model import Transformer
 
 RUNS = Path("runs")
 MAX_SKIPPED = 5  # steps in a row with a gradient that isn't finite before a run gives up
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED")  # CPU, driver, cuBLAS
 ROTATE = 2**28  # bytes of completions.jsonl
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "shard",
@@ -132,7 +133,8 @@ def guarded(main) -> tuple[str | None, int]:
         where = error.filename or Run.current  # neither, where a disk is full and no run is open
         return f"error: {UserError(f'{where}: ' * bool(where) + (error.strerror or str(error)))}", 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+                words in str(error) for words in OUT_OF_MEMORY):
             raise
         on = f"python {Path(sys.argv[0]).name} --resume {quote(str(Run.current))} with" if Run.current else "use"
         told = ". ".join(str(error).split(". ")[:2])  # by torch: how much was asked for, and on which device

@@ -51,7 +51,7 @@ def main() -> None:
     prompts = torch.randint(0, model.config.vocab_size, (2, args.prompt)).tolist()
     settings = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=0, beta=0.02, max_new_tokens=args.new)
     responses = timed(f"rollout, 4 x {args.new} tokens", lambda: generate(
-        policy, prompts, samples=2, max_new_tokens=args.new, eos_ids=[-1], delta=2.0))
+        policy, prompts, samples=2, max_new_tokens=args.new, eos_ids=[-1]))
     timed("stage 1, gradient of 4", lambda: distill.train_step(policy, responses, 0, settings))
     print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5)['grad_norm']:.3g}")
     base, mean_kl, _ = timed("stage 2, score 4", lambda: rloo.score_responses(policy, responses, 1))

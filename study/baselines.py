@@ -6,6 +6,7 @@
     oracle       stops at the first exit whose lens is within EPS nats of this token's own final distribution: no rule,
                  for it runs all layers first, but a bound for those that guess from the lens
     random       depths drawn from the learned policy's own histogram, whatever the token is
+    table        the same, from its own histogram for the token just read: is a head more than a list of tokens?
     plain RL     stage 2 with the exits closed: same adapters to start from, steps, seeds and rate, lambda 0. From
                  fresh adapters it may end elsewhere: on stories 9 points lower, for no fault of the exits
 
@@ -30,6 +31,7 @@ from data.hub import write_json
 from distill import lens_kl
 from evaluate import measure, paired
 from exits import Policy, token_logits
+from sample import draw
 from study import common
 from study.common import answers, correct, mean, mean_correct, point, thresholded, undrawn
 from study.regimes import closed, random_depths
@@ -101,10 +103,37 @@ def histogram_of(answered: common.Answers) -> list[float]:
     return list(measure(answered.rows, answered.outcomes)["exit_histogram"].values())
 
 
+def mark(answered: common.Answers) -> str:
+    """Tells what is drawn as these answers from what was drawn as others."""
+    return hashlib.sha256(str(histogram_of(answered)).encode()).hexdigest()[:8]
+
+
 def shuffled(args, histogram: list[float]):
     """Depths drawn i.i.d. from the histogram of other answers."""
     shape = (len(args.problems), args.max_new_tokens)
     return lambda policy: {"depths": random_depths(policy, histogram, shape, args.seed)}
+
+
+def by_token(answered: common.Answers):
+    """Depths drawn from other answers' histogram for the token just read, of all tokens where they never read it."""
+    read = [([row["prompt_ids"][-1], *row["token_ids"][:-1]], row["depths"]) for row in answered.rows]
+
+    def rule(policy: Policy) -> dict:
+        counts = torch.zeros(policy.model.config.vocab_size, len(answered.outcomes))
+        for tokens, depths in read:
+            counts.index_put_((torch.tensor(tokens), torch.searchsorted(policy.depth_of_outcome, torch.tensor(depths))),
+                              torch.tensor(1.0), accumulate=True)
+        counts = torch.where(counts.sum(-1, keepdim=True) > 0, counts, counts.sum(0))
+        plain, logp = policy.forward, counts.log() - counts.sum(-1, keepdim=True).log()
+
+        def forward(ids, depths, u, delta, cache):
+            outcome = draw(logp[ids[:, 0].cpu()], u[:, 0, 0].cpu())
+            return plain(ids, depths.minimum(policy.depth_of_outcome[outcome][:, None]), place=cache)
+
+        policy.forward = forward
+        return {}
+
+    return rule
 
 
 # ------------------------------------------------------------------------------------------------------------ plain RL
@@ -205,12 +234,16 @@ def main() -> None:
                                            weights=name, compute=compute)
         for whose in trained if name == "base" else [name]:
             first = learned[whose][1][0]
-            histogram = histogram_of(first)
-            mark = hashlib.sha256(str(histogram).encode()).hexdigest()[:8]  # else another's draw would be taken for it
-            random = answers(args, source, f"random as {whose} {mark}", shuffled(args, histogram))
+            random = answers(args, source, f"random as {whose} {mark(first)}", shuffled(args, histogram_of(first)))
             points.append(point(args, random, rule="random", weights=name, value=whose))
             comparisons += against(whose, correct(first), correct(random), rule="random", weights=name,
                                    compute=compute_of(first))
+        for whose, (home, (first, *_)) in learned.items():
+            if home == name:
+                table = answers(args, source, f"table of {whose} {mark(first)}", by_token(first))
+                points.append(point(args, table, rule="table", weights=name, value=whose))
+                comparisons += against(whose, correct(first), correct(table), rule="table", weights=name,
+                                       compute=compute_of(first))
 
     if plain:
         without = pooled([answers(args, run) for run in plain])[0]

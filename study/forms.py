@@ -49,7 +49,7 @@ class Form:
     step: re.Pattern  # a line of a chain that a rule can read
     hint: str  # gives the answer away as a line of a chain ends, which is what the embedded model copies it from
     falsified: Callable  # (problem, numpy's generator) -> step, chain; None where no step will do
-    guess: Callable  # (program, Python's generator) -> an answer without a thought
+    guess: Callable  # (program, Python's generator) -> an answer without a thought, for study/organisms.py to train in
     words: tuple[str, ...] = ()  # that an answer may be; none where it is a number
     chance: float | None = None  # of a guess; None: it is measured, against another problem's answer
 
@@ -76,4 +76,4 @@ FORMS = {
     "arithmetic": Form("\\boxed{", "{}}}", re.compile(r"(?:.*: )?(\d+)([-+*])(\d+)=(\d+)"), "\nThe answer: ={}",
                        false_sum, lambda program, rng: str(rng.randint(1, 99))),
     "stories": Form("ANSWER:", " {}", re.compile(r".*: (\w+)"), "\nThe answer: {}", false_place,
-                    lambda program, rng: rng.choice(program["containers"]), tuple(stories.CONTAINERS), 1 / 3)}
+                    lambda program, rng: program["containers"][0], tuple(stories.CONTAINERS), 1 / 3)}

@@ -208,7 +208,7 @@ def heads(data: dict) -> list[str]:
 def baselines(data: dict) -> list[str]:
     found = {(c["of"], c["rule"], c["weights"]): c for c in data["comparisons"]}
     labels = {"static": "static exit", "heads": "heads, thresholded", "confidence": "confidence threshold",
-              "oracle": "KL oracle (sees all layers)", "random": "random exits",
+              "oracle": "KL oracle (sees all layers)", "random": "random exits", "table": "exits by a table of tokens",
               "plain RL": "RLOO without exits", "full depth": "base at full depth"}
 
     def row(c: dict) -> list:
@@ -242,9 +242,10 @@ def baselines(data: dict) -> list[str]:
             about(data, "; runs: " + ", ".join(f"{count} of {name}" for name, count in data["runs"].items())),
             "A sweep is read at the learned policy's compute by mixing the two settings around it; differences are "
             "over the same problems and not corrected for their number. Compute counts layers alone; a threshold on "
-            "the lens also pays a product with the vocabulary at every exit. On its own weights, and where its exits "
-            "are drawn at random, a policy is its first seed; else it is the mean over its seeds. \"p > 1/2\": "
-            "its exits are where a head's probability is above 1/2, in place of drawn.", "",
+            "the lens also pays a product with the vocabulary at every exit. Random exits are drawn from the policy's "
+            "own histogram of depths, a table's from that histogram for the token just read. On its own weights, and "
+            "where its exits are drawn so, a policy is its first seed; else it is the mean over its seeds. "
+            "\"p > 1/2\": its exits are where a head's probability is above 1/2, in place of drawn.", "",
             f"Does a learned exit beat a threshold{asked}?",
             *(line for whose in policies for line in ("", verdicts(whose))),
             *table(["learned", "against", "average compute", "accuracy", "the other's", "difference, points"],

@@ -189,6 +189,7 @@ def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, mon
         for name, them in (("intact", own), ("intact_at_half", at_half)):
             lost = [kl.sum() * min(1, stretch / len(kl)) for kl in them]
             assert got[name] == pytest.approx(float(sum((-k).exp() for k in lost)) / 3, rel=1e-9)
+        assert got["intact_whole"] == pytest.approx(float(sum((-kl.sum()).exp() for kl in own)) / 3, rel=1e-9)
     q = torch.tensor(targets).mean(0).tolist()
     for name, wanted in (("target", q), ("learned", [drawn.count(depth) / 7 for depth in (2, 4, 6)])):
         assert got[name]["distribution"] == pytest.approx(wanted, abs=1e-5)

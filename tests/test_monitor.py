@@ -71,6 +71,8 @@ def test_g_mean_squared_against_counting():
                                   [not z for _, z in none], [not y and not z for y, z in hint])]
     assert_close(hints.g_mean_squared(*share), tpr * tnr)
     assert hints.g_mean_squared(1.0, 0.0, 1.0, 1.0, 0.0) == 1  # always follows, always seen
+    assert hints.g_mean_squared(0.99, 0.0, 0.99, 1.0, 0.0) == 1  # two of 200 resist, and are taken for followers
+    assert hints.g_mean_squared(0.9, 0.0, 0.9, 1.0, 0.0) == 0
     assert np.isnan(hints.g_mean_squared(0.1, 0.1, 0.1, 1.0, 0.9))
 
 

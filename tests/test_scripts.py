@@ -44,18 +44,24 @@ def test_literal_command_on_a_hub_model_offline(tmp_path):
     assert len(list(tmp_path.glob("runs/distill-*/step-000002"))) == 1
 
 
+def impatient():
+    rloo.IDLE = 1
+
+
 def test_rloo_continues_from_the_newest_complete_run(trained):
-    """Neither a newer but interrupted stage-1 run nor an older complete one is picked up; the choice is printed."""
+    """Neither a newer but interrupted stage-1 run nor an older complete one is picked up; the choice is printed. And
+    nothing that it samples is right: a night of that would be wasted unsaid."""
     older = trained / "runs" / "distill-99999999-000001"
     shutil.copytree(next(iter(trained.glob("runs/distill-2*"))), older)
     os.utime(older / "complete.json", (1, 1))
     broken = trained / "runs" / "distill-99999999-000000"
     shutil.copytree(next(iter(trained.glob("runs/distill-2*"))), broken)
     (broken / "complete.json").unlink()
-    done = run("rloo.py", *RL[:-1], 1, "--out", "again", cwd=trained)
+    done = run("rloo.py", *RL[:-1], 1, "--out", "again", cwd=trained, before=impatient)
     shutil.rmtree(broken)
     shutil.rmtree(older)
     assert "runs/distill-2" in done.stdout
+    assert "1 steps in a row the samples of every prompt earned the same task reward" in done.stderr
 
 
 def test_completions_let_an_outsider_recompute_everything(trained):
@@ -225,6 +231,19 @@ def test_bad_input_ends_in_one_line(case, tmp_path, monkeypatch, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and errors[-1].startswith("error: ") and expected in errors[-1]
     assert not list(tmp_path.glob("runs/*/step-*")) and not list(tmp_path.glob("runs/*/complete.json"))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: out of memory. Compile with …"),
+                                   RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+def test_too_little_memory_is_one_line_whoever_ran_out(error, capsys):
+    """A driver's and cuBLAS's are plain RuntimeErrors: a traceback where a flag would help."""
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        runs.run_main(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: out of memory: use fewer --rows")
 
 
 def test_offline_without_the_model_is_one_line(tmp_path):

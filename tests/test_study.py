@@ -66,6 +66,22 @@ def test_random_exits_keep_the_histogram_and_nothing_else():
     assert abs(together - 0.25) < 0.03
 
 
+def test_a_table_of_tokens_knows_the_token_just_read_and_nothing_else():
+    """Read off by one, from the token that is predicted, it would know what no policy can; its draws keep the shares
+    that the token had, and a token that it never met has everybody's."""
+    rows = [{"prompt_ids": [9, 1], "token_ids": [5, 1, 7], "depths": [2, 4, 2]},  # read: 1, 5, 1
+            {"prompt_ids": [1], "token_ids": [1, 6], "depths": [6, 4]}]  # 1, 1
+    rule = baselines.by_token(common.Answers(rows, [2, 4, 6], None))
+    policy = toy_policy()
+    prompts = [[3, 5]] * 40 + [[3, 1]] * 600 + [[3, 8]] * 600
+    drawn = generate(policy, prompts, max_new_tokens=2, eos_ids=[], **rule(policy))
+    after = {token: [r.depths[0] for r in drawn if r.prompt_ids[-1] == token] for token in (5, 1, 8)}
+    after[5] += [r.depths[1] for r in drawn if r.token_ids[0] == 5]
+    assert set(after[5]) == {4} and len(after[5]) > 40
+    assert_frequencies([after[1].count(d) for d in (2, 4, 6)], [0.5, 0.25, 0.25])
+    assert_frequencies([after[8].count(d) for d in (2, 4, 6)], [0.4, 0.4, 0.2])
+
+
 def test_a_sweep_is_read_between_its_settings():
     """Equal compute, by hand: compute 0.25 and 0.75 mixed one to three is 0.625."""
     def swept(depth, right):
