@@ -78,9 +78,10 @@ def exit_cross_entropy(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: 
     """The exit term of (5), -log pi(l*_t), with the noise of each coin averaged out: exit logits (N, E), s of (4)
     (N, E) and l* (N,) -> (N,).
 
-    At an exit that l*_t reached, the way in which q's coin fell is replaced by how likely it was to say stop, s_e: the
-    expected loss of that exit is the cross-entropy from s_e to p_e. So the gradient has the expectation of
-    -log pi(l*_t)'s, and less noise: a third less token KL after as many steps. Heads past l*_t learn nothing.
+    -log pi(l*_t) is a sum over the exits that l*_t reached: there a coin that says stop with probability s_e fell, and
+    -log p_e or -log (1 - p_e) is paid. Here each is replaced by its mean, the cross-entropy from s_e to p_e: the same
+    expected gradient, less noise, a third less token KL after as many steps. l*_t is drawn all the same, for it decides
+    which exits are reached and where the stream freezes. Heads past it learn nothing.
     """
     reached = send(depths[:, None] >= torch.tensor(exits), exit_logits.device)
     return (F.binary_cross_entropy_with_logits(exit_logits, p_safe, reduction="none") * reached).sum(-1)
@@ -127,10 +128,16 @@ def at_own_exits(policy: Policy, batch, base_h: torch.Tensor, u: torch.Tensor) -
 
 @torch.no_grad()
 def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int, micro_batch: int) -> dict:
-    """Has it converged? On held-out base responses: the two terms of (5) at depths drawn from q; and the exits that the
-    student draws in a parallel pass, against the mean of q, with the token KL there. That is above the one at q's
-    depths, for q knows the final layer, and the heads have to guess. Where p_e > 1/2 decides in place of a draw, they
-    guess best: `intact_at_half`."""
+    """Has it converged? On held-out base responses, in parallel passes:
+
+        token_kl, exit_cross_entropy  the two terms of (5) at depths drawn from q
+        learned, target               the exits that the student draws itself, and the mean of q
+        token_kl_at_own_exits         above token_kl: q knows the final layer, and the heads have to guess
+        intact_whole                  mean of exp(-K), K a response's sum of the KL at the student's own exits: about
+                                      the share of responses that stay as they were
+        intact                        the same for STRETCH tokens of a longer one
+        intact_at_half                the same where p_e > 1/2 decides in place of a draw, and heads guess best
+    """
     E, outcomes = len(policy.exits), policy.depth_of_outcome
     drawn, target = torch.zeros(E + 1), policy.heads.bias.new_zeros(E + 1)
     totals, count = torch.zeros(6, dtype=torch.double, device=policy.device), sum(map(len, responses))
@@ -161,10 +168,9 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
 def verdict(measured: dict, training_kl: float) -> str | None:
     """What is still wrong with a calibration, in one line; None if nothing is.
 
-    Exit rates match their target long before the tokens do. A response whose token KL sums to K nats, where the student
-    itself exits, stays about as it was with probability exp(-K): the mean of these is the share that stays intact. Of
-    a response of more than STRETCH tokens, K is what it comes to in so many: else no long one ever would. Many unsure
-    heads cost a response though each is right more often than not; without the draw they cost little.
+    Exit rates match their target long before the tokens do, so it goes by `intact`: by stretches, for of long responses
+    no whole one would ever stay. Many unsure heads cost a response though each is right more often than not; without
+    the draw they cost little.
     """
     at_target, at_own = measured["token_kl"], measured["token_kl_at_own_exits"]
     learned, target = (measured[name]["exit_rate"] for name in ("learned", "target"))

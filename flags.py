@@ -159,8 +159,8 @@ def location(model: str) -> Path | str:
 
 
 def inherit(args: argparse.Namespace, config: dict, where) -> None:
-    """Fills the flags left open that say what a run was about; what follows it should be about the same. In its dtype,
-    too, on the same kind of device."""
+    """Fills the flags left open from an earlier run's, so that what follows it is about the same; with its dtype, too,
+    where the device is of the same kind."""
     before = {name: field(config["args"], name, kind, where, default=None) for name, kind in ABOUT.items()}
     if args.task is not None and tasks.name_of(args.task) != before["task"]:
         before["data"] = None

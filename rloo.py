@@ -1,12 +1,13 @@
 """Stage 2: RLOO with a penalty on depth, which pays the policy to think in visible tokens instead of hidden layers.
 
-    R_i = r_task,i - lambda mean_t l_t / L - beta mean_t KL_t                                         (1)
+    R_i = r_task,i - lambda mean_t l_t / L - beta mean_t KL_t            of sample i of a prompt      (1)
     A_i = R_i - mean_{j != i} R_j                                       leave-one-out, no std division
     loss = 1/c mean over prompts of 1/k sum_i [ -A_i sum_t log pi(l_t, x_t) + beta mean_t KL_t ],   c = max_new_tokens
 
-KL_t is exact, over the vocabulary, from the policy at l_t to the base model at full depth. It depends on state and
-depth, not on the token drawn. Inside R it rewards coming to states and depths of small KL; the second term is its
-direct gradient, no second penalty. Both together are the gradient of (1).
+KL_t is exact, over the vocabulary, from the policy at l_t to the base model at full depth. So R depends on the weights
+in two ways: through what is drawn, and, by KL_t, directly. The gradient of E[R] is E[R grad log pi] + E[grad R]; the
+first term of the loss has the one, the second the other: no second penalty, without which (1) would not be what is
+maximised. 1/c only scales the loss: dividing by each response's own length would weigh short ones more.
 Left out of PPO and GRPO on purpose: importance ratios and their clipping (one gradient step per batch of rollouts), the
 division by the standard deviation, a critic, top-k and top-p (the policy that is scored is the one that sampled).
 
@@ -84,7 +85,7 @@ def score_responses(policy: Policy, responses: list[Response], micro_batch: int)
 def accumulate_gradient(policy: Policy, responses: list[Response], advantages: torch.Tensor, base: list, count: int,
                         args) -> None:
     """What these responses add to the gradient of rloo_loss over a step's `count`, micro-batch by micro-batch."""
-    parts = micro_batches(policy, responses, args.micro_batch)
+    parts = micro_batches(policy, responses, args.micro_batch)  # the same as in score_responses, where base comes from
     for (index, batch), base_h in zip(parts, base, strict=True):
         logp_exit, logp_token, token_kl, _ = score(policy, batch, base_h)
         lengths = per_response(torch.ones_like(token_kl), batch)
@@ -94,8 +95,8 @@ def accumulate_gradient(policy: Policy, responses: list[Response], advantages: t
 
 
 def summarise(rows: list[dict], drift: torch.Tensor, outcomes: list[int], args) -> dict:
-    """A step's metrics from its completions; the three parts of the reward sum to it. Compute is pooled over tokens,
-    while the reward averages depth within each response."""
+    """A step's metrics from its completions; the three parts of the reward sum to it. Compute is that of all tokens, as
+    in every table, while (1) charges each response its own mean."""
     def average(name):
         return float(torch.tensor([row[name] for row in rows], dtype=torch.double).mean())
 

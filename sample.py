@@ -31,7 +31,7 @@ def uniforms(seed: Sequence[int], rows, positions, count: int) -> torch.Tensor:
     """Uniform numbers in [0, 1) that depend only on (seed, row, position, index), never on the batch around them.
 
     rows and positions broadcast against each other to some shape; returns float64 of that shape + (count,).
-    SplitMix64's finaliser (Steele et al. 2014), once for each part of the address.
+    SplitMix64's finaliser (Steele et al. 2014), once each for the seed's parts, row, position and index.
     """
     def mix(x):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -136,7 +136,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             # The token's comes first, so that a full-depth response does not depend on where exits would be.
             u[live] = uniforms(seed, first_row + number, cache.length[live], 1 + E)
             if threshold is not None:
-                u[live, 1:] = threshold
+                u[live, 1:] = threshold  # u < p stops: in u's place it stops wherever p is above
             depth = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
             depth[live] = L if depths is None else depths[number, torch.tensor([len(responses[i]) for i in number])]
             out = policy(send(token[:, None], policy.device), depth[:, None],

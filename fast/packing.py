@@ -35,10 +35,10 @@ class Sequences:
         if segment == 0:
             self.tables, self.present = rope(self.shape[1], model.config, h), running
             self.source = None if self.shared_from is None else send(self.shared_from.flatten(), h.device)
-        if running is None or (running.all() and self.cache is None):
+        if running is None or (running.all() and self.cache is None):  # nothing to leave out, nor to keep
             return model.run(h, layers, Causal(self.shape, *self.tables)).unflatten(0, self.shape)
         site = Packed(self, h, running)
-        h = h.index_copy(0, site.running, model.run(h.index_select(0, site.running), layers, site))
+        h = h.index_copy(0, site.run_at, model.run(h.index_select(0, site.run_at), layers, site))
         return h.unflatten(0, self.shape)
 
     def end(self, h: torch.Tensor) -> None:
@@ -50,22 +50,22 @@ class Packed:
 
     def __init__(self, place: Sequences, h: torch.Tensor, running: torch.Tensor):
         self.shape, self.place = place.shape, place
-        frozen = place.present & ~running
-        self.running, self.still = (send(x.flatten().nonzero()[:, 0], h.device) for x in (running, frozen))  # flat
-        self.all = torch.cat([self.running, self.still])
-        self.cos, self.sin = (table[self.all % self.shape[1]] for table in place.tables)
-        self.frozen = h.index_select(0, self.still) if len(self.still) else None
+        kept = place.present & ~running
+        self.run_at, kept_at = (send(x.flatten().nonzero()[:, 0], h.device) for x in (running, kept))  # indices of B T
+        self.all_at = torch.cat([self.run_at, kept_at])
+        self.cos, self.sin = (table[self.all_at % self.shape[1]] for table in place.tables)
+        self.frozen = h.index_select(0, kept_at) if len(kept_at) else None  # streams, for model.Block
 
-    def unpack(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def unpack(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """Packed (n, heads, C) -> (B, T, heads, C), zero where nothing stands."""
-        x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, position, x)
+        x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, at, x)
         return x.unflatten(0, self.shape)
 
     def attend(self, layer: int, q, k, v) -> torch.Tensor:
         """Queries (n, H, C) over keys and values (n + m, K, C) -> (n, H C)."""
-        q, k, v = self.unpack(q, self.running), self.unpack(k, self.all), self.unpack(v, self.all)
+        q, k, v = self.unpack(q, self.run_at), self.unpack(k, self.all_at), self.unpack(v, self.all_at)
         if self.place.source is not None:
             k, v = (x.flatten(0, 1).index_select(0, self.place.source).view_as(x) for x in (k, v))
         if self.place.cache is not None:
             self.place.cache.write_prompts(layer, self.place.rows, k, v)
-        return causal_attention(q, k, v).index_select(0, self.running)
+        return causal_attention(q, k, v).index_select(0, self.run_at)

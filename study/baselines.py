@@ -225,9 +225,11 @@ def main() -> None:
             sweep = [answers(args, source, f"{rule} {value:g}", make(value)) for value in values]
             points += [point(args, a, rule=rule, weights=name, value=v) for a, v in zip(sweep, values, strict=True)]
             for whose, (home, each) in learned.items():
+                # With each rule on the base's weights, s1's and its own; undrawn with confidence alone, for the heads'
+                # sweep has it as a point, and after stage 2 with the heads that it began with: what has RL added?
                 asked = name in ("base", "stage 1", home) and (whose == home or rule == "confidence")
-                has_added = rule == "heads" and whose != home and name == start_of(home) != home  # has stage 2, undrawn
-                if asked or has_added:
+                added = rule == "heads" and whose != home and name == start_of(home) != home
+                if asked or added:
                     # Seed 0's adapters against seed 0 alone: the mean over seeds would be compared with one's luck.
                     accuracy, compute = pooled(each[:1] if name == home else each)
                     comparisons += against(whose, accuracy, at_compute([*sweep, full], compute), rule=rule,

@@ -33,7 +33,7 @@ class Reference:
         return torch.sigmoid(torch.stack(z) + delta), (logits / temperature).softmax(-1)
 
     def exit_logit(self, h, i):
-        """Of exit i, which reads a stream h (D) or (T, D) at its depth."""
+        """z of exit i, by its head, from the stream h (D) or (T, D) at its depth, taken at unit root mean square."""
         x, heads = self.norm(h), {name: self.w[f"heads.{name}"][i] for name in HEADS if f"heads.{name}" in self.w}
         if "up" in heads:  # a hidden layer
             x = x @ heads["up"].T + heads["up_bias"]
@@ -55,13 +55,15 @@ class Reference:
 
     def score(self, prompt, response, depths, **options):
         """Eq. (2) of each token of a response, as its two terms, log pi(l_t) and the log of the token's probability at
-        that depth; and the KL of (1) and (5), from what the policy says there to what the base model says. (3, T)"""
+        that depth; and the KL of (1) and (5), from what the policy says there to what the base model says. Shape (3,
+        tokens of the response)."""
         scores, base = [], Reference(self.w, self.config, self.exits)
         for t, (token, depth) in enumerate(zip(response, depths, strict=True)):
             ids, before = [*prompt, *response[:t]], [self.L] * (len(prompt) - 1) + list(depths[:t])
             (p_exit, p_token), i = self.policy(ids, before, **options), self.outcomes.index(depth)
-            p, q = p_token[i], base.policy(ids, [self.L] * len(before), **options)[1][-1]
-            scores.append(torch.stack([stick_breaking(p_exit)[i].log(), p[token].log(), (p * (p / q).log()).sum()]))
+            p, p_base = p_token[i], base.policy(ids, [self.L] * len(before), **options)[1][-1]
+            kl = (p * (p / p_base).log()).sum()
+            scores.append(torch.stack([stick_breaking(p_exit)[i].log(), p[token].log(), kl]))
         return torch.stack(scores, 1)
 
     # From here on it is any Qwen2, Qwen3 or Llama: nothing knows of exits.
