@@ -175,7 +175,7 @@ class Twice:
             self.tables = [torch.cat([table, table]) for table in rope(self.shape[1] // 2, model.config, h)]
             self.present = running
         site = SeesFirst(self, h, running)
-        return h.index_copy(0, site.running, model.run(h[site.running], layers, site)).unflatten(0, self.shape)
+        return h.index_copy(0, site.run_at, model.run(h[site.run_at], layers, site)).unflatten(0, self.shape)
 
     def end(self, h):
         pass
@@ -183,13 +183,14 @@ class Twice:
 
 class SeesFirst(Packed):
     def attend(self, layer: int, q, k, v):
-        q, k, v = (self.unpack(x, at).transpose(1, 2) for x, at in ((q, self.running), (k, self.all), (v, self.all)))
+        q, k, v = (self.unpack(x, at).transpose(1, 2)
+                   for x, at in ((q, self.run_at), (k, self.all_at), (v, self.all_at)))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         past = torch.ones(self.shape[1] // 2, self.shape[1] // 2, dtype=torch.bool, device=q.device).tril()
         now = torch.eye(len(past), dtype=torch.bool, device=q.device)
         mask = torch.cat([torch.cat([past, past & ~now]), torch.cat([now & ~now, now])], 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, self.running)
+        return out.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, self.run_at)
 
 
 @torch.no_grad()
