@@ -64,7 +64,7 @@ def on_signal(number: int, _) -> None:
     if number == signal.SIGHUP:  # kernel and shell may send one each, and to write to a closed terminal is an error
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         silence(Run.terminals)
-    elif parallel.size() == 1:  # torchrun passes one on that has come already
+    elif parallel.size() == 1:  # not under torchrun, which passes on a signal that each process already has
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
     if not Run.in_steps:
@@ -478,7 +478,7 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, fresh
         optimizer = adamw(policy)
     if start > args.steps:
         raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")
-    parallel.copy(policy.trained().values())  # alike already, but where GPUs differ or the run in --init went on
+    parallel.copy(policy.trained().values())  # they differ where GPUs do, or --init got a checkpoint meanwhile
     about = problems_hash(problems)
     if run is None:
         return Run.start(stage, args, model, about), policy, optimizer, start
