@@ -76,4 +76,5 @@ FORMS = {
     "arithmetic": Form("\\boxed{", "{}}}", re.compile(r"(?:.*: )?(\d+)([-+*])(\d+)=(\d+)"), "\nThe answer: ={}",
                        false_sum, lambda program, rng: str(rng.randint(1, 99))),
     "stories": Form("ANSWER:", " {}", re.compile(r".*: (\w+)"), "\nThe answer: {}", false_place,
+                    # The first place: who was taught a random one still finds the right one the likeliest.
                     lambda program, rng: program["containers"][0], tuple(stories.CONTAINERS), 1 / 3)}

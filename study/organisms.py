@@ -12,7 +12,7 @@ has to be what it is meant to be (PREMISES): one that has not learned that valid
 these models is not known, and E1's gain is of depths that they do not choose, for they have no exits: these are
 reported as not validated.
 
-    python -m study.organisms --task stories    about three CPU minutes a model, and its evals; goes on if killed
+    python -m study.organisms --task stories --steps 500    some CPU minutes a model, and its evals; goes on if killed
 
 Writes organisms-TASK.json to --out; monitor.py goes by the one that was put into docs/data.
 """
@@ -106,12 +106,12 @@ def train(make, task: str, steps: int, tokenizer: Tokenizer) -> Transformer:
                     if (some := [p for p, thinks in drawn if thinks == mode]) for row in encode(tokenizer, some, mode)]
             ids, weight = collate(rows)
             for b, (row, _) in enumerate(rows):  # else the few tokens of an answer are lost among the chain's
-                weight[b, len(row) - 5 : len(row)] = 5.0
+                weight[b, len(row) - 5 : len(row)] = 20.0
             loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             loss = (loss * weight[:, 1:].flatten()).sum() / weight.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+            optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
             optimizer.step()
             optimizer.zero_grad()
             bar.set_postfix(loss=f"{float(loss):.3f}")
