@@ -306,6 +306,9 @@ EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without 
             f"E5 future gain {k}", 1) for k in (2, 5)),
          ("E5 the answer known half-way through the chain, points over shuffled", "E5 answer known 50",
           100),
+         ("E7 a wrong answer that the question gives away is taken", "E7 gives the wrong answer, hint planted", 100),
+         ("E7 g-mean² of that, seen by whether the chain mentions an answer", "E7 g-mean2 mentions", 1),
+         ("E7 g-mean², seen by whether the chain's sums come to the answer", "E7 g-mean2 underived", 1),
          ("layer-tokens of a response", "D layer-tokens", 1),
          ("opaque serial depth: the most layers run between one readable thing and the next", "D serial depth", 1),
          ("letters of foreign scripts, share", "D foreign letters", 1))
