@@ -78,19 +78,28 @@ class Peek:
         self.cache.filled, self.cache.site = self.filled, None
 
 
+def choosing(policy: Policy, choose) -> dict:
+    """Before every pass over the rows' next tokens, choose(plain pass, its arguments) says which outcome (R,) each
+    takes."""
+    plain = policy.forward
+
+    def forward(ids, depths, u, delta, cache):
+        outcome = choose(plain, ids, depths, u, cache)
+        return plain(ids, depths.minimum(policy.depth_of_outcome[outcome][:, None]), place=cache)
+
+    policy.forward = forward
+    return {}
+
+
 def oracle(eps: float):
     def rule(policy: Policy) -> dict:
-        plain = policy.forward
-
-        def forward(ids, depths, u, delta, cache):
-            """Twice through: all layers, to see where the lens is near enough; then as many as that says."""
+        def near_enough(plain, ids, depths, u, cache):
+            """By a pass of its own through all layers."""
             full = plain(ids, depths, place=Peek(cache))
             kl_e = lens_kl(policy.model, full.h[:, 0], [h[:, 0] for h in full.streams])  # (R, E)
-            first = F.pad(kl_e <= eps, (0, 1), value=True).int().argmax(-1).cpu()
-            return plain(ids, depths.minimum(policy.depth_of_outcome[first][:, None]), place=cache)
+            return F.pad(kl_e <= eps, (0, 1), value=True).int().argmax(-1).cpu()
 
-        policy.forward = forward
-        return {}
+        return choosing(policy, near_enough)
 
     return rule
 
@@ -124,14 +133,8 @@ def by_token(answered: common.Answers):
             counts.index_put_((torch.tensor(tokens), torch.searchsorted(policy.depth_of_outcome, torch.tensor(depths))),
                               torch.tensor(1.0), accumulate=True)
         counts = torch.where(counts.sum(-1, keepdim=True) > 0, counts, counts.sum(0))
-        plain, logp = policy.forward, counts.log() - counts.sum(-1, keepdim=True).log()
-
-        def forward(ids, depths, u, delta, cache):
-            outcome = draw(logp[ids[:, 0].cpu()], u[:, 0, 0].cpu())
-            return plain(ids, depths.minimum(policy.depth_of_outcome[outcome][:, None]), place=cache)
-
-        policy.forward = forward
-        return {}
+        logs = counts.log()  # draw sees to it that they add up
+        return choosing(policy, lambda plain, ids, depths, u, cache: draw(logs[ids[:, 0].cpu()], u[:, 0, 0].cpu()))
 
     return rule
 
