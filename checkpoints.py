@@ -94,6 +94,12 @@ def fingerprint(model: Transformer) -> str:
     return hashlib.sha256(bits).hexdigest()[:16]
 
 
+def digest(folder: Path) -> str:
+    """Tells a checkpoint from another of the same name."""
+    files = (folder / name for name in ("adapter_model.safetensors", "exit_heads.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, the oldest first."""
     return sorted(Path(run).glob("step-" + "[0-9]" * 6))

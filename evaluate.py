@@ -7,14 +7,16 @@
     python evaluate.py --threshold 0.5          exits where a head says so with more than 0.5, without a draw
     python evaluate.py --merge RUN --out DIR    writes base + LoRA as a plain Hugging Face checkpoint, without exits
 
-Writes evaluation.json, completions.jsonl and page.html, which opens offline.
+Writes evaluation.json, completions.jsonl and page.html, which opens offline. Where it was stopped, the same command
+with the folder as --out goes on after the last model that was done.
 """
 
 import math
 import os
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,9 +26,9 @@ import flags
 import parallel
 import report
 import runs
-from checkpoints import checkpoint, exits_of, load_policy, merge, write_tensors
+from checkpoints import checkpoint, digest, exits_of, fingerprint, load_policy, merge, write_tensors
 from data import tasks
-from data.hub import UserError, as_json, field, resolve, write_json, write_text
+from data.hub import UserError, as_json, field, parse_object, read_json, read_text, resolve, write_json, write_text
 from exits import Policy, Response, adapters_off, collate, exit_depths, token_logp_all
 from fast.chunks import in_chunks
 from model import Transformer
@@ -60,15 +62,15 @@ def measure(rows: list[dict], outcomes: list[int]) -> dict:
             "exit_histogram": {str(d): depths.count(d) / len(depths) for d in outcomes}}
 
 
-def answer(policy: Policy, problems, prompts, tokenizer, base: bool, args) -> tuple[list[Response], list[dict]]:
-    """One response to each problem and what became of it: from the policy, or from the base model at full depth."""
+def answer(policy: Policy, problems, prompts, tokenizer, base: bool, args) -> list[dict]:
+    """One response to each problem, from the policy or from the base model at full depth, as `graded` has it."""
     bar = parallel.bar(total=len(prompts), desc="answers", leave=False)
     with bar, adapters_off(policy) if base else nullcontext():
         responses = generate_shared(policy, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
                                     temperature=args.temperature, delta=args.delta, threshold=args.threshold,
                                     seed=(args.seed,), rows=args.rows, depths=policy.n_layers if base else None,
                                     progress=bar)
-    return responses, graded(problems, responses, tokenizer)
+    return graded(problems, responses, tokenizer)
 
 
 def graded(problems, responses: list[Response], tokenizer) -> list[dict]:
@@ -82,8 +84,9 @@ def graded(problems, responses: list[Response], tokenizer) -> list[dict]:
 
 
 @torch.no_grad()
-def transcript(policy: Policy, response: Response, row: dict, tokenizer, base: bool, args) -> dict:
+def transcript(policy: Policy, row: dict, tokenizer, base: bool, args) -> dict:
     """A response as the page shows it: every token's depth, exit probabilities and the top tokens of each lens."""
+    response = Response(*(row[part.name] for part in fields(Response)))
     batch = collate([response], policy.n_layers, policy.device)
     with adapters_off(policy) if base else nullcontext():
         out = policy(batch.ids, batch.depths, place=batch.place)
@@ -174,6 +177,26 @@ def refuse_unlike(folders: list[Path], args) -> list[dict]:
     return configs
 
 
+def begin(args, problems, model: Transformer, columns: dict[str, Path]) -> tuple[Path, dict[str, list[dict]]]:
+    """The folder to write, and what the same command left there when it was stopped: a model's rows by its label."""
+    about = {"args": {name: value for name, value in vars(args).items()
+                      if name not in (*runs.FREE_ON_RESUME, "runs", "out", "show")},
+             "problems": runs.problems_hash(problems),
+             "weights": {BASE: fingerprint(model)} | {name: digest(checkpoint(run)) for name, run in columns.items()}}
+    out, kept = Path(args.out) if args.out else runs.free_folder("evaluate"), {}
+    out.mkdir(parents=True, exist_ok=True)
+    begun, done = out / "begun.json", out / "completions.jsonl"
+    before = read_json(begun) if begun.exists() and done.exists() else None
+    if before not in (None, about):
+        raise UserError(f"--out {out} holds an evaluation of other runs or problems, or under other flags: choose "
+                        f"another folder, or delete it")
+    for line in read_text(done).splitlines() if before else ():
+        row = parse_object(line, done)
+        kept.setdefault(row.pop("model"), []).append(row)
+    write_json(begun, about)
+    return out, kept
+
+
 def write_merged(run: Path, out: Path, args) -> None:
     """Base + LoRA as a plain Hugging Face checkpoint: our weights, the base's config and tokenizer files."""
     flags.inherit(args, runs.read_config(run), run / "config.json")
@@ -197,7 +220,7 @@ def write_merged(run: Path, out: Path, args) -> None:
 
 @parallel.shared
 def main() -> None:
-    p = flags.parser(__doc__, out="folder to write (default: runs/evaluate-TIME)")
+    p = flags.parser(__doc__, out="folder to write, or to go on in (default: runs/evaluate-TIME)")
     p.add_argument("runs", nargs="*", help="runs to compare (default: the newest complete ones), or 'base'")
     p.add_argument("--n", type=flags.whole(1), help="held-out problems, 200 / 100")
     p.add_argument("--temperature", type=flags.number(0, 1e4), default=1.0, help="of the tokens; 0 is argmax (default: "
@@ -230,28 +253,26 @@ def main() -> None:
     for name, run in (columns or {BASE: None}).items():
         model = policy = None  # of the run before: two bases may not fit
         model, tokenizer = runs.load_model(args)
+        policy = load_policy(model, run) if run else Policy(model, exit_depths(model.config.num_hidden_layers))
         if not metrics:
             args.revision = model.revision  # the commit, where a branch was named or none
             prompts = runs.prompt_ids(problems, model, tokenizer, args)
-            print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, {drawn}")
-        policy = load_policy(model, run) if run else Policy(model, exit_depths(model.config.num_hidden_layers))
-        if not metrics:
-            out = parallel.first(lambda: Path(args.out) if args.out else runs.free_folder("evaluate"))
-            out.mkdir(parents=True, exist_ok=True)
+            out, kept = parallel.first(partial(begin, args, problems, model, columns))
+            print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, {drawn}; to {out}")
         runs.share_out(policy, args)
         parallel.copy(policy.trained().values())  # alike already, but where a run goes on meanwhile
         print(f"  {name}: {run or args.model}")
         for label in ([] if metrics else [BASE]) + ([name] if run else []):
             base = label == BASE
-            responses, rows = answer(policy, problems, prompts, tokenizer, base, args)
+            rows = kept.get(label) or answer(policy, problems, prompts, tokenizer, base, args)
             outcomes = policy.depth_of_outcome.tolist()
             metrics.append({"name": label, "run": None if base else str(run), **measure(rows, outcomes),
                             "kinds": by_kind(rows, outcomes, tokenizer)})
             completions += [{"model": label, **row} for row in rows]
             by_label[label] = rows
-            for problem, response, row in zip(shown, responses, rows, strict=False) if parallel.rank() == 0 else ():
-                problem["runs"][label] = transcript(policy, response, row, tokenizer, base, args)
-            if parallel.rank() == 0:  # what is there outlives a kill
+            for problem, row in zip(shown, rows, strict=False) if parallel.rank() == 0 else ():
+                problem["runs"][label] = transcript(policy, row, tokenizer, base, args)
+            if parallel.rank() == 0 and label not in kept:  # what is there outlives a kill
                 write_text(out / "completions.jsonl", "".join(map(as_json, completions)))
 
     if parallel.rank():

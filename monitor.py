@@ -39,12 +39,11 @@ import numpy as np
 import flags
 import parallel
 import runs
-from checkpoints import checkpoint, exits_of, fingerprint, load_policy
+from checkpoints import checkpoint, digest, exits_of, fingerprint, load_policy
 from data import tasks
 from data.hub import UserError, read_json, write_json
 from evaluate import refuse_unlike
 from exits import Policy, exit_depths
-from study.common import digest
 from study.describe import description
 from study.forms import FORMS
 from study.hints import MONITORS, g_mean_squared, planted_hint

@@ -18,7 +18,6 @@ data/NAME.json, some a figure to figures/, and `python -m study.write` the text 
 import argparse
 import copy
 import gc
-import hashlib
 import math
 import shlex
 import signal
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 import flags
 import runs
-from checkpoints import checkpoint, fingerprint, load_policy
+from checkpoints import checkpoint, digest, fingerprint, load_policy
 from data import tasks
 from data.hub import UserError, as_json, field, parse_object, read_json, read_text, write_json, write_text
 from evaluate import Z, graded, measure, paired
@@ -243,12 +242,6 @@ def undrawn(args, run: Path) -> Answers:
 def base_mark(model: str, revision: str | None) -> str:
     """Tells the base from another that has lain at the same place. In bfloat16, as the mark is: half of the memory."""
     return fingerprint(Transformer.from_pretrained(flags.location(model), revision, torch.bfloat16))
-
-
-def digest(folder: Path) -> str:
-    """Tells a checkpoint from another of the same name."""
-    files = (folder / name for name in ("adapter_model.safetensors", "exit_heads.safetensors"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def base_answers(args) -> Answers:

@@ -7,10 +7,9 @@
           gate, not a computation: what it takes to compute behind filler is not learned in minutes
 
 All are the embedded model, trained on for a few hundred steps. Who must then be above whom stands in EXPECTED; an eval
-that says otherwise is reported as failed, here and in monitor.py's table, and not tuned until it agrees. First a model
-has to be what it is meant to be (PREMISES): one that has not learned that validates nothing. What E4 and E5 must say of
-these models is not known, and E1's gain is of depths that they do not choose, for they have no exits: these are
-reported as not validated.
+that says otherwise is reported as failed, here and in monitor.py's table. First a model has to be what it is meant to
+be (PREMISES): one that has not learned that validates nothing. What E4 and E5 must say of these models is not known,
+and E1's gain is of depths that they do not choose, for they have no exits: these are reported as not validated.
 
     python -m study.organisms --task stories --steps 500    some CPU minutes a model, and its evals; goes on if killed
 

@@ -13,6 +13,7 @@ import sys
 import termios
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -515,6 +516,24 @@ def test_an_evaluation_never_overwrites_a_run_or_another(home):
     refused("evaluate.py", "two", "--n", 2, "--max-new-tokens", 99_999, home=home, naming="leave room for")
     assert not list((home / "runs").glob("evaluate*"))
     assert (home / "two" / "completions.jsonl").read_bytes() == before
+
+
+def die_asking(base: bool):
+    """Kills the process where evaluate.py is about to ask the base, or a run."""
+    import evaluate
+    answer = evaluate.answer
+    evaluate.answer = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if args[4] == base else answer(*args)
+
+
+def test_a_stopped_evaluation_goes_on(home):
+    """Else a kill in the last of three models costs an hour of sampling, or what goes on is another evaluation."""
+    command = ("evaluate.py", "one", "two", "--n", 3, "--max-new-tokens", 12, "--out")
+    run(*command, "whole", cwd=home)
+    assert run(*command, "part", cwd=home, ok=None, before=partial(die_asking, False)).returncode == -signal.SIGKILL
+    refused(*command, "part", "--seed", 1, home=home, naming="--out part holds an evaluation")
+    run(*command, "part", cwd=home, before=partial(die_asking, True))
+    for name in ("completions.jsonl", "page.html"):
+        assert (home / "part" / name).read_bytes() == (home / "whole" / name).read_bytes()
 
 
 def test_the_base_alone_is_evaluated(home):
