@@ -317,7 +317,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
         distill_loss(token_kl, exit_cross_entropy(exit_logits, p_safe, depths, policy.exits), count).backward()
 
         learned, reached = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
-        # Logged is (5) as it stands, with the coins that fell; the gradient has averaged them out.
+        # Logged is (5) as it stands, with the stops that were drawn; the gradient has averaged them out.
         total = torch.stack([token_kl.detach().sum(), -logp_exit.detach().sum()])
         sums += torch.cat([total, log_q.exp().sum(0), learned, reached])
     parallel.add(sums)  # over the processes; apply_gradients adds the gradients

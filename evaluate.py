@@ -8,7 +8,7 @@
     python evaluate.py --merge RUN --out DIR    writes base + LoRA as a plain Hugging Face checkpoint, without exits
 
 Writes evaluation.json, completions.jsonl and page.html, which opens offline. Where it was stopped, the same command
-with the folder as --out goes on after the last model that was done.
+with the folder as --out goes on after the last model that was done, if begun.json there says that it is the same.
 """
 
 import math
@@ -177,22 +177,22 @@ def refuse_unlike(folders: list[Path], args) -> list[dict]:
     return configs
 
 
-def begin(args, problems, model: Transformer, columns: dict[str, Path]) -> tuple[Path, dict[str, list[dict]]]:
+def go_on(args, problems, prompts, model: Transformer, chosen: dict[str, Path]) -> tuple[Path, dict[str, list[dict]]]:
     """The folder to write, and what the same command left there when it was stopped: a model's rows by its label."""
     about = {"args": {name: value for name, value in vars(args).items()
                       if name not in (*runs.FREE_ON_RESUME, "runs", "out", "show")},
              "problems": runs.problems_hash(problems),
-             "weights": {BASE: fingerprint(model)} | {name: digest(checkpoint(run)) for name, run in columns.items()}}
+             "weights": {BASE: fingerprint(model)} | {name: digest(folder) for name, folder in chosen.items()}}
     out, kept = Path(args.out) if args.out else runs.free_folder("evaluate"), {}
     out.mkdir(parents=True, exist_ok=True)
     begun, done = out / "begun.json", out / "completions.jsonl"
-    before = read_json(begun) if begun.exists() and done.exists() else None
-    if before not in (None, about):
-        raise UserError(f"--out {out} holds an evaluation of other runs or problems, or under other flags: choose "
-                        f"another folder, or delete it")
-    for line in read_text(done).splitlines() if before else ():
+    same = not done.exists() or begun.exists() and read_json(begun) == about
+    for line in read_text(done).splitlines() if same and done.exists() else ():
         row = parse_object(line, done)
         kept.setdefault(row.pop("model"), []).append(row)
+    if not same or any([row["prompt_ids"] for row in rows] != prompts for rows in kept.values()):
+        raise UserError(f"--out {out} holds an evaluation of other runs or problems, or under other flags: choose "
+                        f"another folder, or delete it")
     write_json(begun, about)
     return out, kept
 
@@ -237,6 +237,7 @@ def main() -> None:
         return parallel.rank() or write_merged(Path(args.merge), Path(args.out), args)
 
     columns = parallel.first(lambda: chosen_runs(args))
+    chosen = parallel.first(lambda: {name: checkpoint(run) for name, run in columns.items()})  # a run may train on
     for run in columns.values():
         flags.inherit(args, runs.read_config(run), run / "config.json")
     args = flags.settle(args, n=(200, 100))
@@ -253,14 +254,13 @@ def main() -> None:
     for name, run in (columns or {BASE: None}).items():
         model = policy = None  # of the run before: two bases may not fit
         model, tokenizer = runs.load_model(args)
-        policy = load_policy(model, run) if run else Policy(model, exit_depths(model.config.num_hidden_layers))
+        policy = load_policy(model, chosen[name]) if run else Policy(model, exit_depths(model.config.num_hidden_layers))
         if not metrics:
             args.revision = model.revision  # the commit, where a branch was named or none
             prompts = runs.prompt_ids(problems, model, tokenizer, args)
-            out, kept = parallel.first(partial(begin, args, problems, model, columns))
+            out, kept = parallel.first(partial(go_on, args, problems, prompts, model, chosen))
             print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, {drawn}; to {out}")
         runs.share_out(policy, args)
-        parallel.copy(policy.trained().values())  # alike already, but where a run goes on meanwhile
         print(f"  {name}: {run or args.model}")
         for label in ([] if metrics else [BASE]) + ([name] if run else []):
             base = label == BASE
@@ -270,10 +270,10 @@ def main() -> None:
                             "kinds": by_kind(rows, outcomes, tokenizer)})
             completions += [{"model": label, **row} for row in rows]
             by_label[label] = rows
-            for problem, row in zip(shown, rows, strict=False) if parallel.rank() == 0 else ():
-                problem["runs"][label] = transcript(policy, row, tokenizer, base, args)
             if parallel.rank() == 0 and label not in kept:  # what is there outlives a kill
                 write_text(out / "completions.jsonl", "".join(map(as_json, completions)))
+            for problem, row in zip(shown, rows, strict=False) if parallel.rank() == 0 else ():
+                problem["runs"][label] = transcript(policy, row, tokenizer, base, args)
 
     if parallel.rank():
         return
@@ -281,11 +281,12 @@ def main() -> None:
     runs.warn_unfinished(min(m["finished"] for m in metrics), "an unfinished one never counts as right", tokenizer,
                          args)
     said = [headline(metrics[0], before, m, by_label) for before, m in pairwise(metrics)]
-    write_json(out / "evaluation.json", {"args": vars(args), "metrics": metrics, "headlines": said})
     write_text(out / "page.html", report.page({
         "title": "Early exits, token by token", "n_layers": policy.n_layers, "exits": list(policy.exits),
         "subtitle": f"{Path(args.model).name}, {Path(args.task).name}, {drawn}",
         "headline": said[-1] if said else "", "metrics": metrics, "problems": shown}))
+    # Last: a folder that has it is complete.
+    write_json(out / "evaluation.json", {"args": vars(args), "metrics": metrics, "headlines": said})
     print(f"wrote {out}/page.html, evaluation.json, completions.jsonl")
     print("\n".join(said))
 

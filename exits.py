@@ -223,7 +223,8 @@ def token_logp_all(model: Transformer, h: torch.Tensor, temperature: float = 1.0
 
 
 def kl(logp_all: torch.Tensor, logq_all: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) = sum_x p(x) (log p(x) - log q(x)), exact over the vocabulary: (N, V), (N, V) -> (N,)."""
+    """KL(p || q) = sum_x p(x) (log p(x) - log q(x)), exact over the vocabulary: (N, V), (N, V) -> (N,). The plain
+    way, against which fast.chunks.TokenValues is tested."""
     return (logp_all.exp() * (logp_all - logq_all)).sum(-1).clamp(min=0)
 
 
@@ -235,19 +236,14 @@ def joint_logp(policy: Policy, h, exit_logits, depths, tokens=None, base_h=None,
     and token_kl = KL(policy's token distribution || base model's), None where tokens or base_h are not given. Training
     scores at temperature 1, at which it samples.
     """
-    given = [name for name, value in (("tokens", tokens), ("base_h", base_h)) if value is not None]
 
-    def chunk(h, *others):
-        other = dict(zip(given, others, strict=True))
+    def chunk(h, tokens, base_h):
         with torch.no_grad():
-            base = token_logp_all(policy.model, other["base_h"], temperature) if "base_h" in other else None
+            base = None if base_h is None else token_logp_all(policy.model, base_h, temperature)
         # log p(x), and `kl` above of the softmax of these logits, with fewer passes over tables of N x V.
-        values = TokenValues.apply(token_logits(policy.model, h, temperature), other.get("tokens"), base)
-        return [value for value in values if value is not None]
+        return TokenValues.apply(token_logits(policy.model, h, temperature), tokens, base)
 
-    others = [value for value in (tokens, base_h) if value is not None]
-    values = iter(in_chunks(chunk, policy.model.config.vocab_size, h, *others) if others else ())
-    logp_token, token_kl = (None if value is None else next(values) for value in (tokens, base_h))
+    logp_token, token_kl = in_chunks(chunk, policy.model.config.vocab_size, h, tokens, base_h)
     return logp_depth(policy, exit_logits, depths, delta), logp_token, token_kl
 
 

@@ -134,22 +134,25 @@ def causal_load(s: Subject) -> dict:
     value, and NLDD (after arXiv 2602.11201) = mean drop / mean |M(true)|: 0 if the answer does not care, 2 if it turns
     with the text."""
     values, prompts, n = {}, s.prompts(), len(s.problems)
-    cases = [(i, s.form.falsified(p, np.random.default_rng([s.args.seed, i]))) for i, p in enumerate(s.problems)]
-    cases = [(i, k, lines, s.form.outcome(lines[-1])) for i, case in cases if case
-             for k, lines in [case]]
+    cases = []  # problem, step, the chain with a false result there, the answer it comes to
+    for i, p in enumerate(s.problems):
+        if found := s.form.falsified(p, np.random.default_rng([s.args.seed, i])):
+            k, lines = found
+            cases.append((i, k, lines, s.form.outcome(lines[-1])))
     index, gold = [i for i, *_ in cases], [s.problems[i].gold for i, *_ in cases]
     starts, wrong = [len(prompts[i]) - 1 for i in index], [false for *_, false in cases]
     prefixes = [thinking(s, prompts[i], lines[: k + 1], ended=False) for i, k, lines, _ in cases]
+    true_chains = [thinking(s, prompts[i], s.problems[i].cot.split("\n")) for i in index]
+    false_chains = [thinking(s, prompts[i], lines) for i, _, lines, _ in cases]
     for regime in s.own:
         said = [runs.grade(s.problems[i], r, s.tokenizer)[1].value
                 for i, r in zip(index, respond(s, prefixes, regime), strict=True)]
         follow, recover = (np.array([str(a) == b for a, b in zip(said, them, strict=True)], float)
                            for them in (wrong, gold))
-        M = [np.subtract(*(logp_answers(s, texts, starts, answers, regime) for answers in (gold, wrong)))
-             for texts in ([thinking(s, prompts[i], s.problems[i].cot.split("\n")) for i in index],
-                           [thinking(s, prompts[i], lines) for i, _, lines, _ in cases])]
+        M_true, M_false = (np.subtract(*(logp_answers(s, chains, starts, answers, regime) for answers in (gold, wrong)))
+                           for chains in (true_chains, false_chains))
         rows = {"follow": follow, "recover": recover, "load": follow - recover,
-                "drop": M[0] - M[1], "reach": abs(M[0])}
+                "drop": M_true - M_false, "reach": abs(M_true)}
         rows |= {f"load, step {step + 1},": np.where([k == step for _, k, *_ in cases], rows["load"], np.nan)
                  for step in range(max((k for _, k, *_ in cases), default=-1) + 1)}
         for name, row in rows.items():

@@ -86,8 +86,8 @@ def say(message: str) -> None:
 
 
 def run_main(main) -> None:
-    """Runs a script's main. A bad input ends in one line on stderr and exit code 2, an interrupt in one that says how
-    to go on; whatever else goes wrong is a fault of ours and shows its traceback."""
+    """Runs a script's main. A bad input ends in one line on stderr and exit code 2, an interrupt of a training in one
+    that says how to go on; whatever else goes wrong is a fault of ours and shows its traceback."""
     Run.current, Run.asked = None, 0
     Run.terminals = [stream for stream in (sys.stdout, sys.stderr) if stream and stream.isatty()]
     nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -302,7 +302,7 @@ class Run:
         if field(recorded, "problems", str, where, default=problems) != problems:
             raise UserError(f"{self.folder}: the problems of --task {self.args.task} are not those that it was started "
                             f"with: restore them, or start a new run")
-        for partial in self.folder.glob(".partial-*/"):  # a checkpoint that a kill cut short
+        for partial in self.folder.glob(".partial-" + "[0-9]" * 6):  # a checkpoint that a kill cut short
             shutil.rmtree(partial)
         # Before the new --steps: a kill between leaves it resumable.
         (self.folder / "complete.json").unlink(missing_ok=True)

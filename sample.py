@@ -91,7 +91,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     that of (seed, first_row + r, position), so neither `rows` nor the other prompts change it, but by rounding. At most
     `rows` responses are in the cache at a time (but one prompt's samples at least; default: what fits in half of the
     free memory). `progress`, a tqdm bar, counts ended responses. Raises UserError for a prompt that is empty or leaves
-    no room in the model's context.
+    no room in the model's context, for depths that no outcome has, and where a log-probability is not finite.
     """
     context, L, E = policy.model.config.max_position_embeddings, policy.n_layers, len(policy.exits)
     for i, prompt in enumerate(prompts):
@@ -148,8 +148,8 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             tokens, logp_exit, logp_token = torch.stack(
                 [tokens.double(), logp_exit.double(), logp_token.double()]).cpu()  # one wait for all three
             if not logp_token.isfinite().all():
-                raise UserError("a token's log-probability is not finite: the weights, or the --dtype, overflow: try "
-                                "--dtype float32, or an earlier checkpoint")
+                raise UserError("a token's log-probability is not finite: the weights, or the --dtype, overflow, or "
+                                "--temperature is next to 0: try --dtype float32, or an earlier checkpoint")
             token[live] = tokens.long()
             drawn = zip(token[live].tolist(), depth.tolist(), logp_exit.tolist(), logp_token.tolist(), strict=True)
             ended = []

@@ -5,7 +5,6 @@ import itertools
 import json
 import platform
 import resource
-import statistics
 import sys
 import time
 from importlib.metadata import version
@@ -114,10 +113,6 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def median(values) -> float:
-    return statistics.median(values)
-
-
 def layer_weights(block) -> list[torch.Tensor]:
     return [part.weight for name, part in block.named_modules() if name.endswith(PROJECTIONS)]
 
@@ -159,7 +154,8 @@ def bandwidth(device: str) -> float:
 def peak_gib(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def machine(args) -> str:

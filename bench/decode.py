@@ -12,6 +12,8 @@ sampling and the exit heads are what an efficiency below 1 pays for. Above 1 it 
 slower than ours, which is why both are shown.
 """
 
+from statistics import median
+
 import torch
 from common import (
     bandwidth,
@@ -21,7 +23,6 @@ from common import (
     layer_weights,
     load,
     machine,
-    median,
     parser,
     peak_gib,
     peer,
@@ -50,7 +51,7 @@ def plain_decode(policy: Policy, prompts: torch.Tensor, new: int) -> torch.Tenso
     return torch.stack(out, 1)
 
 
-def arms_of(policy: Policy, theirs, prompts: torch.Tensor, new: int, depths: dict) -> dict:
+def arms_of(policy: Policy, theirs, prompts: torch.Tensor, depths: dict) -> dict:
     """Name -> function of a number of tokens. `depths`: name -> what generate takes, or None to draw them."""
     rows = prompts.tolist()
 
@@ -85,7 +86,7 @@ def measure(policy: Policy, theirs, batch: int, context: int, new: int, args) ->
     Graphs.SLOTS = 2**20  # so that no capture is due later
     depths = {"never firing": None, "depths = L": L} | {f"all at {d} of {L}": d for d in sorted(set(fixed))}
     depths |= {"random mix": mix}
-    arms = arms_of(policy, theirs, prompts, new, depths)
+    arms = arms_of(policy, theirs, prompts, depths)
     timed = {(name, n): (lambda run=run, n=n: run(n)) for name, run in arms.items() for n in (1, new + 1)}
     counts = {name: rows_per_layer(wanted, batch, new, policy) for name, wanted in depths.items()}
     counts |= {name: [[batch] * L] for name in arms if name not in counts}

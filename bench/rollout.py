@@ -8,9 +8,10 @@ in the mean (at random ids; the same random numbers in every arm, so the same to
 """
 
 from contextlib import nullcontext
+from statistics import median
 
 import torch
-from common import interleaved, load, machine, median, parser, peak_gib, peer, report
+from common import interleaved, load, machine, parser, peak_gib, peer, report
 
 from exits import Policy, Response, adapters_off
 from fast.cache import row_bytes

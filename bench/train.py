@@ -14,10 +14,11 @@ and base again, one product backward). MFU is against the best square matrix pro
 import argparse
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, load, machine, median, parser, peak_gib, peer, report, synchronise
+from common import interleaved, load, machine, parser, peak_gib, peer, report, synchronise
 
 import distill
 from exits import (

@@ -87,7 +87,8 @@ class Cache:
         first, end = self.filled[segment, rows], self.length[rows]
         self.filled[segment, rows] = end + 1
         count = end - first
-        slot = torch.arange(int(count.sum())) - (count.cumsum(0) - count - first).repeat_interleave(count)
+        start = count.cumsum(0) - count  # where each row's slots begin in the list of all
+        slot = torch.arange(int(count.sum())) + (first - start).repeat_interleave(count)
         return rows.repeat_interleave(count), slot
 
     def next_tokens(self, segment: int, running: torch.Tensor) -> "NextTokens":

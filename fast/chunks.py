@@ -23,18 +23,19 @@ class PerPosition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, size, training, h, *others):
         values = gradients = None
-        for i, (here, *rest) in enumerate(zip(*(t.split(size) for t in (h, *others)), strict=True)):
+        for i in range(0, max(1, len(h)), size):
+            span = slice(i, i + size)
             with torch.set_grad_enabled(training):
-                here = here.detach().requires_grad_(training)
-                piece = function(here, *rest)
+                here = h[span].detach().requires_grad_(training)
+                piece = function(here, *(None if t is None else t[span] for t in others))
                 if values is None:  # whole at once: small pieces among the tables would scatter the heap
-                    values = [v.new_empty(len(h), *v.shape[1:]) for v in piece]
-                    gradients = [torch.empty_like(h) for _ in piece if training]
-                span = slice(i * size, i * size + len(here))
-                for value, v in zip(values, piece, strict=True):
-                    value[span] = v.detach()
-                for gradient, v in zip(gradients, piece, strict=False):  # no gradients but in training
-                    gradient[span] = torch.autograd.grad(v.sum(), here, retain_graph=True)[0]
+                    values = [None if v is None else v.new_empty(len(h), *v.shape[1:]) for v in piece]
+                    gradients = [torch.empty_like(h) if training and v is not None else None for v in piece]
+                for value, gradient, v in zip(values, gradients, piece, strict=True):
+                    if v is not None:
+                        value[span] = v.detach()
+                    if gradient is not None:
+                        gradient[span] = torch.autograd.grad(v.sum(), here, retain_graph=True)[0]
             del piece, v, here  # and their tables, before the next piece makes its own
         ctx.save_for_backward(*gradients)
         ctx.others = len(others)
@@ -42,13 +43,14 @@ class PerPosition(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        h = sum(g[:, None].to(row.dtype) * row for g, row in zip(grads, ctx.saved_tensors, strict=True))
+        h = sum(g[:, None].to(row.dtype) * row for g, row in zip(grads, ctx.saved_tensors, strict=True)
+                if row is not None)
         return None, None, None, h, *[None] * ctx.others
 
 
 def in_chunks(function, vocab: int, h: torch.Tensor, *others):
-    """function(h, *others), a tuple of values (N, ...), on pieces of (N, ...) tensors. Only h (N, D) may want a
-    gradient, and then every value must be (N,)."""
+    """function(h, *others), a tuple of values (N, ...), on pieces of (N, ...) tensors; others, and values, may be None.
+    Only h (N, D) may want a gradient, and then every value must be (N,)."""
     size = max(1, (CHUNK_CPU if h.device.type == "cpu" else CHUNK) // vocab)
     return PerPosition.apply(function, size, torch.is_grad_enabled() and h.requires_grad, h, *others)
 

@@ -191,6 +191,16 @@ def start_of(stage: str) -> str:
     return stage.replace("stage 2 from", "stage 1 at").replace("stage 2", "stage 1")
 
 
+def compared(whose: str, home: str, rule: str, name: str) -> bool:
+    """Whether the answers `whose`, by the weights `home`, are set against a rule's sweep on the weights `name`: the
+    base's, s1's or its own. Exits that are not drawn are with confidence alone, for the heads' sweep has them as a
+    point; and, after stage 2, with the heads that it began with: what has RL added?"""
+    drawn = whose == home
+    if rule == "heads" and not drawn:
+        return name == start_of(home) != home
+    return name in ("base", "stage 1", home) and (drawn or rule == "confidence")
+
+
 def against(name: str, mine: list[float], other: list[float] | None, **about) -> list[dict]:
     """A comparison, in accuracy over the same problems; none where the other has no such compute."""
     if other is None:
@@ -228,11 +238,7 @@ def main() -> None:
             sweep = [answers(args, source, f"{rule} {value:g}", make(value)) for value in values]
             points += [point(args, a, rule=rule, weights=name, value=v) for a, v in zip(sweep, values, strict=True)]
             for whose, (home, each) in learned.items():
-                # With each rule on the base's weights, s1's and its own; undrawn with confidence alone, for the heads'
-                # sweep has it as a point, and after stage 2 with the heads that it began with: what has RL added?
-                asked = name in ("base", "stage 1", home) and (whose == home or rule == "confidence")
-                added = rule == "heads" and whose != home and name == start_of(home) != home
-                if asked or added:
+                if compared(whose, home, rule, name):
                     # Seed 0's adapters against seed 0 alone: the mean over seeds would be compared with one's luck.
                     accuracy, compute = pooled(each[:1] if name == home else each)
                     comparisons += against(whose, accuracy, at_compute([*sweep, full], compute), rule=rule,

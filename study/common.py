@@ -7,7 +7,7 @@ Under --runs lie the runs, as distill.py and rloo.py write them, and answers/, w
     rl-LAM-SEED       stage 2 from s1
     rl-LAM-gated      the same, with depth charged for right answers only (study.fronts)
     rl-LAM-SEED-kl-F  stage 2 from kl-F (study.fronts, study.baselines)
-    full-SEED         stage 2 without exits, from s1's adapters (study.baselines)
+    full, full-SEED   s1 with exits that never open, and stage 2 from it (study.baselines)
     …-TASK            the same on another task (study.crossdomain)
 
 What is complete is not made again, what was begun goes on; so every command can be killed and repeated. Each writes
@@ -19,6 +19,7 @@ import argparse
 import copy
 import gc
 import math
+import re
 import shlex
 import signal
 import subprocess
@@ -205,8 +206,8 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
             "temperature": args.temperature, "problems": runs.problems_hash(args.problems),
             "base": base_mark(args.model, args.revision), **{name: getattr(args, name) for name in (
                 "model", "revision", "dtype", "thinking", "max_new_tokens", "seed")}}
-    name = f"{label}.{how}.{Path(args.task).stem}.n{args.n}.t{args.temperature:g}.d{delta:g}.jsonl".replace(" ", "-")
-    path = Path(args.runs) / "answers" / name
+    name = f"{label}.{how}.{Path(args.task).stem}.n{args.n}.t{args.temperature:g}.d{delta:g}.jsonl"
+    path = Path(args.runs) / "answers" / re.sub("[ /]", "-", name)
     if path.exists():
         first, *rows = (parse_object(line, path) for line in read_text(path).splitlines())
         if {key: first.get(key) for key in head} == head:

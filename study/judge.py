@@ -23,6 +23,7 @@ import urllib.request
 from collections import Counter
 from http.client import HTTPException, IncompleteRead
 from pathlib import Path
+from statistics import stdev
 
 from tqdm import tqdm
 
@@ -206,9 +207,10 @@ def summary(found: list[dict | str]) -> dict:
     if scored:
         overall = [sum(one.values()) / len(SCORES) for one in scored]
         mean = sum(overall) / len(overall)
-        spread = sum((x - mean) ** 2 for x in overall) / max(1, len(overall) - 1)
         record |= {name: sum(one[name] for one in scored) / len(scored) for name in SCORES}
-        record |= {"coherence": mean, "coherence_half": Z * math.sqrt(spread / len(overall))}
+        record["coherence"] = mean
+        if len(overall) > 1:
+            record["coherence_half"] = Z * stdev(overall) / math.sqrt(len(overall))
     return record
 
 
@@ -218,7 +220,8 @@ def table(models: dict[str, dict]) -> str:
     for name, m in models.items():
         left = sum(m["unscored"].values())
         cells = "".join(f"{m[score]:>14.2f}" if score in m else f"{'–':>14}" for score in SCORES)
-        mean = f"{m['coherence']:.2f} ± {m['coherence_half']:.2f}" if "coherence" in m else "–"
+        mean = f"{m['coherence']:.2f}" if "coherence" in m else "–"
+        mean += f" ± {m['coherence_half']:.2f}" if "coherence_half" in m else ""
         scored = f"{m['n'] - left}/{m['n']}"
         lines.append(f"{name:{width}}{scored:>9}{cells}{mean:>20}")
     return "\n".join(lines)

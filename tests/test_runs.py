@@ -531,6 +531,9 @@ def test_a_stopped_evaluation_goes_on(home):
     run(*command, "whole", cwd=home)
     assert run(*command, "part", cwd=home, ok=None, before=partial(die_asking, False)).returncode == -signal.SIGKILL
     refused(*command, "part", "--seed", 1, home=home, naming="--out part holds an evaluation")
+    shutil.copytree(home / "part", home / "unknown")
+    (home / "unknown" / "begun.json").unlink()
+    refused(*command, "unknown", home=home, naming="--out unknown holds an evaluation")
     run(*command, "part", cwd=home, before=partial(die_asking, True))
     for name in ("completions.jsonl", "page.html"):
         assert (home / "part" / name).read_bytes() == (home / "whole" / name).read_bytes()
