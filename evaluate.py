@@ -119,17 +119,18 @@ def table(metrics: list[dict]) -> str:
 
 def paired(before, after) -> tuple[float, float]:
     """Mean difference and half of its 95% interval, taken problem by problem, which halves the interval of accuracies.
-    Of a single problem the half is 1."""
+    Of a single problem the half is 1. Where none differs it is 3 / n (the rule of three), since 0 would claim too much.
+    """
     gain = torch.tensor(list(after)).double() - torch.tensor(list(before)).double()
-    return float(gain.mean()), Z * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 1.0
+    if len(gain) == 1:
+        return float(gain), 1.0
+    return float(gain.mean()), Z * float(gain.std()) / math.sqrt(len(gain)) if gain.any() else 3 / len(gain)
 
 
 def headline(base: dict, before: dict, other: dict, rows: dict[str, list[dict]]) -> str:
     """What happened, in one sentence; in another, what a run changed on the one `before` it."""
     def change(of: dict) -> tuple[float, float]:
-        gain, half = paired(*([row["correct"] for row in rows[m["name"]]] for m in (of, other)))
-        # Where none differs, the rule of three: an interval of 0 would claim too much.
-        return gain, half if gain or half else 3 / len(rows[BASE])
+        return paired(*([row["correct"] for row in rows[m["name"]]] for m in (of, other)))
 
     gain, half = change(base)
     inside = "no significant difference" if abs(gain) <= half else "a significant difference"
