@@ -117,14 +117,15 @@ def table(metrics: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def paired(before, after) -> tuple[float, float]:
+def paired(before, after, shares: bool = True) -> tuple[float, float]:
     """Mean difference and half of its 95% interval, taken problem by problem, which halves the interval of accuracies.
-    Of a single problem the half is 1. Where none differs it is 3 / n (the rule of three), since 0 would claim too much.
-    """
+    Of a single problem the half is 1. Of shares of which none differs it is 3 / n (the rule of three), since 0 would
+    claim too much."""
     gain = torch.tensor(list(after)).double() - torch.tensor(list(before)).double()
     if len(gain) == 1:
         return float(gain), 1.0
-    return float(gain.mean()), Z * float(gain.std()) / math.sqrt(len(gain)) if gain.any() else 3 / len(gain)
+    half = Z * float(gain.std()) / math.sqrt(len(gain))
+    return float(gain.mean()), half if gain.any() or not shares else 3 / len(gain)
 
 
 def headline(base: dict, before: dict, other: dict, rows: dict[str, list[dict]]) -> str:

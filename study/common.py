@@ -265,7 +265,8 @@ def point(args, answered, **about) -> dict:
     metrics["average_compute_half"] = Z * math.sqrt(spread) / tokens
     for name, value in (("accuracy", lambda row: row["correct"]), ("length", lambda row: len(row["depths"])),
                         ("total_compute", lambda row: total(row, L))):
-        metrics[f"{name}_change"], metrics[f"{name}_change_half"] = paired(map(value, base), map(value, rows))
+        gain, half = paired(map(value, base), map(value, rows), shares=name == "accuracy")
+        metrics |= {f"{name}_change": gain, f"{name}_change_half": half}
     return metrics
 
 
