@@ -104,14 +104,15 @@ def summary(distribution: torch.Tensor, depth_of_outcome: torch.Tensor) -> dict:
 
 
 def hazards(p: torch.Tensor, depths: torch.Tensor, exits) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of p_e over the positions that reach exit e at given depths, and their number: (N, E) -> two (E,)."""
+    """Of each exit e its hazard, the mean of p_e over the positions that reach it at given depths, as that sum and
+    their number: (N, E) -> two (E,)."""
     reach = send(depths[:, None] >= torch.tensor(exits), p.device)
     return (p * reach).sum(0), reach.sum(0)
 
 
 def from_hazards(p: torch.Tensor) -> torch.Tensor:
-    """The distribution over outcomes where a token that reaches exit e stops there with probability p_e, its hazard:
-    (E,) -> (E + 1,)."""
+    """The distribution over outcomes where a token that reaches exit e stops there with probability p_e: (E,) ->
+    (E + 1,)."""
     p = p.double().clamp(1e-12, 1 - 1e-12)
     return stick_breaking(p.log(), torch.log1p(-p)).exp()
 
@@ -316,15 +317,15 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
         p_safe = log_safe(kl_e, args.kl_factor)[0].exp()
         distill_loss(token_kl, exit_cross_entropy(exit_logits, p_safe, depths, policy.exits), count).backward()
 
-        learned, reached = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
+        p_sum, visits = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
         # Logged is (5) as it stands, with the stops that were drawn; the gradient has averaged them out.
         total = torch.stack([token_kl.detach().sum(), -logp_exit.detach().sum()])
-        sums += torch.cat([total, log_q.exp().sum(0), learned, reached])
+        sums += torch.cat([total, log_q.exp().sum(0), p_sum, visits])
     parallel.add(sums)  # over the processes; apply_gradients adds the gradients
-    total, q_sum, learned, reached = sums.cpu().split(sizes)  # together, since each copy waits for the device
-    total, p_learned = (total / count).tolist(), learned / reached.clamp(min=1)
+    total, q_sum, p_sum, visits = sums.cpu().split(sizes)  # together, since each copy waits for the device
+    total, hazard = (total / count).tolist(), p_sum / visits.clamp(min=1)
     return {"loss": sum(total), "token_kl": total[0], "exit_cross_entropy": total[1], "tokens": count,
-            "target": summary(q_sum / count, outcomes), "learned": summary(from_hazards(p_learned), outcomes)}
+            "target": summary(q_sum / count, outcomes), "learned": summary(from_hazards(hazard), outcomes)}
 
 
 @parallel.shared
@@ -365,13 +366,11 @@ def main() -> None:
     args.lr = 1 / model.config.hidden_size if args.lr is None else args.lr
     args.head_lr = args.lr * (1 if args.model == "embedded" else 5) if args.head_lr is None else args.head_lr
     prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
-    if args.teacher and not run and not Path(args.teacher).is_file():
-        raise UserError(f"--teacher {args.teacher}: no such file; give a stage-1 run, or its teacher.jsonl")
-    # Before the run has a folder, or is open again:
-    if run and (run.folder / "teacher.jsonl").exists():
-        usable(run.folder / "teacher.jsonl", model, prompts, args)
-    elif args.teacher and not run:
-        usable(Path(args.teacher), model, prompts, args)
+    own = run and run.folder / "teacher.jsonl"
+    if source := own if own and own.exists() else args.teacher and Path(args.teacher):
+        if not source.is_file():
+            raise UserError(f"--teacher {args.teacher}: no such file; give a stage-1 run, or its teacher.jsonl")
+        usable(source, model, prompts, args)  # before the run has a folder, or is open again
     run, policy, optimizer, start = runs.begin(run, "distill", args, model, problems["train"] + problems["test"],
                                               lambda: Policy(model, exits, args.rank, head_width=args.head_width))
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers} -> {run.folder}")

@@ -39,7 +39,9 @@ class LoRALinear(nn.Module):
         A = nn.init.kaiming_uniform_(torch.empty(r, in_features, dtype=torch.float32), a=math.sqrt(5))
         self.lora_A = nn.Parameter(A.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32, device=base.weight.device))
-        self.scale, self.on, self.rounded = alpha / r, True, None
+        self.scale = alpha / r
+        self.on = True  # off: the base model (adapters_off)
+        self.rounded = None  # A and B in the base's dtype (adapters_rounded)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (n, D_in) -> (n, D_out)
         y = linear(x, self.weight, self.bias)
@@ -79,7 +81,7 @@ def exit_depths(n_layers: int, every: int | None = None) -> tuple[int, ...]:
     if n_layers < 2:
         raise UserError("--exit-every: a model of one layer has no depth to leave at")
     if every is None:
-        every = min(2 if n_layers < 20 else 5, max(1, n_layers - 1))
+        every = min(2 if n_layers < 20 else 5, n_layers - 1)
     if not 0 < every < n_layers:
         raise UserError(f"--exit-every {every}: a model of {n_layers} layers needs a stride from 1 to {n_layers - 1}")
     return tuple(range(every, n_layers, every))
@@ -126,10 +128,6 @@ class Policy(nn.Module):
         self.heads = ExitHeads(len(exits), model.config.hidden_size, head_width, model.config.rms_norm_eps, self.device)
         self.depth_of_outcome = torch.tensor([*exits, L])  # exit_idx -> depth
 
-    def exit_idx(self, depths: torch.Tensor) -> torch.Tensor:
-        """Depths of outcomes, of any shape, on the host -> which outcomes, 0..E, on the device."""
-        return send(torch.searchsorted(self.depth_of_outcome, depths), self.device)
-
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
@@ -159,7 +157,6 @@ class Policy(nn.Module):
                     depth = depth.masked_fill((depth == L) & (u[..., segment - 1] < p), start)
             # Who has stopped keeps its stream, and later layers still make its keys and values from it (model.Block).
             h = place.run(self.model, h, segment, range(start, stop), None if everyone else depth > start)
-        place.end(h)
         return Pass(h, torch.stack(exit_logits, dim=-1), depth, streams)
 
 
@@ -206,7 +203,8 @@ def logp_depth(policy: Policy, exit_logits: torch.Tensor, depths: torch.Tensor, 
     further."""
     z = exit_logits + delta
     logp_outcome = stick_breaking(F.logsigmoid(z), F.logsigmoid(-z))
-    return logp_outcome.gather(-1, policy.exit_idx(depths)[:, None])[:, 0]
+    outcome = send(torch.searchsorted(policy.depth_of_outcome, depths), policy.device)
+    return logp_outcome.gather(-1, outcome[:, None])[:, 0]
 
 
 def token_logits(model: Transformer, h: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

@@ -141,6 +141,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             depth[live] = L if depths is None else depths[number, torch.tensor([len(responses[i]) for i in number])]
             out = policy(send(token[:, None], policy.device), depth[:, None],
                          u[:, None, 1:] if depths is None else None, delta, cache)
+            cache.end(out.h)
             at, depth = send(live, policy.device), out.depths[live, 0]
             tokens, logp_token = draw_token(policy, out.h[at, 0], send(u[live, 0], policy.device), temperature)
             logp_exit = logp_depth(policy, out.exit_logits[at, 0], depth, delta)

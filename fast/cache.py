@@ -81,9 +81,9 @@ class Cache:
         self.length[rows] += 1
         self.site = None  # it refers to the cache, which would stay alive until Python's cycle collector runs
 
-    def waiting(self, segment: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row and slot (m,) of the tokens that wait in this segment and that the given rows must now attend to. Counts
-        these, and the rows' new tokens, as filled."""
+    def fill(self, segment: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts a segment as filled for the given rows, their new tokens included. Returns row and slot (m,) of the
+        tokens that had waited in it, whose keys and values the caller now has to write."""
         first, end = self.filled[segment, rows], self.length[rows]
         self.filled[segment, rows] = end + 1
         count = end - first
@@ -119,7 +119,7 @@ class NextTokens:
     def of_rows(cls, cache: Cache, segment: int, running: torch.Tensor) -> "NextTokens":
         """The new tokens of the running rows (R,), and the waiting ones whose keys and values they need."""
         device, (_, R, _, K, C), rows = cache.k.device, cache.k.shape, running.nonzero()[:, 0]
-        row, slot = cache.waiting(segment, rows)
+        row, slot = cache.fill(segment, rows)
         end = cache.length[rows] + 1
         site = cls(cache, send(torch.cat([rows, row]), device), send(torch.cat([end - 1, slot]), device),
                    int(end.max()))

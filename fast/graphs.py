@@ -25,7 +25,7 @@ class Graphs:
         blocks = model.model.layers[layers.start : layers.stop]
         S = cache.k.shape[2]
         length = send(cache.length.clamp(max=S - 1), h.device)  # a full row that has ended runs too, to no effect
-        row, slot = (send(x, h.device) for x in cache.waiting(segment, running.nonzero()[:, 0]))
+        row, slot = (send(x, h.device) for x in cache.fill(segment, running.nonzero()[:, 0]))
         if len(row):
             late, streams = NextTokens(cache, row, slot, S), cache.streams[row, slot]
             for layer, block in zip(layers, blocks, strict=True):

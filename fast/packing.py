@@ -32,7 +32,7 @@ class Sequences:
         the others keep their streams. Who is left out of the first segment, padding or a prompt that stands elsewhere,
         gives no keys and values either."""
         h = h.flatten(0, 1)
-        if segment == 0:
+        if segment == 0:  # a pass begins: what its segments share
             self.tables, self.present = rope(self.shape[1], model.config, h), running
             self.source = None if self.shared_from is None else send(self.shared_from.flatten(), h.device)
         if running is None or (running.all() and self.cache is None):  # nothing to leave out, nor to keep
@@ -40,9 +40,6 @@ class Sequences:
         site = Packed(self, h, running)
         h = h.index_copy(0, site.run_at, model.run(h.index_select(0, site.run_at), layers, site))
         return h.unflatten(0, self.shape)
-
-    def end(self, h: torch.Tensor) -> None:
-        pass
 
 
 class Packed:

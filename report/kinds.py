@@ -15,7 +15,7 @@ KINDS = re.compile("|".join((
     r"(?P<control><[|/a-z_]+>)", r"(?<==)\s*(?P<result>\d+)", r"(?<=\{)(?P<boxed>\d+)(?=\})", r"(?P<number>\d+)",
     r"(?P<operator>[-+*/×÷=])", r"(?P<function>\b(?:" + FUNCTION.replace(" ", "|") + r")\b)",
     r"(?P<ordinal>\b(?:" + "|".join(ORDINALS) + r")\b)", r"(?P<name>\b[A-Z][a-z]+\b)", r"(?P<word>\\?[^\W\d_]+)",
-    r"(?P<punctuation>[^\w\s])")))
+    r"(?P<punctuation>[^\w\s]|_)")))
 MEANING = {"result": "digits of a result (after =)", "boxed": "digits of the boxed answer", "number": "other digits",
            "operator": "operators and =", "name": "names (capitalised words)", "ordinal": "First, Second, …",
            "function": "function words", "word": "other words", "rest": "later pieces of a word",

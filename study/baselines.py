@@ -23,7 +23,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import runs
 from checkpoints import checkpoint, exits_of, load_policy, save_policy
@@ -45,37 +44,16 @@ SURE = 30.0  # an exit logit: sigmoid(30) is 1 but for 1e-13
 # ------------------------------------------------------------------------------------------------------- exit rules
 
 
-class Confidence(nn.Module):
-    """In place of a policy's heads: an exit logit of ±30 for "the lens's likeliest token has probability >= tau"."""
-
-    def __init__(self, policy: Policy, tau: float):
-        super().__init__()
-        self.lens, self.tau = (lambda h: token_logits(policy.model, h)), tau
-
-    def forward(self, h: torch.Tensor, exit_idx: int) -> torch.Tensor:  # (..., D) -> (...)
-        sure = self.lens(h).softmax(-1).amax(-1) >= self.tau
-        return torch.where(sure, SURE, -SURE)
-
-
 def confidence(tau: float):
+    """In the heads' place: a logit of ±SURE for "the lens's likeliest token has probability >= tau"."""
     def rule(policy: Policy) -> dict:
-        policy.heads = Confidence(policy, tau)
+        def logit(h: torch.Tensor, exit_idx: int) -> torch.Tensor:  # (..., D) -> (...)
+            return torch.where(token_logits(policy.model, h).softmax(-1).amax(-1) >= tau, SURE, -SURE)
+
+        policy.heads.forward = logit
         return {}
 
     return rule
-
-
-class Peek:
-    """A cache for a pass that leaves no trace: what it wrote is not counted as there, and is written again."""
-
-    def __init__(self, cache):
-        self.cache, self.filled = cache, cache.filled.clone()
-
-    def run(self, *args):
-        return self.cache.run(*args)
-
-    def end(self, h) -> None:
-        self.cache.filled, self.cache.site = self.filled, None
 
 
 def choosing(policy: Policy, choose) -> dict:
@@ -94,8 +72,10 @@ def choosing(policy: Policy, choose) -> dict:
 def oracle(eps: float):
     def rule(policy: Policy) -> dict:
         def near_enough(plain, ids, depths, u, cache):
-            """By a pass of its own through all layers."""
-            full = plain(ids, depths, place=Peek(cache))
+            """By a pass of its own through all layers, which leaves no trace: what it wrote is written again."""
+            filled = cache.filled.clone()
+            full = plain(ids, depths, place=cache)
+            cache.filled, cache.site = filled, None
             kl_e = lens_kl(policy.model, full.h[:, 0], [h[:, 0] for h in full.streams])  # (R, E)
             return F.pad(kl_e <= eps, (0, 1), value=True).int().argmax(-1).cpu()
 

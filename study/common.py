@@ -27,6 +27,7 @@ import sys
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from statistics import fmean as mean
 from typing import NamedTuple
 
 import torch
@@ -277,11 +278,6 @@ def correct(answered) -> list[float]:
 def mean_correct(answered: list) -> list[float]:
     """Of each problem, the share of the runs that solve it."""
     return [mean(values) for values in zip(*map(correct, answered), strict=True)]
-
-
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def judged(args, answered: Answers) -> dict:

@@ -177,9 +177,6 @@ class Twice:
         site = SeesFirst(self, h, running)
         return h.index_copy(0, site.run_at, model.run(h[site.run_at], layers, site)).unflatten(0, self.shape)
 
-    def end(self, h):
-        pass
-
 
 class SeesFirst(Packed):
     def attend(self, layer: int, q, k, v):

@@ -450,6 +450,19 @@ def test_a_run_keeps_the_responses_that_it_took(home):
     run("distill.py", "--resume", "r", "--steps", 4, cwd=home)
 
 
+def test_a_run_killed_before_it_took_its_responses_takes_them_later(home):
+    """Else an empty file would stand for them for good."""
+    run("distill.py", "--model", "toy", *SMALL, "--teacher", "one", "--out", "r", cwd=home)
+    for path in (home / "r").iterdir():
+        if path.name not in ("config.json", ".lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (home / "one").rename(home / "away")
+    refused("distill.py", "--resume", "r", home=home, naming="no such file")
+    assert not (home / "r" / "teacher.jsonl").exists()
+    (home / "away").rename(home / "one")
+    run("distill.py", "--resume", "r", cwd=home)
+
+
 @pytest.mark.parametrize("flags, naming", [
     (("--task", "stories"), "task 'arithmetic'"), (("--no-thinking",), "thinking True"),
     (("--max-new-tokens", 9), "max_new_tokens 12"), (("--model", "other"), "model "),

@@ -336,6 +336,7 @@ def test_kinds_of_tokens():
     wanted = ("control blank ordinal name rest word function word punctuation blank number number operator number "
               "operator result result blank control blank word punctuation boxed boxed punctuation control").split()
     assert kinds.kinds_of(pieces) == wanted
+    assert kinds.kinds_of(["x", "_", "max", "_new"]) == ["word", "punctuation", "word", "punctuation"]
     cut = [{"token_ids": ids, "depths": [2] * len(ids), "prompt_ids": prompt} for ids, prompt in (
         (range(4), []), (range(20, 26), []), (range(2, 5), [7]))]
     tokenizer = argparse.Namespace(pieces=lambda ids: [pieces[i] for i in ids], think_open=lambda prompt: prompt == [7])
