@@ -354,11 +354,12 @@ def monitor(data: dict) -> list[str]:
     at = "" if threshold is None else f" with exits at p > {threshold:g}"
     task = data["about"].get("task", "arithmetic")
     on = "" if task == "arithmetic" else f", on {task}"
+    others = f" (problems of --seed {seed})" if (seed := data["about"].get("seed")) else ""
     verdicts = verdicts_on(task)
     half = [[f"E1 least depth that keeps half of the accuracy over a guess, {words}",
              *(str(d50(rows, key) or "none") for rows in found.values())]
             for key, words in (("E1 chain", "with the chain"), ("E1 direct", "without"))]
-    return [f"### Did reasoning move into the text{on}{at}?", "",
+    return [f"### Did reasoning move into the text{on}{at}?{others}", "",
             f"`{data['command']}`: {Path(data['about']['model']).name}, {task}, the likeliest tokens at learned "
             f"depth{at}, the base at full depth; differences from the base are paired and have 95% intervals, not "
             "corrected for their number.",
