@@ -254,11 +254,19 @@ def usable(path, model, asked: dict, args) -> dict[str, list[Response]]:
     return kept
 
 
+def source_of(folder: Path | None, args) -> Path | None:
+    """Whose responses a run in a folder starts from: its own teacher.jsonl once that is begun, else --teacher's."""
+    if folder and (own := folder / "teacher.jsonl").exists():
+        return own
+    if args.teacher and not Path(args.teacher).is_file():
+        raise UserError(f"--teacher {args.teacher}: no such file; give a stage-1 run, or its teacher.jsonl")
+    return Path(args.teacher) if args.teacher else None
+
+
 def kept_responses(run, policy: Policy, asked: dict, args) -> dict[str, list[Response]]:
-    """Begins the run's teacher.jsonl, with what it or --teacher's holds already, and returns that."""
-    path = run.folder / "teacher.jsonl"
-    source = path if path.exists() or not args.teacher else Path(args.teacher)
-    whole = "".join(read_text(source).rpartition("\n")[:2]) if source.exists() else ""
+    """Begins the run's teacher.jsonl, with what there is already, and returns that."""
+    path, source = run.folder / "teacher.jsonl", source_of(run.folder, args)
+    whole = "".join(read_text(source).rpartition("\n")[:2]) if source else ""
     write_text(path, whole or as_json(about(policy.model, args)))
     return usable(path, policy.model, asked, args)
 
@@ -366,10 +374,7 @@ def main() -> None:
     args.lr = 1 / model.config.hidden_size if args.lr is None else args.lr
     args.head_lr = args.lr * (1 if args.model == "embedded" else 5) if args.head_lr is None else args.head_lr
     prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
-    own = run and run.folder / "teacher.jsonl"
-    if source := own if own and own.exists() else args.teacher and Path(args.teacher):
-        if not source.is_file():
-            raise UserError(f"--teacher {args.teacher}: no such file; give a stage-1 run, or its teacher.jsonl")
+    if source := source_of(run and run.folder, args):
         usable(source, model, prompts, args)  # before the run has a folder, or is open again
     run, policy, optimizer, start = runs.begin(run, "distill", args, model, problems["train"] + problems["test"],
                                               lambda: Policy(model, exits, args.rank, head_width=args.head_width))
