@@ -201,8 +201,8 @@ def verdict(measured: dict, training_kl: float) -> str | None:
 
 def about(model, args) -> dict:
     """What the base's responses depend on; another run may only reuse them where it agrees."""
-    return {"model": args.model, "base": fingerprint(model), "task": args.task, "data": args.data,
-            "thinking": args.thinking, "max_new_tokens": args.max_new_tokens}
+    return {"model": args.model, "base": fingerprint(model), "task": args.task, "thinking": args.thinking,
+            "max_new_tokens": args.max_new_tokens}
 
 
 def teacher_of(run: str) -> str:
@@ -246,7 +246,7 @@ def usable(path, model, asked: dict, args) -> dict[str, list[Response]]:
         if args.teacher:
             kept[split] = kept[split][: len(prompts)]
             theirs, ours = {tuple(r.prompt_ids) for r in kept[split]}, set(map(tuple, prompts))
-            if "." in Path(args.task).name and not theirs & ours:  # a file, and another of its name may lie elsewhere
+            if (args.data or "." in Path(args.task).name) and not theirs & ours:  # the task's name says little of files
                 raise UserError(f"--teacher {args.teacher} holds responses to none of these prompts: start without it")
         elif [r.prompt_ids for r in kept[split]] != prompts[: len(kept[split])]:
             raise UserError(f"{path} holds responses to other prompts: the task's data or the chat template has "
@@ -369,6 +369,7 @@ def main() -> None:
         tasks.refuse_shared(problems)
     model, tokenizer = runs.load_model(args)
     exits = exit_depths(model.config.num_hidden_layers, args.exit_every)
+    args.exit_every = exits[0]
     # Recorded, so that a resumed run keeps them. On pretrained layers the adapters have little to change, the heads all
     # to learn.
     args.lr = 1 / model.config.hidden_size if args.lr is None else args.lr

@@ -119,13 +119,12 @@ def table(metrics: list[dict]) -> str:
 
 def paired(before, after, shares: bool = True) -> tuple[float, float]:
     """Mean difference and half of its 95% interval, taken problem by problem, which halves the interval of accuracies.
-    Of a single problem the half is 1. Of shares of which none differs it is 3 / n (the rule of three), since 0 would
-    claim too much."""
+    Of shares that all change alike, as that of a single problem does, it is 3 / n (the rule of three), at most 1: 0
+    would claim too much."""
     gain = torch.tensor(list(after)).double() - torch.tensor(list(before)).double()
-    if len(gain) == 1:
-        return float(gain), 1.0
-    half = Z * float(gain.std()) / math.sqrt(len(gain))
-    return float(gain.mean()), half if gain.any() or not shares else 3 / len(gain)
+    n = len(gain)
+    spread = float(gain.std()) if n > 1 else 0.0
+    return float(gain.mean()), Z * spread / math.sqrt(n) if spread or not shares else min(1.0, 3 / n)
 
 
 def headline(base: dict, before: dict, other: dict, rows: dict[str, list[dict]]) -> str:
@@ -156,7 +155,10 @@ def chosen_runs(args) -> dict[str, Path]:
         if init := field(runs.read_config(newest)["args"], "init", str, newest / "config.json", default=None):
             first = runs.find(init, beside=newest)
             folders = ([first] if first.is_dir() else []) + [newest]
-    stages = [{"distill": "stage 1", "rloo": "stage 2"}[config["stage"]] for config in refuse_unlike(folders, args)]
+    configs = [runs.read_config(folder) for folder in folders]
+    if args.runs:
+        refuse_unlike(folders, configs, args)
+    stages = [{"distill": "stage 1", "rloo": "stage 2"}[config["stage"]] for config in configs]
     columns = {}
     for folder, stage in zip(folders, stages, strict=True):
         alike = [other for other, its in zip(folders, stages, strict=True) if its == stage]
@@ -165,18 +167,23 @@ def chosen_runs(args) -> dict[str, Path]:
     return columns
 
 
-def refuse_unlike(folders: list[Path], args) -> list[dict]:
-    """The runs' configs. Raises UserError where they are not about the same, or have other exits."""
-    configs = [runs.read_config(folder) for folder in folders]
-    for folder, config in zip(folders, configs, strict=True):
-        for name in (*flags.ABOUT, "dtype"):
-            first, here = configs[0]["args"].get(name), config["args"].get(name)
-            if here != first and getattr(args, name) is None:
-                raise UserError(f"{folders[0]} has {name} {first!r:.80}, and {folder} has {here!r:.80}: compare runs "
-                                f"about the same, or give --{flags.flag(name)} for all of them")
+def refuse_unlike(folders: list[Path], configs: list[dict], args) -> None:
+    """Raises UserError where runs are not about the same, or have other exits."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"{' '.join(args.runs)} names a run twice: name each once")
+    unlike, asked = {}, args.task and tasks.name_of(args.task)
+    for name in (*flags.ABOUT, "dtype"):
+        found = [(folder, config["args"].get(name)) for folder, config in zip(folders, configs, strict=True)
+                 if name != "data" or asked in (None, config["args"].get("task"))]  # those of another task are not read
+        other = next((one for one in found if one[1] != found[0][1]), None)
+        if other and getattr(args, name) is None:
+            unlike[f"--{flags.flag(name)}"] = "{} has {} {!r:.80}, and {} has {!r:.80}".format(
+                found[0][0], name, found[0][1], *other)
+    if unlike:
+        raise UserError(f"{'; '.join(unlike.values())}: compare runs about the same, or give {' and '.join(unlike)} "
+                        f"for all of them")
     if len({tuple(exits_of(checkpoint(folder))) for folder in folders}) > 1:
         raise UserError("the runs have different exits: compare runs of one --exit-every")
-    return configs
 
 
 def go_on(args, problems, prompts, model: Transformer, chosen: dict[str, Path]) -> tuple[Path, dict[str, list[dict]]]:
@@ -240,7 +247,7 @@ def main() -> None:
 
     columns = parallel.first(lambda: chosen_runs(args))
     chosen = parallel.first(lambda: {name: checkpoint(run) for name, run in columns.items()})  # a run may train on
-    for run in columns.values():
+    for run in reversed(columns.values()):  # stage 2 may have had a task of its own
         flags.inherit(args, runs.read_config(run), run / "config.json")
     args = flags.settle(args, n=(200, 100))
     problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)

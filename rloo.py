@@ -220,7 +220,10 @@ def main() -> None:
                                 f"KL {metrics['kl']:.3f}  drift {metrics['drift_max']:.0e}  "
                                 f"rollout/score/update {'/'.join(f'{s:.1f}' for s in seconds)} s")
     run.complete(run.last_metrics()[0])
-    print(f"next: python evaluate.py {quote(str(init))} {quote(str(run.folder))}")
+    before = runs.read_config(init)["args"]
+    own = [flags.typed(name, value) for name in (*flags.ABOUT, "dtype")
+           if (value := getattr(args, name)) not in (None, before.get(name))]  # else the two could not be compared
+    print("next: python evaluate.py", *map(quote, (str(init), str(run.folder), *own)))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from data import tasks
 from data.hub import UserError, as_json, field, fsync, parse_object, read_json, read_text, write_json
 from data.text import Tokenizer
 from exits import Policy, Response
-from flags import flag, location, name_of, replay
+from flags import flag, location, name_of, replay, typed
 from model import Transformer
 
 RUNS = Path("runs")
@@ -278,14 +278,14 @@ class Run:
             was = getattr(before, name)
             moved = name in ("task", "init") and Path(str(value)).name == Path(str(was)).name
             if value is not None and name not in FREE_ON_RESUME and value != was and not moved:
-                so = f"with --{flag(name)} {was}" if was is not None else f"without --{flag(name)}"
-                raise UserError(f"--resume {folder}: it was started {so}, not {value}: leave the flag out, or start a "
-                                f"new run")
+                so = f"with {typed(name, was)}" if was is not None else f"without --{flag(name)}"
+                raise UserError(f"--resume {folder}: it was started {so}, not with {typed(name, value)}: leave the "
+                                f"flag out, or start a new run")
             if value is not None and name != "resume":
                 setattr(before, name, value)
         done, planned = folder / "complete.json", field(config["args"], "steps", int, where)
         if done.exists() and before.steps <= planned:
-            raise UserError(f"{folder} is complete: there is nothing to resume, but --steps above {before.steps} "
+            raise UserError(f"{folder} is complete: there is nothing to resume, but --steps above {planned} "
                             f"extends it")
         run = cls(folder, before)
         parallel.first(run.take)
@@ -301,7 +301,7 @@ class Run:
                 raise UserError(f"{where}: {name} is null, and every run records it: restore it, or start a new run")
         if field(recorded, "problems", str, where, default=problems) != problems:
             raise UserError(f"{self.folder}: the problems of --task {self.args.task} are not those that it was started "
-                            f"with: restore them, or start a new run")
+                            f"with, or its grade() or reward() has changed: restore them, or start a new run")
         for partial in self.folder.glob(".partial-" + "[0-9]" * 6):  # a checkpoint that a kill cut short
             shutil.rmtree(partial)
         # Before the new --steps: a kill between leaves it resumable.
@@ -454,8 +454,9 @@ class Run:
 
 
 def problems_hash(problems) -> str:
-    """Of what the run is about, so that data that has changed is noticed."""
-    parts = [[p.question, p.gold, p.choices, *([] if p.program else [p.instruction])] for p in problems]
+    """Of what the run is about, so that data, or a task's own judgement, that has changed is noticed."""
+    parts = [[p.question, p.gold, p.choices, *([] if p.program else [p.instruction]), *([p.judge] if p.judge else [])]
+             for p in problems]
     return hashlib.sha256(as_json(parts).encode()).hexdigest()[:16]
 
 

@@ -47,6 +47,7 @@ class Problem:
     instruction: str = ""  # says how to answer
     own_grade: Callable | None = None  # (problem, response) -> whether it is right, instead of data/grade.py
     own_reward: Callable | None = None  # (problem, response) -> r_task of eq. (1), instead of 1 for right
+    judge: str = ""  # a hash of the file that these two stand in
 
     def grade(self, text: str, finished: bool, think_open: bool = False) -> Grade:
         """Grade of a decoded response. One that has not finished, or not finished thinking, is never right."""
@@ -84,7 +85,7 @@ def name_of(task: str) -> str:
     if path.suffix not in (".py", ".jsonl"):
         raise UserError(f"--task {task}: choose one of {', '.join(TASKS)}, or a file of your own, .py or .jsonl")
     if not path.is_file():
-        raise UserError(f"--task {task}: no such file")
+        raise UserError(f"--task {task}: no such file (one that has moved since an earlier run: give its new place)")
     return str(path.resolve())
 
 
@@ -144,7 +145,8 @@ def own_problem(row: dict, where: str, name: str) -> Problem:
         r"[^\W\d_]{2}|\s[^\W\d_]", gold) else "choice"
     form = BOXED if kind == "number" else ANSWER.format(" or ".join(choices) if choices else "the answer alone")
     return Problem(name, question, gold, kind, choices,
-                   instruction=_field(row, "instruction", where) if "instruction" in row else form)
+                   instruction="" if row.get("instruction") == "" else
+                   _field(row, "instruction", where) if "instruction" in row else form)
 
 
 def gradable(problem: Problem, where: str) -> Problem:
@@ -165,10 +167,16 @@ def gradable(problem: Problem, where: str) -> Problem:
 
 def own_file(path: str, split: str) -> list[Problem]:
     """The problems of a .jsonl file of the user's that fall into a split."""
-    rows = enumerate(_jsonl_rows(Path(path)))
-    problems = [gradable(own_problem(row, where, f"{Path(path).stem}/{split}/{i}"), where)
-                for i, (where, row) in rows]
-    return [p for p in problems if _split(" ".join(p.question.split())) == split]
+    problems, met = [], {}
+    for i, (where, row) in enumerate(_jsonl_rows(Path(path))):
+        problem = gradable(own_problem(row, where, f"{Path(path).stem}/{split}/{i}"), where)
+        before, gold = met.setdefault((problem.question, problem.instruction), (where, problem.gold))
+        if gold != problem.gold:  # half of what is right there would count as wrong
+            raise UserError(f"{where}: asks what {before} asks, but has the answer {problem.gold!r:.40} for "
+                            f"{gold!r:.40}: keep one of the two")
+        if _split(" ".join(problem.question.split())) == split:
+            problems.append(problem)
+    return problems
 
 
 def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
@@ -181,14 +189,15 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
         if not callable(getattr(module, "problems", None)):
             raise UserError("it defines no problems(split, n, seed)")
         made = list(islice(module.problems(split, n, seed), n))
-    problems = []
+    problems, source = [], hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     for i, p in enumerate(made):
         where = f"{path}, problem {i}"
         if not isinstance(p, (Problem, dict)):
             raise UserError(f"{where}: problems() must give dicts with 'question' and 'answer', not {p!r:.60}")
         p = p if isinstance(p, Problem) else own_problem(p, where, f"{Path(path).stem}/{split}/{seed}/{i}")
-        problems.append(gradable(replace(p, own_grade=getattr(module, "grade", p.own_grade),
-                                         own_reward=getattr(module, "reward", p.own_reward)), where))
+        p = replace(p, own_grade=getattr(module, "grade", p.own_grade),
+                    own_reward=getattr(module, "reward", p.own_reward))
+        problems.append(gradable(replace(p, judge=source if p.own_grade or p.own_reward else ""), where))
     if not problems:
         raise UserError(f"{path}: problems({split!r}, {n}, {seed}) gives none")
     return problems
@@ -316,7 +325,7 @@ def _read(path: Path) -> str:
     """Text of a UTF-8 file with any line ends, with or without byte order mark; not empty, no NUL."""
     try:
         raw = path.read_bytes()
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}): check the path") from None
     except UnicodeDecodeError as error:

@@ -7,7 +7,6 @@ the responses to fit to may be too few. Writes heads.json.
     python -m study.heads RUN --widths 0 256
 """
 
-import argparse
 import hashlib
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tqdm import trange
 
 import runs
 from checkpoints import load_policy
+from data.hub import field
 from distill import HELD_OUT, exit_cross_entropy, held_out, lens_kl, log_safe, log_target, read_responses
 from evaluate import paired
 from exits import ExitHeads, Policy, Response, base_pass, micro_batches
@@ -68,13 +68,14 @@ def main() -> None:
     args = common.arguments(__doc__, more)
     config = runs.read_config(common.about_the_same(args, args.run))
     runs.refuse_stage(config, args.run, "distill")
-    of_run = argparse.Namespace(**config["args"])
+    seed, kappa = (field(config["args"], name, kind, args.run / "config.json")
+                   for name, kind in (("seed", int), ("kl_factor", float)))
     model, _ = runs.load_model(args)
     policy = load_policy(model, args.run)
-    kept, kappa = read_responses(args.run / "teacher.jsonl", model, of_run), of_run.kl_factor
+    kept = read_responses(args.run / "teacher.jsonl", model, args)
     trained_width = policy.heads.hidden
     chosen = kept["train"][: args.responses]
-    to_fit = streams(policy, chosen, kappa, of_run.seed, args.micro_batch)
+    to_fit = streams(policy, chosen, kappa, seed, args.micro_batch)
     rows, before = [], None
     for width in [None, *args.widths]:
         heads = policy.heads if width is None else fitted(policy, width, *to_fit)
@@ -87,7 +88,7 @@ def main() -> None:
         # The mark tells them from heads that were fitted otherwise.
         mark = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in heads.parameters())).hexdigest()[:8]
         answered = answers(args, args.run, "learned" if width is None else f"heads {width} {mark}", replaced)
-        measured = held_out(policy, kept["test"], kappa, of_run.seed, args.micro_batch)
+        measured = held_out(policy, kept["test"], kappa, seed, args.micro_batch)
         gained = before and dict(zip(("gained", "gained_half"), paired(before, correct(answered)), strict=True))
         before = correct(answered)
         rows.append(point(args, answered, width=width, **gained or {}, **{name: measured[name] for name in (

@@ -249,6 +249,7 @@ def test_the_rates_of_a_run_are_recorded(home):
         for rate in rates:
             assert config(home / name)[rate] * runs.schedule(0, config(home / name)["steps"]) == pytest.approx(
                 logged[rate])
+    assert config(home / "one")["exit_every"] == 2
 
 
 # copied and moved
@@ -295,14 +296,18 @@ def test_a_moved_model_is_named_by_a_flag_and_another_one_is_refused(home):
         refused(*command, "--model", "other", home=home, naming="another base model")
 
 
-def test_a_moved_task_goes_on(home):
+@pytest.mark.parametrize("before, now", [
+    (("--task", "sums.jsonl"), ("--task", "there/sums.jsonl")),
+    (("--task", "gsm8k", "--data", "sums.jsonl"), ("--data", "there/renamed.jsonl"))])
+def test_a_moved_task_goes_on(home, before, now):
     """Else base responses that took hours are refused for where their questions lie."""
-    (home / "sums.jsonl").write_text("".join(f'{{"question": "{a} + 1?", "answer": {a + 1}}}\n' for a in range(40)))
-    run("distill.py", "--model", "toy", *SMALL, "--task", "sums.jsonl", "--out", "r", cwd=home)
+    mark = "#### " if "gsm8k" in before else ""
+    (home / "sums.jsonl").write_text("".join(f'{{"question": "{a}?", "answer": "{mark}{a}"}}\n' for a in range(40)))
+    run("distill.py", "--model", "toy", *SMALL, *before, "--out", "r", cwd=home)
     (home / "there").mkdir()
-    (home / "sums.jsonl").rename(home / "there" / "sums.jsonl")
-    run("distill.py", "--resume", "r", "--task", "there/sums.jsonl", "--steps", 3, cwd=home)
-    assert config(home / "r")["task"] == str(home / "there" / "sums.jsonl")
+    (home / "sums.jsonl").rename(home / now[1])
+    run("distill.py", "--resume", "r", *now, "--steps", 3, cwd=home)
+    assert config(home / "r")[now[0][2:]] == str(home / now[1])
 
 
 def test_a_run_whose_prompts_have_changed_stays_complete(home):
@@ -323,10 +328,10 @@ def test_stage_2_starts_from_stage_1_alone(home):
 # flags on resume
 
 @pytest.mark.parametrize("flags, naming", [
-    (("--lam", 7), "--lam 0.1, not 7.0"), (("--lr", 1), "--lr"), (("--out", "x"), "--out"),
-    (("--max-new-tokens", 13), "--max-new-tokens 12, not 13"), (("--no-thinking",), "--thinking"),
-    (("--task", "stories"), "--task arithmetic, not stories"), (("--steps", 2), "is complete"), ((), "is complete"),
-    (("--steps", 1), "is complete"), (("--seed", 1), "--seed 0, not 1"), (("--init", "other"), "--init"),
+    (("--lam", 7), "--lam=0.1, not with --lam=7.0"), (("--lr", 1), "--lr"), (("--out", "x"), "--out"),
+    (("--max-new-tokens", 13), "--max-new-tokens=12, not"), (("--no-thinking",), "with --no-thinking"),
+    (("--task", "stories"), "--task=arithmetic, not with"), (("--steps", 2), "is complete"), ((), "above 2 extends"),
+    (("--steps", 1), "above 2 extends"), (("--seed", 1), "--seed=0, not"), (("--init", "other"), "--init"),
 ])
 def test_resume_refuses_what_differs(home, flags, naming):
     """Else a flag is ignored without a word, or a run turns into another one half-way."""
@@ -421,13 +426,13 @@ def test_bad_data_is_found_before_the_model_is_loaded(home):
 
 def test_the_next_command_is_one_that_works(home):
     """Else it names a run that the command won't take: the newest one, or one that --out put elsewhere."""
-    flags = {"rloo.py": RL, "evaluate.py": ("--n", 2, "--out", "eval")}
+    flags = {"rloo.py": (*RL, "--task", "stories"), "evaluate.py": ("--n", 2, "--out", "eval")}
     done = run("distill.py", "--model", "toy", *SMALL, "--out", "a sweep/r", cwd=home)
     assert "the base solves 0.0% of 6 training problems: stage 2 learns from" in done.stdout
     for script in ("rloo.py", "evaluate.py"):
         (command,) = [line.removeprefix("next: python ") for line in done.stdout.splitlines() if "next: " in line]
         done = run(*shlex.split(command), *flags[script], cwd=home)
-    assert "a sweep/r" in done.stdout
+    assert "a sweep/r" in done.stdout and ": stories" in done.stdout
 
 
 # the base's responses of another run
@@ -496,13 +501,20 @@ def test_runs_of_the_same_name_have_a_column_each(home):
         shutil.copytree(home / "one", home / folder / "r")
     _, found = evaluated(home, "a/r", "b/r")
     assert [m["name"] for m in found["metrics"]] == ["base", "stage 1 a/r", "stage 1 b/r"]
+    refused("evaluate.py", "a/r", "b/../a/r", home=home, naming="names a run twice")
 
 
 def test_runs_about_different_things_are_not_compared_unasked(home):
-    """Else one of them is measured on a task that it never saw, and nobody is told."""
-    config(home / "two", task="stories")
-    refused("evaluate.py", "one", "two", home=home, naming="'stories'")
+    """Else one of them is measured on a task that it never saw, and nobody is told. Data of a task that isn't asked
+    for don't matter; and where no run is named, the last one's task does not stand in the way of its own stage 1."""
+    config(home / "two", task="gsm8k", data="x.jsonl")
+    refused("evaluate.py", "one", "two", home=home, naming="and two has 'x.jsonl': compare runs about the same, or "
+            "give --task and --data for")
     evaluated(home, "one", "two", "--task", "arithmetic")
+    (home / "runs").mkdir()
+    (home / "two").rename(home / "runs" / "two")
+    config(home / "runs" / "two", task="stories", data=None)
+    assert evaluated(home)[1]["args"]["task"] == "stories"
 
 
 def test_an_unfinished_run_is_marked(home):

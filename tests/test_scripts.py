@@ -80,7 +80,7 @@ def test_completions_let_an_outsider_recompute_everything(trained):
         assert m["average_compute"] == pytest.approx(sum(depths) / len(depths) / 4)
         assert m["reward"] == pytest.approx(sum(r["reward"] for r in mine) / 4)
         assert m["drift_max"] < 1e-4
-        parts = sum(m[f"reward_{name}"] for name in ("task", "depth", "kl"))
+        parts = sum(value for name, value in m.items() if name.startswith("reward_"))
         assert m["reward"] == pytest.approx(parts, abs=1e-9)
     assert all(isinstance(r["text"], str) for r in rows)
     assert all(len(r["depths"]) == len(r["token_ids"]) == len(r["logp_exit"]) == len(r["logp_token"]) for r in rows)
@@ -112,6 +112,13 @@ def test_the_headline_says_what_stage_2_did_on_stage_1_too():
                     "which runs 50%")
     alone = evaluate.headline(base, base, base, rows)
     assert "points from" not in alone and "(+0.0 ± 75.0 points" in alone  # 3 / n: of 4 alike not much is known
+
+
+def test_a_difference_of_few_problems_stays_inside_what_a_share_can_be():
+    """Else two problems have an interval of ± 150 points, or one of 0 where both have changed."""
+    for after, gain in (((0,), 0), ((1,), 1), ((0, 0), 0), ((1, 1), 1)):
+        assert evaluate.paired([0] * len(after), after) == (gain, 1)
+    assert evaluate.paired([0.5, 0.5], [0.75, 0.75], shares=False) == (0.25, 0)
 
 
 def _recorder():
@@ -173,7 +180,7 @@ def grade(problem, response):
         charged = sum(row["depths"]) / len(row["depths"]) / L if row["correct"] else 0
         assert row["reward"] == pytest.approx(row["reward_task"] - 0.5 * charged - 0.02 * row["mean_kl"])
     for metrics in lines(tmp_path / "gated" / "metrics.jsonl"):
-        parts = sum(metrics[f"reward_{part}"] for part in ("task", "depth", "kl"))
+        parts = sum(value for name, value in metrics.items() if name.startswith("reward_"))
         assert metrics["reward"] == pytest.approx(parts)
 
 

@@ -295,6 +295,12 @@ def test_new_heads_are_fitted_to_what_the_old_ones_read(home, monkeypatch):
     with pytest.raises(UserError, match="a run of rloo.py, not of distill.py"):
         heads.main()
     monkeypatch.setattr(sys, "argv", ["heads", "one", *given])
+    path = home / "one" / "config.json"
+    ours = path.read_text()
+    path.write_text(ours.replace("kl_factor", "factor"))
+    with pytest.raises(UserError, match="'kl_factor' is missing"):
+        heads.main()
+    path.write_text(ours)
     results = []
     for epochs in (1, 60):
         monkeypatch.setattr(heads, "EPOCHS", epochs)

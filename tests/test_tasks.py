@@ -11,6 +11,7 @@ import pytest
 from data import hub, tasks
 from data.hub import UserError
 from data.tasks import load
+from runs import problems_hash
 from tests.commands import ROOT, lines, run
 
 ROW = {"question": "Natalia sold 48 clips, then half as many. How many?",
@@ -121,7 +122,8 @@ def test_a_seed_draws_the_order_and_n_cuts_it(tmp_path):
     assert ids(seed=1) != ids() and sorted(ids(seed=1)) == sorted(ids())
 
 
-@pytest.mark.parametrize("prefix, end", [(b"", "\n"), (b"\xef\xbb\xbf", "\r\n"), (b"\n\n", "\n\n")])
+@pytest.mark.parametrize("prefix, end", [(b"", "\n"), (b"\xef\xbb\xbf", "\r\n"), (b"\n\n", "\n\n"),
+                                         (b"", "\r")])
 def test_byte_order_marks_line_ends_and_blank_lines_do_not_matter(tmp_path, prefix, end):
     """Else a file that went through Windows is called malformed."""
     jsonl(tmp_path / "train.jsonl", [{**row, "note": "a\u2028b"} for row in rows(4)], end)
@@ -319,7 +321,7 @@ def test_a_line_of_ones_own_becomes_a_problem(tmp_path):
     """Else numbers, choices or an instruction of one's own are lost on the way."""
     given = [{"question": f"{i}?", "answer": 7, "note": "x"} for i in range(20)]
     given += [{"question": f"Where is {i}?", "answer": "box", "choices": ["bag", "box"]} for i in range(20)]
-    given += [{"question": f"Say {i}", "answer": "hi", "instruction": "Whisper."} for i in range(20)]
+    given += [{"question": f"Say {i}", "answer": "hi", "instruction": "" if i == 4 else "Whisper."} for i in range(20)]
     path = jsonl(tmp_path / "mine.jsonl", given)
     train, test = (load(path, split) for split in ("train", "test"))
     assert len(train) + len(test) == 60 and not {p.question for p in train} & {p.question for p in test} and test
@@ -327,7 +329,7 @@ def test_a_line_of_ones_own_becomes_a_problem(tmp_path):
     number, choice, free = shown["3?"], shown["Where is 3?"], shown["Say 3"]
     assert (number.gold, number.kind) == ("7", "number") and "\\boxed" in asked(number)
     assert (choice.kind, choice.choices) == ("choice", ("bag", "box")) and "bag or box" in asked(choice)
-    assert asked(free) == "Say 3\nWhisper." and free.kind == "choice"
+    assert asked(free) == "Say 3\nWhisper." and free.kind == "choice" and asked(shown["Say 4"]) == "Say 4"
     assert number.grade("\\boxed{7.0}", True).strict and not choice.grade("ANSWER: bag", True).flexible
     assert load(path, "train", n=3, seed=1) != load(path, "train", n=3, seed=2)
 
@@ -356,6 +358,19 @@ def test_a_problem_of_ones_own_keeps_its_own_grader(tmp_path):
     assert grade.strict and not problem.grade("ANSWER: x", True).strict and problem.reward("y", True, True) == 0.5
 
 
+def test_a_judge_that_was_edited_is_noticed(tmp_path):
+    """Else a run goes on with another reward, without a word. What only gives problems is known by these."""
+    def mark(code):
+        (tmp_path / "mine.py").write_text(
+            f"def problems(split, n, seed):\n    return [{{'question': 'q', 'answer': 5}}]\n{code}\n")
+        return problems_hash(load(str(tmp_path / "mine.py"), "train", n=1))
+
+    assert mark("") == mark("# a word more")
+    marks = [mark(f"def {judge}(problem, response):\n    return {value}") for judge in ("grade", "reward")
+             for value in (0, 1)]
+    assert len({mark(""), *marks}) == 5
+
+
 def test_a_task_of_ones_own_may_define_dataclasses(tmp_path):
     """They look their module up by its name."""
     (tmp_path / "mine.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
@@ -377,6 +392,7 @@ def test_a_task_of_ones_own_may_define_dataclasses(tmp_path):
     ({"question": "a", "answer": ".", "choices": [".", ","]}, "the grader ignores case, articles"),
     ({"question": "a", "answer": "Polish", "choices": ["polish", "Polish"]}, "the grader ignores case, articles"),
     ({"question": "a", "answer": "?!"[1:]}, "the grader ignores case, articles"),
+    ({"question": "q", "answer": "y"}, "asks what .*mine.jsonl:1 asks, but has the answer 'y' for 'x'"),
     ({"question": "a", "answer": "3 plus 3 is 6.\n#### 6"}, "no response can match the answer '3 plus 3"),
 ])
 def test_a_line_that_makes_no_problem_is_named(tmp_path, row, named):
