@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The weight stays outside: Hugging Face casts before it multiplies, which differs in bfloat16.
+        # The weight stays outside: Qwen's and Llama's norms cast before they multiply, which differs in bfloat16.
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
