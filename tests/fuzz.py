@@ -147,7 +147,7 @@ def mutate_tensors(path: Path, rng: random.Random) -> None:
     elif how < 0.5:
         tensors[name] = tensor.to(rng.choice((torch.int8, torch.bool, torch.float16, torch.float8_e4m3fn, torch.int64)))
     elif how < 0.7:
-        tensors[name] = rng.choice((tensor.flatten(), tensor[None], tensor[:0].clone(), torch.zeros(())))
+        tensors[name] = rng.choice((tensor.flatten(), tensor[None], tensor.flatten()[:0].clone(), torch.zeros(())))
     elif how < 0.85:
         tensors[rng.choice(("", "x", name + ".weight", "\n"))] = tensor
     save_file(tensors, path)
