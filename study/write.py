@@ -15,9 +15,10 @@ from pathlib import Path
 
 import runs
 from data.hub import UserError, read_json, read_text, write_text
+from evaluate import BASE
 from monitor import claim, half_depth, standing, verdicts_on
 from study.baselines import start_of
-from study.common import mean
+from study.common import figure, mean
 from study.fig2 import draw as draw_fig2
 from study.fronts import draw as draw_fronts
 from study.table1 import draw as draw_fig4
@@ -314,10 +315,35 @@ EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without 
          ("letters of foreign scripts, share", "D foreign letters", 1))
 
 
+def capped(rows: dict, key: str) -> dict[int, float]:
+    """Accuracy by the most layers that a token may run."""
+    return {int(name.rpartition("-")[2]): x["value"] for name, x in rows.items() if name.startswith(f"{key} cap-")}
+
+
+def own_depth(rows: dict) -> str:
+    """The depth at which a model is used: learned exits, or the base's full one."""
+    return "learned" if "E1 chain learned" in rows else "full"
+
+
 def d50(rows: dict, key: str) -> int | None:
-    return half_depth({int(name.rpartition("-")[2]): x["value"] for name, x in rows.items()
-                       if name.startswith(f"{key} cap-")},
-                      *(rows[name]["value"] for name in (f"{key} full", "E1 chance full")))
+    """Half of what there is at its own depth: a calibration that exits early never ran its last layers."""
+    own = own_depth(rows)
+    return half_depth(capped(rows, key), *(rows[f"{name} {own}"]["value"] for name in (key, "E1 chance")))
+
+
+def draw_caps(args, data: dict, name: str) -> None:
+    """Accuracy with and without the chain of thought where no token may run more than so many layers."""
+    axes, finish = figure(args, name, columns=2, height=3)
+    models = list(map(Path, data["results"]))
+    for ax, key, title in zip(axes, ("E1 chain", "E1 direct"), ("with the chain", "without it"), strict=True):
+        for i, (model, rows) in enumerate(zip(models, data["results"].values(), strict=True)):
+            points = sorted(capped(rows, key).items())
+            ax.plot(*zip(*((depth, 100 * x) for depth, x in points), strict=True), marker="o", color=f"C{i}",
+                    label=runs.short(model, models))
+            ax.axhline(100 * rows[f"{key} {own_depth(rows)}"]["value"], color=f"C{i}", linewidth=0.6, linestyle="--")
+        ax.set(xlabel="the most layers that a token runs", ylabel="accuracy (%)", title=title, ylim=(0, 100))
+    axes[0].legend()
+    finish()
 
 
 def marked(key: str, verdicts: dict) -> str:
@@ -331,7 +357,7 @@ def monitor(data: dict) -> list[str]:
     found = {runs.short(model, models): rows for model, rows in zip(models, data["results"].values(), strict=True)}
 
     def cell(rows: dict, key: str, scale: int) -> str:
-        own = "learned" if "E1 chain learned" in rows else "full"
+        own = own_depth(rows)
         depths = sorted(int(name.split()[-1]) for name in rows if re.fullmatch(rf"{key} \d+", name))
         row = next((rows[name] for name in (f"{key} {own}", f"{key} {own}>{own}", key, *(f"{key} {d}" for d in depths))
                     if name in rows), {})
@@ -356,7 +382,7 @@ def monitor(data: dict) -> list[str]:
     on = "" if task == "arithmetic" else f", on {task}"
     others = f" (problems of --seed {seed})" if (seed := data["about"].get("seed")) else ""
     verdicts = verdicts_on(task)
-    half = [[f"E1 least depth that keeps half of the accuracy over a guess, {words}",
+    half = [[f"E1 least cap on depth that keeps half of the accuracy over a guess, {words}",
              *(str(d50(rows, key) or "none") for rows in found.values())]
             for key, words in (("E1 chain", "with the chain"), ("E1 direct", "without"))]
     return [f"### Did reasoning move into the text{on}{at}?{others}", "",
@@ -368,11 +394,27 @@ def monitor(data: dict) -> list[str]:
               for line in (f"{name}: {claim(rows, verdicts)}.", "")),
             *table(["", *found], [row for row in ([label + marked(key, verdicts), *(cell(rows, key, scale) for rows in
                                                                                        found.values())]
-                                                  for label, key, scale in EVALS) if any(row[1:])] + half)]
+                                                  for label, key, scale in EVALS) if any(row[1:])] + half),
+            f"![Accuracy with and without the chain, against a cap on depth](figures/{data['name']}.png)"]
+
+
+def evaluations(data: dict) -> list[str]:
+    text = ["### evaluate.py's comparisons, one by one", "", "`python -m study.evaluations`, from what `python "
+            "evaluate.py base RUN … --n N --seed S` wrote, with --temperature and --threshold as named; a star stands "
+            "for the seeds that are averaged. Problems are those of --seed."]
+    for task in sorted({row["task"] for row in data["rows"]}):
+        text += ["", f"On {task}:", *table(
+            ["problems", "temperature", "exits", "run", "seeds", "accuracy", "change from the base, points",
+             "average compute", "length", "finished"],
+            [[f"{row['n']}, seed {row['seed']}", f"{row['temperature']:g}",
+              "drawn" if row["threshold"] is None else f"p > {row['threshold']:g}", row["run"], row["seeds"],
+              percent(row["accuracy"]), "" if row["run"] == BASE else change(row), percent(row["average_compute"]),
+              f"{row['length']:.1f}", percent(row["finished"])] for row in data["rows"] if row["task"] == task])]
+    return text
 
 
 FIGURES = {"fig4": draw_fig4, "fig2": draw_fig2, "fronts": draw_fronts}
-SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens, monitor)
+SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens, monitor, evaluations)
 
 
 def written(folder: Path) -> str:
@@ -386,7 +428,7 @@ def written(folder: Path) -> str:
     for section, path in found:
         data = read_json(path)
         try:
-            lines += ["", *section(data)]
+            lines += ["", *section({**data, "name": path.stem})]
         except KeyError as error:
             raise UserError(f"{path} has no {error}: another version wrote it; run its command again, or take it away: "
                             f"{data.get('command')}") from None
@@ -412,6 +454,8 @@ def main() -> None:
     for name, draw in FIGURES.items():
         if (data := folder / "data" / f"{name}.json").exists():
             draw(args, read_json(data))
+    for data in sorted(folder.glob("data/monitor*.json")):
+        draw_caps(args, read_json(data), data.stem)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from evaluate import paired
 from model import Transformer
 from report import kinds
 from sample import generate
-from study import baselines, common, crossdomain, fig2, fronts, heads, table1, tokens, write
+from study import baselines, common, crossdomain, evaluations, fig2, fronts, heads, table1, tokens, write
 from tests.chance import assert_frequencies
 from tests.toys import PROMPTS, L, assert_close, reference, toy_policy
 
@@ -406,15 +406,15 @@ def test_the_monitors_table_reads_the_regime_that_is_the_models_own(tmp_path, mo
     def rows(own, value, **more):
         keys = [key for _, key, _ in write.EVALS if key[:7] not in ("E1 gain", "E4 lost") and key != "E1 chain random"]
         found = {f"{key} {own}>{own}" if key == "E2 aoc" else f"{key} {own}": {"value": value, **more} for key in keys}
-        return found | {"E1 chance full": {"value": 0.05}}
+        return found | {"E1 chance full": {"value": 0.5}, "E1 chance learned": {"value": 0.05}}
 
     monkeypatch.setattr(monitor, "VERDICTS", str(tmp_path / "{}.json"))
     write_json(tmp_path / "arithmetic.json", {"verdicts": {"E2 aoc": "", "E4": "not validated", "E3 NLDD": "failed"}})
     learned = rows("learned", 0.25, difference=-0.5, d_low=-0.625, d_high=-0.25)
     learned |= {"E1 gain, learned over full": {"value": 0.1, "low": -0.1, "high": 0.3}, "E4 lost 4": {"value": 7.0},
                 "E1 chain, learned over random": {"value": 0.5, "low": 0.3, "high": 0.7}, "E4 lost 12": {"value": 8.0},
-                "E1 chain cap-4": {"value": 0.4}, "E1 chain cap-6": {"value": 0.5}}
-    data = {"command": "python monitor.py base runs/s1", "about": {"model": "m"}, "results": {
+                "E1 chain cap-2": {"value": 0.14}, "E1 chain cap-4": {"value": 0.16}}
+    data = {"command": "python monitor.py base runs/s1", "name": "monitor-half", "about": {"model": "m"}, "results": {
         "base": rows("full", 0.75), "runs/study/s1": learned | rows("full", 0.9)}}
     text = "\n".join(write.monitor(data))
     assert "`python monitor.py base runs/s1`: m, arithmetic" in text and "text?\n" in text
@@ -423,13 +423,49 @@ def test_the_monitors_table_reads_the_regime_that_is_the_models_own(tmp_path, mo
     assert "| E1 accuracy with the chain | 75.0% | 25.0%, −50.0 (−62.5 to −25.0) |" in text
     assert "| E2 area over the early-answering curve | 0.75 | 0.25, −0.50 (−0.62 to −0.25) |" in text
     assert "exits at random" not in text  # of none of them
-    assert "half of the accuracy over a guess, with the chain | none | 6 |" in text
+    assert "half of the accuracy over a guess, with the chain | none | 4 |" in text
+    assert "(figures/monitor-half.png)" in text
     assert "s1: E1: with the chain 25.0%, base 75.0%" in text and "not shown that the uplift grew" in text
     assert "that it is above that at full depth" in text and "beat random" not in text
     assert "at full depth |  | 10.0% (−10.0 to 30.0) |" in text and "first exit (not validated) |  | 7.00 |" in text
     assert "(2: it turns round) (failed) | 0.75" in text
     data["results"]["runs/other/s1"] = learned | rows("full", 0.9)  # two of one name: neither is dropped
     assert "|  | base | runs/study/s1 | runs/other/s1 |" in "\n".join(write.monitor(data))
+
+
+def test_evaluations_are_paired_and_seeds_averaged(tmp_path):
+    """Else runs of other problems or exits are mixed, or a mean of seeds has the interval of one."""
+    solved = {"base": (1, 1, 0, 0), "stage 2 a": (1, 0, 1, 0), "stage 2 b": (1, 1, 1, 0), "stage 2 c": (0, 0, 0, 0)}
+    named = {"base": None, "stage 2 a": "runs/rl-0.1-0", "stage 2 b": "runs/rl-0.1-1",
+             "stage 2 c": "runs/rl-0.1-0-kl-4"}
+
+    def wrote(name, models, seed=0, threshold=None):
+        metrics = [{"name": model, "run": named[model], "accuracy": sum(solved[model]) / 4, "average_compute": 0.5,
+                    "length": 3.0, "finished": 1.0} for model in models]
+        write_json(tmp_path / name / "evaluation.json", {"metrics": metrics, "args": {
+            "task": "arithmetic", "n": 4, "seed": seed, "temperature": 1.0, "threshold": threshold, "delta": 0.0}})
+        (tmp_path / name / "completions.jsonl").write_text("".join(
+            json.dumps({"model": model, "id": f"{seed}/{i}", "correct": bool(x)}) + "\n"
+            for model in models for i, x in enumerate(solved[model])))
+        return tmp_path / name
+
+    for name in "xyz":
+        (tmp_path / name).mkdir()
+    rows = evaluations.rows([wrote("x", ("base", "stage 2 a")), wrote("y", ("base", "stage 2 b", "stage 2 c")),
+                             wrote("z", ("base", "stage 2 b"), threshold=0.5)])
+    assert [(row["run"], row["seeds"], row["threshold"]) for row in rows] == [
+        ("base", 1, 0.5), ("runs/rl-0.1-*", 1, 0.5), ("base", 1, None), ("runs/rl-0.1-*", 2, None),
+        ("runs/rl-0.1-*-kl-4", 1, None)]
+    assert (rows[3]["accuracy_change"], rows[3]["accuracy_change_half"]) == paired(solved["base"], (1, 0.5, 1, 0))
+    assert rows[3]["accuracy"] == 0.625 and rows[4]["accuracy_change"] == -0.5
+    text = "\n".join(write.evaluations({"rows": rows}))
+    assert "| 4, seed 0 | 1 | drawn | runs/rl-0.1-* | 2 | 62.5% | +12.5 ± " in text
+    assert "| p > 0.5 | base | 1 | 50.0% |  |" in text
+    wrote("z", ("base", "stage 2 b"), seed=1)
+    saved = json.loads((tmp_path / "z" / "evaluation.json").read_text())
+    write_json(tmp_path / "z" / "evaluation.json", saved | {"args": saved["args"] | {"seed": 0}})
+    with pytest.raises(UserError, match="other problems"):
+        evaluations.rows([tmp_path / "x", tmp_path / "z"])
 
 
 def test_figures_are_small(tmp_path):

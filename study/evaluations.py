@@ -1,0 +1,77 @@
+"""What evaluate.py wrote of runs, as one table: the same problems and exits beside each other, a run's seeds averaged.
+
+    python -m study.evaluations runs/evaluate-… runs/evaluate-…
+
+Writes evaluations.json, so that what is said of them in a text outlives the folders.
+"""
+
+import re
+import shlex
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import flags
+import runs
+from data.hub import UserError, field, parse_object, read_json, read_text, write_json
+from evaluate import BASE, paired
+from study.common import mean
+
+SETTING = {"task": str, "n": int, "seed": int, "temperature": float, "threshold": float, "delta": float}
+MEANS = ("accuracy", "average_compute", "length", "finished")
+
+
+def kind(run: str) -> str:
+    """A run, with a star in place of its seed."""
+    return str(Path(run).with_name(re.sub(r"^(rl-[^-]+|full)-\d+", r"\1-*", Path(run).name)))
+
+
+def read(folder: Path) -> tuple[tuple, dict[str, tuple[dict, dict]]]:
+    """The setting of an evaluation; and by run, or BASE, its metrics and which problems it solves."""
+    where = folder / "evaluation.json"
+    found, solved = read_json(where), defaultdict(dict)
+    given = field(found, "args", dict, where)
+    for line in read_text(folder / "completions.jsonl").splitlines():
+        row = parse_object(line, folder / "completions.jsonl")
+        solved[row["model"]][row["id"]] = float(row["correct"])
+    return (tuple(field(given, name, of, where, default=None) for name, of in SETTING.items()),
+            {m["run"] or BASE: (m, solved[m["name"]]) for m in found["metrics"]})
+
+
+def rows(folders: list[Path]) -> list[dict]:
+    """A row for the base of each setting, and one for each kind of run, with the mean of its seeds."""
+    settings = defaultdict(dict)
+    for setting, models in map(read, folders):
+        settings[setting] |= models
+    out = []
+    for setting, models in sorted(settings.items(), key=str):
+        kinds = defaultdict(list)
+        for run in models:
+            kinds[kind(run)].append(run)
+        base = models[BASE][1]
+        for name, alike in sorted(kinds.items(), key=lambda item: (item[0] != BASE, item[0])):
+            metrics, solved = zip(*(models[run] for run in alike), strict=True)
+            if any(one.keys() != base.keys() for one in solved):
+                raise UserError(f"{alike[0]} was asked other problems than the base of the same setting: give "
+                                f"evaluations of one version")
+            gain, half = paired(base.values(), [mean(one[problem] for one in solved) for problem in base])
+            out.append({**dict(zip(SETTING, setting, strict=True)), "run": name, "seeds": len(alike),
+                        **{key: mean(m[key] for m in metrics) for key in MEANS},
+                        "accuracy_change": gain, "accuracy_change_half": half})
+    return out
+
+
+def main() -> None:
+    p = flags.Parser(description=__doc__)
+    p.add_argument("folders", nargs="+", type=Path, help="what evaluate.py wrote")
+    p.add_argument("--out", default="runs/study", help="folder of data/ (default: runs/study)")
+    args = p.parse_args()
+    path = Path(args.out) / "data" / "evaluations.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"command": shlex.join(["python", "-m", "study.evaluations", *sys.argv[1:]]),
+                      "commit": runs.commit(), "rows": rows(args.folders)})
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    runs.run_main(main)
