@@ -155,9 +155,7 @@ def chosen_runs(args) -> dict[str, Path]:
         if init := field(runs.read_config(newest)["args"], "init", str, newest / "config.json", default=None):
             first = runs.find(init, beside=newest)
             folders = ([first] if first.is_dir() else []) + [newest]
-    configs = [runs.read_config(folder) for folder in folders]
-    if args.runs:
-        refuse_unlike(folders, configs, args)
+    configs = refuse_unlike(folders, args) if args.runs else [runs.read_config(folder) for folder in folders]
     stages = [{"distill": "stage 1", "rloo": "stage 2"}[config["stage"]] for config in configs]
     columns = {}
     for folder, stage in zip(folders, stages, strict=True):
@@ -167,11 +165,12 @@ def chosen_runs(args) -> dict[str, Path]:
     return columns
 
 
-def refuse_unlike(folders: list[Path], configs: list[dict], args) -> None:
-    """Raises UserError where runs are not about the same, or have other exits."""
+def refuse_unlike(folders: list[Path], args) -> list[dict]:
+    """The runs' configs. Raises UserError where they are not about the same, or have other exits."""
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{' '.join(args.runs)} names a run twice: name each once")
-    unlike, asked = {}, args.task and tasks.name_of(args.task)
+    configs, unlike = [runs.read_config(folder) for folder in folders], {}
+    asked = args.task and tasks.name_of(args.task)
     for name in (*flags.ABOUT, "dtype"):
         found = [(folder, config["args"].get(name)) for folder, config in zip(folders, configs, strict=True)
                  if name != "data" or asked in (None, config["args"].get("task"))]  # those of another task are not read
@@ -184,6 +183,7 @@ def refuse_unlike(folders: list[Path], configs: list[dict], args) -> None:
                         f"for all of them")
     if len({tuple(exits_of(checkpoint(folder))) for folder in folders}) > 1:
         raise UserError("the runs have different exits: compare runs of one --exit-every")
+    return configs
 
 
 def go_on(args, problems, prompts, model: Transformer, chosen: dict[str, Path]) -> tuple[Path, dict[str, list[dict]]]:
