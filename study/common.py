@@ -177,12 +177,17 @@ def over_seeds(args, make) -> list[Path]:
     return [folder for seed in range(args.seeds) if (folder := make(seed))]
 
 
+def from_kappa(args, kappa: float | None) -> tuple[Path | None, list[Path]]:
+    """Stage 1 at a KL factor (None: s1), and stage 2 from there over the seeds."""
+    start = kl_run(args, kappa) if kappa else stage_one(args)
+    end = "" if start == stage_one(args) else f"-kl-{kappa:g}"
+    return start, over_seeds(args, lambda seed: stage_two(args, f"rl-0.1-{seed}{end}", 0.1, seed, start))
+
+
 def lower_kappa(args) -> tuple[float, Path | None, list[Path]]:
-    """A quarter of s1's KL factor, stage 1 at it, and stage 2 from there over the seeds."""
+    """A quarter of s1's KL factor, and what is made from it."""
     kappa = runs.read_config(stage_one(args))["args"]["kl_factor"] / 4
-    start = kl_run(args, kappa)
-    name = f"rl-0.1-{{}}-kl-{kappa:g}"
-    return kappa, start, over_seeds(args, lambda seed: stage_two(args, name.format(seed), 0.1, seed, start))
+    return kappa, *from_kappa(args, kappa)
 
 
 # --------------------------------------------------------------------------------------------- answers and metrics

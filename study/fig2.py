@@ -1,10 +1,12 @@
 """The paper's Figure 2: stage 2 over its steps, several seeds, every checkpoint on the same held-out problems.
 
-Writes fig2.json and fig2.png: a light line a seed, their mean in bold, the base model dashed.
+Writes fig2.json and fig2.png: a light line a seed, their mean in bold, the base model dashed. With --kl-factor F they
+are fig2-kl-F.json and so on, of stage 2 from that calibration.
 
     python -m study.fig2
 """
 
+import flags
 import runs
 from checkpoints import checkpoint, checkpoints
 from evaluate import paired
@@ -23,11 +25,13 @@ def on_schedule(run) -> dict:
 
 
 def main() -> None:
-    args = common.arguments(__doc__)
-    s1, rl = common.stage_one(args), common.over_seeds(args, lambda seed: common.rl_run(args, 0.1, seed))
+    args = common.arguments(__doc__, lambda p: p.add_argument(
+        "--kl-factor", type=flags.number(0, 1e6, above=True), help="of the stage 1 to start from (default: s1's)"))
+    name = f"fig2-kl-{args.kl_factor:g}" if args.kl_factor else "fig2"
+    start, rl = common.from_kappa(args, args.kl_factor)
     if not rl:
         return
-    found = [{0: checkpoint(s1)} | on_schedule(run) for run in rl]
+    found = [{0: checkpoint(start)} | on_schedule(run) for run in rl]
     steps = sorted(set.intersection(*map(set, found)))
 
     def measured(answered, **about):
@@ -38,15 +42,15 @@ def main() -> None:
              for run, of in zip(rl, found, strict=True)]
     ended = mean_correct([answers(args, of[steps[-1]]) for of in found])
     data = common.save(
-        args, "fig2", "fig2", base=base, seeds=seeds, change_from_base=paired(correct(base_answers(args)), ended),
+        args, name, "fig2", base=base, seeds=seeds, change_from_base=paired(correct(base_answers(args)), ended),
         change_from_stage_1=paired(correct(answers(args, found[0][0])), ended),
         mean=[{"step": step, **{name: mean(seed["steps"][i][name] for seed in seeds) for name in SHOWN}}
               for i, step in enumerate(steps)])
-    draw(args, data)
+    draw(args, data, name)
 
 
-def draw(args, data: dict) -> None:
-    axes, finish = common.figure(args, "fig2", len(SHOWN), width=2.6 * len(SHOWN), height=2.8)
+def draw(args, data: dict, name: str) -> None:
+    axes, finish = common.figure(args, name, len(SHOWN), width=2.6 * len(SHOWN), height=2.8)
     for ax, (name, label) in zip(axes, SHOWN.items(), strict=True):
         scale = 100 if "%" in label else 1
         for seed in data["seeds"]:

@@ -120,7 +120,7 @@ def fig2(data: dict) -> list[str]:
     return [f"### Figure 2: stage 2 over its steps, {len(seeds)} seeds", "", about(data, "; λ = 0.1, one start"),
             "; ".join(told) + ". The intervals are over problems, for these seeds. The paper reports 47% → 55–60% and "
             "compute 98% → 95% on Qwen3-4B.",
-            "", "![Accuracy, compute and coherence over the steps](figures/fig2.png)",
+            "", f"![Accuracy, compute and coherence over the steps](figures/{data['name']}.png)",
             *table(["step", "accuracy, mean of seeds", "average compute", "total compute, full-depth tokens",
                     "coherence"], rows)]
 
@@ -413,7 +413,8 @@ def evaluations(data: dict) -> list[str]:
     return text
 
 
-FIGURES = {"fig4": draw_fig4, "fig2": draw_fig2, "fronts": draw_fronts}
+FIGURES = {"fig4": draw_fig4, "fronts": draw_fronts}
+FAMILIES = {"fig2": draw_fig2, "monitor": draw_caps}  # a figure for each of data/NAME*.json
 SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens, monitor, evaluations)
 
 
@@ -454,8 +455,9 @@ def main() -> None:
     for name, draw in FIGURES.items():
         if (data := folder / "data" / f"{name}.json").exists():
             draw(args, read_json(data))
-    for data in sorted(folder.glob("data/monitor*.json")):
-        draw_caps(args, read_json(data), data.stem)
+    for name, draw in FAMILIES.items():
+        for data in sorted(folder.glob(f"data/{name}*.json")):
+            draw(args, read_json(data), data.stem)
 
 
 if __name__ == "__main__":
