@@ -117,7 +117,9 @@ def fig2(data: dict) -> list[str]:
              f"{r['coherence']:.3f}"] for r in data["mean"]]
     rows.append(["base", accuracy(base), percent(base["average_compute"]), f"{base['total_compute']:.1f}",
                  f"{base['coherence']:.3f}"])
-    return [f"### Figure 2: stage 2 over its steps, {len(seeds)} seeds", "", about(data, "; λ = 0.1, one start"),
+    kappa = data["name"].partition("-kl-")[2]
+    origin = f", from κ = {kappa}" if kappa else ""
+    return [f"### Figure 2: stage 2 over its steps{origin}, {len(seeds)} seeds", "", about(data, "; λ = 0.1, one start"),
             "; ".join(told) + ". The intervals are over problems, for these seeds. The paper reports 47% → 55–60% and "
             "compute 98% → 95% on Qwen3-4B.",
             "", f"![Accuracy, compute and coherence over the steps](figures/{data['name']}.png)",
