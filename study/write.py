@@ -119,7 +119,8 @@ def fig2(data: dict) -> list[str]:
                  f"{base['coherence']:.3f}"])
     kappa = data["name"].partition("-kl-")[2]
     origin = f", from κ = {kappa}" if kappa else ""
-    return [f"### Figure 2: stage 2 over its steps{origin}, {len(seeds)} seeds", "", about(data, "; λ = 0.1, one start"),
+    return [f"### Figure 2: stage 2 over its steps{origin}, {len(seeds)} seeds", "",
+            about(data, "; λ = 0.1, one start"),
             "; ".join(told) + ". The intervals are over problems, for these seeds. The paper reports 47% → 55–60% and "
             "compute 98% → 95% on Qwen3-4B.",
             "", f"![Accuracy, compute and coherence over the steps](figures/{data['name']}.png)",
