@@ -195,9 +195,8 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
         if not isinstance(p, (Problem, dict)):
             raise UserError(f"{where}: problems() must give dicts with 'question' and 'answer', not {p!r:.60}")
         p = p if isinstance(p, Problem) else own_problem(p, where, f"{Path(path).stem}/{split}/{seed}/{i}")
-        p = replace(p, own_grade=getattr(module, "grade", p.own_grade),
-                    own_reward=getattr(module, "reward", p.own_reward))
-        problems.append(gradable(replace(p, judge=source if p.own_grade or p.own_reward else ""), where))
+        own = {f"own_{name}": getattr(module, name, getattr(p, f"own_{name}")) for name in ("grade", "reward")}
+        problems.append(gradable(replace(p, **own, judge=source if any(own.values()) else ""), where))
     if not problems:
         raise UserError(f"{path}: problems({split!r}, {n}, {seed}) gives none")
     return problems

@@ -336,16 +336,18 @@ def d50(rows: dict, key: str) -> int | None:
 
 def draw_caps(args, data: dict, name: str) -> None:
     """Accuracy with and without the chain of thought where no token may run more than so many layers."""
-    axes, finish = figure(args, name, columns=2, height=3)
-    models = list(map(Path, data["results"]))
+    axes, finish = figure(args, name, columns=2, width=9, height=3)
+    from matplotlib import colormaps  # slow
+    models, colours = list(map(Path, data["results"])), colormaps["tab20"]  # ten would repeat
     for ax, key, title in zip(axes, ("E1 chain", "E1 direct"), ("with the chain", "without it"), strict=True):
         for i, (model, rows) in enumerate(zip(models, data["results"].values(), strict=True)):
             points = sorted(capped(rows, key).items())
-            ax.plot(*zip(*((depth, 100 * x) for depth, x in points), strict=True), marker="o", color=f"C{i}",
+            color = colours(i)
+            ax.plot(*zip(*((depth, 100 * x) for depth, x in points), strict=True), marker="o", color=color,
                     label=runs.short(model, models))
-            ax.axhline(100 * rows[f"{key} {own_depth(rows)}"]["value"], color=f"C{i}", linewidth=0.6, linestyle="--")
+            ax.axhline(100 * rows[f"{key} {own_depth(rows)}"]["value"], color=color, linewidth=0.6, linestyle="--")
         ax.set(xlabel="the most layers that a token runs", ylabel="accuracy (%)", title=title, ylim=(0, 100))
-    axes[0].legend()
+    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))  # a dozen models leave no room inside
     finish()
 
 
