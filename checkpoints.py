@@ -35,8 +35,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
 def load_policy(model: Transformer, folder: Path) -> Policy:
     """The policy that save_policy wrote, on `model`; of a run's folder, its newest checkpoint. Raises UserError unless
     every name and shape fits, before anything is allocated, and the base is the one it was trained on."""
-    folder = Path(folder)
-    folder = folder if (folder / "exit_config.json").exists() else checkpoint(folder)
+    folder = checkpoint(folder)
     where, exits = folder / "exit_config.json", exits_of(folder)
     config, lora_where = read_json(where), folder / "adapter_config.json"
     layers, base = field(config, "num_hidden_layers", int, where, 1), field(config, "base", str, where, default=None)
@@ -106,7 +105,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def checkpoint(run: Path) -> Path:
-    """A run's newest checkpoint."""
+    """A run's newest checkpoint; where it is itself one, RUN/step-000120, that."""
+    if (Path(run) / "exit_config.json").exists():
+        return Path(run)
     if not Path(run).is_dir():
         raise UserError(f"{run}: no such folder; give the folder of a run of distill.py or rloo.py")
     if not checkpoints(run):
@@ -127,7 +128,8 @@ def adamw(policy: Policy, folder: Path | None = None) -> torch.optim.AdamW:
     """The optimizer over adapters and heads; with a checkpoint's folder, in the state it was in."""
     heads = list(policy.heads.parameters())  # a group of their own, since stage 1 gives them a rate of their own
     adapters = [p for name, p in policy.trained().items() if not name.startswith("heads.")]
-    optimizer = torch.optim.AdamW([{"params": adapters}, {"params": heads}], lr=0.0, betas=(0.9, 0.95),
+    # eps far below any gradient: stage 2's is divided by c, thousands of tokens, and spread over millions of values.
+    optimizer = torch.optim.AdamW([{"params": adapters}, {"params": heads}], lr=0.0, betas=(0.9, 0.95), eps=1e-12,
                                   weight_decay=0.0)
     for p in policy.trained().values():  # there from the start, so that every checkpoint holds the same tensors
         optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),

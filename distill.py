@@ -14,7 +14,6 @@ Left out on purpose: dropout, weight decay, a loss on the tokens themselves (the
 """
 
 import math
-from pathlib import Path
 from shlex import quote
 
 import torch
@@ -23,14 +22,12 @@ import torch.nn.functional as F
 import flags
 import parallel
 import runs
-from checkpoints import fingerprint
+import teacher
 from data import tasks
-from data.hub import UserError, as_json, field, parse_object, read_text, write_text
-from data.text import Tokenizer
+from data.hub import field
 from exits import (
     Policy,
     Response,
-    adapters_off,
     base_pass,
     exit_depths,
     joint_logp,
@@ -41,9 +38,9 @@ from exits import (
 )
 from fast.chunks import in_chunks, kl_in_place
 from fast.packing import send
-from sample import NEVER, draw, generate_shared, uniforms
+from sample import NEVER, draw, uniforms
 
-RESPONSES, DEPTHS, HELD_OUT = 0, 1, 2  # purposes of random numbers
+DEPTHS, HELD_OUT = 1, 2  # purposes of random numbers (0: teacher.RESPONSES)
 STRETCH = 100  # tokens: about two of the embedded model's responses
 
 
@@ -80,8 +77,8 @@ def exit_cross_entropy(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: 
 
     -log pi(l*_t) is a sum over the exits that l*_t reached: there a coin that says stop with probability s_e fell, and
     -log p_e or -log (1 - p_e) is paid. Here each is replaced by its mean, the cross-entropy from s_e to p_e: the same
-    expected gradient, less noise, a third less token KL after as many steps. l*_t is drawn all the same, for it decides
-    which exits are reached and where the stream freezes. Heads past it learn nothing.
+    expectation and expected gradient, less noise. l*_t is drawn all the same, for it decides which exits are reached
+    and where the stream freezes. Heads past it learn nothing.
     """
     reached = send(depths[:, None] >= torch.tensor(exits), exit_logits.device)
     return (F.binary_cross_entropy_with_logits(exit_logits, p_safe, reduction="none") * reached).sum(-1)
@@ -148,15 +145,18 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         own, kl_own = at_own_exits(policy, batch, base_h, u[:, :E])
         drawn += (own[:, None] == outcomes).sum(0)
         kl_half = at_own_exits(policy, batch, base_h, torch.full_like(u[:, :E], 0.5))[1]
-        log_q = log_target(lens_kl(policy.model, base_h, lens_h), kappa)
+        kl_e = lens_kl(policy.model, base_h, lens_h)
+        log_q = log_target(kl_e, kappa)
         target += log_q.exp().sum(0)
-        batch.depths[batch.row, batch.position] = outcomes[draw(log_q, send(u[:, E], policy.device)).cpu()]
-        logp_exit, _, kl_t, _ = score(policy, batch, base_h, tokens=False)
+        depths = outcomes[draw(log_q, send(u[:, E], policy.device)).cpu()]
+        batch.depths[batch.row, batch.position] = depths  # only now: at_own_exits starts from depth L
+        _, _, kl_t, exit_logits = score(policy, batch, base_h, tokens=False)
         lost = torch.stack([kl_own, kl_half], 1).double()
         lost = lost.new_zeros(len(index), 2).index_add(0, batch.predicting[0], lost)
         whole = torch.exp(-lost[:, 0]).sum()
         lost *= send(torch.tensor([[min(1, STRETCH / len(responses[i]))] for i in index]), policy.device)
-        totals += torch.stack([kl_t.sum(), -logp_exit.sum(), kl_own.sum(), whole, *torch.exp(-lost).sum(0)])
+        exit_loss = exit_cross_entropy(exit_logits, log_safe(kl_e, kappa)[0].exp(), depths, policy.exits)
+        totals += torch.stack([kl_t.sum(), exit_loss.sum(), kl_own.sum(), whole, *torch.exp(-lost).sum(0)])
     for sums in (drawn, target, totals):
         parallel.add(sums)  # over the processes, each of which has seen its share of the responses
     token_kl, cross_entropy, own_kl, whole, intact, intact_at_half = totals.tolist()
@@ -177,7 +177,7 @@ def verdict(measured: dict, training_kl: float) -> str | None:
     learned, target = (measured[name]["exit_rate"] for name in ("learned", "target"))
     longer = "raise --steps (--resume RUN --steps N goes on)"
     if abs(learned - target) > 0.1:
-        if not training_kl < 5:  # nats: the record's worst calibration, at kappa 0.25, has 0.6; one at --lr 10 had 12
+        if not training_kl < 5:  # nats: the worst of the calibrations in docs/ has 1.4; one at --lr 10 had 12
             return f"not converged: it has diverged, to {training_kl:.1f} nats a token: lower --lr, in a new run"
         return f"not converged: {learned:.0%} of the tokens exit, and {target:.0%} are to: {longer}"
     if measured["intact"] > 0.8:
@@ -199,114 +199,6 @@ def verdict(measured: dict, training_kl: float) -> str | None:
 # -------------------------------------------------------------------------------------------------------- training
 
 
-def about(model, args) -> dict:
-    """What the base's responses depend on; another run may only reuse them where it agrees."""
-    return {"model": args.model, "base": fingerprint(model), "task": args.task, "thinking": args.thinking,
-            "max_new_tokens": args.max_new_tokens}
-
-
-def teacher_of(run: str) -> str:
-    return str(Path(run, "teacher.jsonl")) if Path(run).is_dir() else run
-
-
-def read_responses(path, model, args) -> dict[str, list[Response]]:
-    """The base's responses that a teacher.jsonl holds, by split. Raises UserError naming file, line and field."""
-    kept: dict[str, list[Response]] = {"train": [], "test": []}
-    lines, ours, config = read_text(path).split("\n"), about(model, args), model.config
-    for i, line in enumerate(lines[:-1], start=1):  # what follows the last line break was cut short by a kill
-        where = f"{path}:{i}"
-        row = parse_object(line, where)
-        if i == 1:
-            for name in ours.keys() - {"model"}:
-                same = Path(str(row.get(name))).name == Path(str(ours[name])).name  # wherever a file lies by now
-                if name not in row or not same:
-                    name = "model" if name == "base" else name
-                    raise UserError(f"{path} holds responses for {name} {row.get(name)!r:.80}, but this run has "
-                                    f"{ours[name]!r:.80}: give the flags of the run that sampled them, or start a new "
-                                    f"run without --teacher")
-            continue
-        prompt, tokens = (field(row, name, list, where, 0, config.vocab_size - 1)
-                          for name in ("prompt_ids", "token_ids"))
-        split, length = field(row, "split", str, where), len(prompt) + len(tokens)
-        if split not in kept or not prompt or not tokens or length > config.max_position_embeddings:
-            raise UserError(f"{where}: the split must be train or test, and the lists of ids neither empty nor longer "
-                            f"than the model's context")
-        kept[split].append(Response(prompt, tokens, [config.num_hidden_layers] * len(tokens), [], [],
-                                    field(row, "finished", bool, where)))
-    return kept
-
-
-def usable(path, model, asked: dict, args) -> dict[str, list[Response]]:
-    """What a teacher.jsonl holds: with --teacher as many responses as asked for, else those to these very prompts."""
-    kept = read_responses(path, model, args)
-    for split, prompts in asked.items():
-        if args.teacher and len(kept[split]) < len(prompts):
-            raise UserError(f"--teacher {args.teacher} holds {len(kept[split])} responses of split {split}, of "
-                            f"{len(prompts)} asked for: lower --responses or --held-out")
-        if args.teacher:
-            kept[split] = kept[split][: len(prompts)]
-            theirs, ours = {tuple(r.prompt_ids) for r in kept[split]}, set(map(tuple, prompts))
-            if (args.data or "." in Path(args.task).name) and not theirs & ours:  # the task's name says little of files
-                raise UserError(f"--teacher {args.teacher} holds responses to none of these prompts: start without it")
-        elif [r.prompt_ids for r in kept[split]] != prompts[: len(kept[split])]:
-            raise UserError(f"{path} holds responses to other prompts: the task's data or the chat template has "
-                            f"changed; start a new run")
-    return kept
-
-
-def source_of(folder: Path | None, args) -> Path | None:
-    """Whose responses a run in a folder starts from: its own teacher.jsonl once that is begun, else --teacher's."""
-    if folder and (own := folder / "teacher.jsonl").exists():
-        return own
-    if args.teacher and not Path(args.teacher).is_file():
-        raise UserError(f"--teacher {args.teacher}: no such file; give a stage-1 run, or its teacher.jsonl")
-    return Path(args.teacher) if args.teacher else None
-
-
-def kept_responses(run, policy: Policy, asked: dict, args) -> dict[str, list[Response]]:
-    """Begins the run's teacher.jsonl, with what there is already, and returns that."""
-    path, source = run.folder / "teacher.jsonl", source_of(run.folder, args)
-    whole = "".join(read_text(source).rpartition("\n")[:2]) if source else ""
-    write_text(path, whole or as_json(about(policy.model, args)))
-    return usable(path, policy.model, asked, args)
-
-
-def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict, args) -> dict[str, list[Response]]:
-    """The base model's own answers to the training and held-out problems: sampled once at temperature 1, or taken from
-    another run's, and kept in the run's teacher.jsonl."""
-    kept = parallel.first(lambda: kept_responses(run, policy, prompts, args))
-    for split, asked in prompts.items():
-        done = kept[split]
-        with parallel.bar(total=len(asked), initial=len(done), desc=f"base, {split}") as bar, adapters_off(policy):
-            # In parts, since a kill loses the one under way; in large ones, since each ends on a nearly empty cache.
-            stride = 4 * (args.rows or 64) * parallel.size()
-            for i in range(len(done), len(asked), stride):
-                new = generate_shared(policy, asked[i : i + stride], max_new_tokens=args.max_new_tokens,
-                                      eos_ids=tokenizer.eos_ids, depths=policy.n_layers, rows=args.rows, progress=bar,
-                                      seed=(args.seed, RESPONSES, split == "test"), first_row=i)
-                run.log("teacher.jsonl", [
-                    {"split": split, "id": problem.id, "prompt_ids": r.prompt_ids, "token_ids": r.token_ids,
-                     "finished": r.finished} for problem, r in zip(problems[split][i:], new, strict=False)])
-                done += new
-                bar.update(len(done) - bar.n)  # what other ranks have drawn
-                if i == 0 and split == "train":  # while it costs little to stop
-                    runs.warn_unfinished(sum(r.finished for r in done) / len(done), "this stage learns nothing about "
-                                         "how they end", tokenizer, args)
-    return kept
-
-
-def report_accuracy(problems, prompts, responses: list[Response], tokenizer: Tokenizer) -> None:
-    """How many of the training problems the base solves: where that is none or all, stage 2 has nothing to learn from,
-    and it may be the grader that fails."""
-    right = [runs.grade(problem, r, tokenizer)[1].strict
-             for problem, prompt, r in zip(problems, prompts, responses, strict=True) if r.prompt_ids == prompt]
-    if right:  # responses of another run may be to other problems
-        share = sum(right) / len(right)
-        print(f"the base solves {share:.1%} of {len(right)} training problems" + (
-            "" if 0.02 < share < 0.98 else ": stage 2 learns from the difference between right and wrong; look at "
-            "teacher.jsonl, whether the grader is right, or take other problems"))
-
-
 def train_step(policy: Policy, responses: list[Response], step: int, args) -> dict:
     """Accumulates the gradient of eq. (5) over a step's responses and returns what is logged."""
     count = sum(map(len, responses))
@@ -321,13 +213,13 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
         depths = outcomes[draw(log_q, send(u, policy.device)).cpu()]  # l*_t
         batch.depths[batch.row, batch.position] = depths
         # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
-        logp_exit, _, token_kl, exit_logits = score(policy, batch, base_h, tokens=False)
+        _, _, token_kl, exit_logits = score(policy, batch, base_h, tokens=False)
         p_safe = log_safe(kl_e, args.kl_factor)[0].exp()
-        distill_loss(token_kl, exit_cross_entropy(exit_logits, p_safe, depths, policy.exits), count).backward()
+        exit_loss = exit_cross_entropy(exit_logits, p_safe, depths, policy.exits)
+        distill_loss(token_kl, exit_loss, count).backward()
 
         p_sum, visits = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
-        # Logged is (5) as it stands, with the stops that were drawn; the gradient has averaged them out.
-        total = torch.stack([token_kl.detach().sum(), -logp_exit.detach().sum()])
+        total = torch.stack([token_kl.sum(), exit_loss.sum()]).detach()
         sums += torch.cat([total, log_q.exp().sum(0), p_sum, visits])
     parallel.add(sums)  # over the processes; apply_gradients adds the gradients
     total, q_sum, p_sum, visits = sums.cpu().split(sizes)  # together, since each copy waits for the device
@@ -353,8 +245,8 @@ def main() -> None:
     p.add_argument("--head-lr", type=flags.number(0, 10), help="the heads' peak rate, --lr / five times --lr")
     p.add_argument("--responses", type=flags.whole(1), help="base responses to train on, 3000 / 1600")
     p.add_argument("--held-out", type=flags.whole(1), default=64, help="test prompts for the final check (default: 64)")
-    p.add_argument("--teacher", type=teacher_of, help="an earlier run, or its teacher.jsonl, whose base responses to "
-                   "take, not sampling any")
+    p.add_argument("--teacher", type=teacher.path_of, help="an earlier run, or its teacher.jsonl, whose base responses "
+                   "to take, not sampling any")
     args = p.parse_args()
     run = runs.Run.resume(args, p, "distill") if args.resume else None
     args = flags.settle(run.args if run else args, kl_factor=(16.0, 1.0), steps=(480, 200), lr=(0.012, None),
@@ -375,13 +267,13 @@ def main() -> None:
     args.lr = 1 / model.config.hidden_size if args.lr is None else args.lr
     args.head_lr = args.lr * (1 if args.model == "embedded" else 5) if args.head_lr is None else args.head_lr
     prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
-    if source := source_of(run and run.folder, args):
-        usable(source, model, prompts, args)  # before the run has a folder, or is open again
+    if source := teacher.source_of(run and run.folder, args):
+        teacher.usable(source, model, prompts, args)  # before the run has a folder, or is open again
     run, policy, optimizer, start = runs.begin(run, "distill", args, model, problems["train"] + problems["test"],
                                               lambda: Policy(model, exits, args.rank, head_width=args.head_width))
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers} -> {run.folder}")
-    data = base_responses(run, policy, tokenizer, problems, prompts, args)
-    report_accuracy(problems["train"], prompts["train"], data["train"], tokenizer)
+    data = teacher.base_responses(run, policy, tokenizer, problems, prompts, args)
+    teacher.report_accuracy(problems["train"], prompts["train"], data["train"], tokenizer)
 
     for step in run.steps(start, policy, optimizer):
         chosen = [data["train"][i] for i in runs.pick(len(data["train"]), args.responses_per_step, step, args.seed)]

@@ -171,7 +171,7 @@ def refuse_unlike(folders: list[Path], args) -> list[dict]:
         raise UserError(f"{' '.join(args.runs)} names a run twice: name each once")
     configs, unlike = [runs.read_config(folder) for folder in folders], {}
     asked = args.task and tasks.name_of(args.task)
-    for name in (*flags.ABOUT, "dtype"):
+    for name in (*flags.INHERITED, "dtype"):
         found = [(folder, config["args"].get(name)) for folder, config in zip(folders, configs, strict=True)
                  if name != "data" or asked in (None, config["args"].get("task"))]  # those of another task are not read
         other = next((one for one in found if one[1] != found[0][1]), None)

@@ -16,7 +16,8 @@ from data.hub import UserError, check_name, field, is_text
 
 EMBEDDED = Path(__file__).parent / "data" / "tiny"
 DTYPES = ("float32", "bfloat16")
-ABOUT = {"model": str, "revision": str, "task": str, "data": str, "thinking": bool, "max_new_tokens": int}
+# What a run is about: the next script takes it over.
+INHERITED = {"model": str, "revision": str, "task": str, "data": str, "thinking": bool, "max_new_tokens": int}
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,10 +76,6 @@ def parser(doc: str, out: str, seed: str = "of problems, samples, adapters and h
                    "unfinished")
     p.add_argument("--rows", type=whole(1), help="responses sampled at a time, 256 / what fits in half of the free "
                    "memory; each holds a K/V cache")
-    p.add_argument("--micro-batch", type=whole(1), help="responses in one training or scoring pass, 64 / 1: memory, "
-                   "not results")
-    p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
-                   help="activation checkpointing, off / on: far less memory, a third more work in the update")
     p.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
                    help="decode by CUDA graphs: fewer launches, not yet measured (default: off)")
     p.add_argument("--shard", action=argparse.BooleanOptionalAction, default=False,
@@ -93,9 +90,21 @@ def parser(doc: str, out: str, seed: str = "of problems, samples, adapters and h
     return p
 
 
+def micro_batch(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--micro-batch", type=whole(1), help="responses in one training or scoring pass, 64 / 1: memory, "
+                   "not results")
+
+
+def recompute(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
+                   help="activation checkpointing, off / on: far less memory, up to half more work in the update")
+
+
 def training(doc: str, save_every: str) -> argparse.ArgumentParser:
     """The same, with what every training has."""
     p = parser(doc, "the run's folder (default: runs/STAGE-TIME)")
+    micro_batch(p)
+    recompute(p)
     p.add_argument("--save-every", type=whole(1), help=f"steps between checkpoints, {save_every}")
     p.add_argument("--keep", type=whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
@@ -161,7 +170,7 @@ def location(model: str) -> Path | str:
 def inherit(args: argparse.Namespace, config: dict, where) -> None:
     """Fills the flags left open from an earlier run's, so that what follows it is about the same; with its dtype, too,
     where the device is of the same kind."""
-    before = {name: field(config["args"], name, kind, where, default=None) for name, kind in ABOUT.items()}
+    before = {name: field(config["args"], name, kind, where, default=None) for name, kind in INHERITED.items()}
     if args.task is not None and tasks.name_of(args.task) != before["task"]:
         before["data"] = None
     on, dtype = (field(config["args"], name, str, where, default=None) for name in ("device", "dtype"))
@@ -183,7 +192,7 @@ def settle(args: argparse.Namespace, **defaults) -> argparse.Namespace:
     defaults |= {"task": ("arithmetic", "gsm8k"), "thinking": (True, True), "max_new_tokens": (160, 2048),
                  "rows": (256, None), "micro_batch": (64, 1), "recompute": (False, True)}
     for name, pair in defaults.items():
-        if getattr(args, name) is None:
+        if getattr(args, name, False) is None:  # those that the script has
             setattr(args, name, pair[args.model != "embedded"])
     args.task = tasks.name_of(args.task)
     args.data = args.data and str(Path(args.data).expanduser().resolve())
@@ -202,8 +211,8 @@ def check_device(args) -> None:
     if parallel.size() > 1 and device.type == "cuda":
         if device.index is not None:
             raise UserError(f"--device {args.device}: every process takes a GPU of its own; use --device cuda")
-        if parallel.neighbours() > torch.cuda.device_count() > 0:
-            raise UserError(f"{parallel.neighbours()} processes here and {torch.cuda.device_count()} GPUs: lower "
+        if parallel.ranks_here() > torch.cuda.device_count() > 0:
+            raise UserError(f"{parallel.ranks_here()} processes here and {torch.cuda.device_count()} GPUs: lower "
                             f"torchrun's --nproc-per-node, or use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {args.device}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA "

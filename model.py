@@ -5,8 +5,9 @@ strict match of names and shapes. Shapes: B sequences, T positions, D width, H q
 C head dim, V vocabulary, L layers; n streams that run a layer, m frozen ones.
 
 Inside the layers streams are packed, (n, D): norms, projections and MLPs don't care which sequence a row belongs to.
-Attention does, and asks its `site`, which knows where each row stands. The plain site, `Causal`, is here: whole
-sequences, causal attention. Those for frozen positions and for the cache are in fast/.
+Attention does, and asks its `site`, which knows where each row stands: it has the rotary tables `cos` and `sin`,
+`frozen` streams and `attend`. The plain one, `Causal`, is here: whole sequences, causal attention. Those for frozen
+positions and for the cache are in fast/, made by a `place`, which runs some layers for the streams that need them.
 """
 
 from contextlib import nullcontext
@@ -215,8 +216,9 @@ class Transformer(nn.Module):
     def from_pretrained(cls, name_or_path, revision=None, dtype=torch.float32, device="cpu") -> "Transformer":
         """Loads a local folder or a hub id. Raises UserError for a checkpoint that is incomplete, damaged, or not
         exactly this architecture."""
+        where = resolve(name_or_path, revision, patterns=("*.json", "*.jinja")) / "config.json"
+        config = Config(**config_fields(read_json(where), str(where)))  # which may refuse it before gigabytes come
         folder = resolve(name_or_path, revision)
-        config = Config(**config_fields(read_json(folder / "config.json"), str(folder / "config.json")))
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, folder, dtype, device)  # every parameter is materialised once

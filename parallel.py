@@ -1,9 +1,9 @@
 """Many processes, one run: `torchrun --nproc-per-node N distill.py …` (rloo.py, evaluate.py), on one machine or many.
 
-Every process, called a rank, holds the whole base model and takes its share of a step's prompts; the gradients of
-adapters and heads, small beside it, are added up. A random number belongs to a response's place in the whole step
-and never to a rank, so the same run on another number of ranks draws by the same random numbers. Rank 0 alone
-writes and speaks. Without torchrun there is one rank, and nothing here does anything.
+Every process, called a rank, holds the whole base model (with --shard a part of it, fast/sharded.py) and takes its
+share of a step's prompts; the gradients of adapters and heads, small beside it, are added up. A random number belongs
+to a response's place in the whole step and never to a rank, so the same run on another number of ranks draws by the
+same random numbers. Rank 0 alone writes and speaks. Without torchrun there is one rank, and nothing here does anything.
 """
 
 import os
@@ -19,7 +19,7 @@ from tqdm import tqdm
 # A rank that waits longer for the others gives up: rollouts of one step may differ by many minutes.
 PATIENCE = timedelta(hours=2)
 store = None  # a few values that all ranks see
-helper = None  # fast.sharded.Shards, where ranks share the base out
+helper = None  # fast.sharded.Shards, where a rank holds a part of the base, which the others ask it for
 
 
 def rank() -> int:
@@ -69,8 +69,8 @@ def local() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def neighbours() -> int:
-    """Ranks on this machine, which share its memory."""
+def ranks_here() -> int:
+    """Those on this machine, which share its memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -85,7 +85,8 @@ def share(count: int) -> slice:
 
 
 def before_meeting() -> None:
-    """With a base that is shared out, helps the ranks that still run layers."""
+    """With a base that is shared out, gives its part to the ranks that still run layers; waiting for them at once would
+    leave them waiting for it."""
     if helper is not None:
         helper.finish()
 

@@ -119,6 +119,9 @@ def stage_one(args) -> Path:
         flag = f" --model {args.model}" if args.model else ""
         raise UserError(f"no complete stage-1 run{flag} under {runs.RUNS}/: run python distill.py{flag} first, "
                         f"or give --init RUN")
+    if not args.init and (later := runs.begun_after(found, "distill")):
+        raise UserError(f"{later} was begun after {found} and is not complete: finish it (python distill.py --resume "
+                        f"{later}), or name the run to start from by --init")
     runs.refuse_stage(runs.read_config(found), found, "distill")
     return found
 
@@ -217,11 +220,11 @@ def main() -> None:
                      f"all that is trained. Where accuracy stays at 0%, stop: has stage 1 converged?")
         run.bar.set_postfix_str(f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.0%}  "
                                 f"compute {metrics['average_compute']:.2f}  length {metrics['length']:.0f}  "
-                                f"KL {metrics['kl']:.3f}  drift {metrics['drift_max']:.0e}  "
+                                f"KL {metrics['kl']:.3f}  drift {metrics['drift_mean']:.0e}  "
                                 f"rollout/score/update {'/'.join(f'{s:.1f}' for s in seconds)} s")
     run.complete(run.last_metrics()[0])
     before = runs.read_config(init)["args"]
-    own = [flags.typed(name, value) for name in (*flags.ABOUT, "dtype")
+    own = [flags.typed(name, value) for name in (*flags.INHERITED, "dtype")
            if (value := getattr(args, name)) not in (None, before.get(name))]  # else the two could not be compared
     print("next: python evaluate.py", *map(quote, (str(init), str(run.folder), *own)))
 

@@ -46,6 +46,7 @@ MAX_SKIPPED = 5  # steps in a row with a gradient that isn't finite before a run
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED")  # CPU, driver, cuBLAS
 ROTATE = 2**28  # bytes of completions.jsonl
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# What --resume may change: the end, where things lie by now (a hash tells whether they are the same), this machine.
 FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "shard",
                   "save_every", "keep", "trackio", "resume")
 
@@ -156,7 +157,7 @@ def load_model(args) -> tuple[Transformer, Tokenizer]:
         torch.cuda.set_device(device)  # streams and graphs belong to the current one
     model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype),
                                         "cpu" if args.shard else device)  # from where share_out takes it
-    model.recompute, model.graphs = args.recompute, args.cuda_graphs
+    model.graphs = args.cuda_graphs
     if max(tokenizer.size, 1 + max(tokenizer.eos_ids)) > model.config.vocab_size:
         raise UserError(f"{args.model}: its tokenizer has {tokenizer.size} ids and ends responses by "
                         f"{tokenizer.eos_ids[:4]}, but the model knows {model.config.vocab_size}: they don't belong "
@@ -270,9 +271,13 @@ class Run:
         """The run in args.resume, under the flags it was started with. Of those given again, --steps may move its end,
         what only concerns this machine may change, and all else must be as it was."""
         folder = Path(args.resume)
+        if run_of(folder) != folder:
+            raise UserError(f"--resume {folder}: give {run_of(folder)}, which goes on from its newest checkpoint; to "
+                            f"go back to an earlier one, delete those after it")
         config, where = read_config(folder), folder / "config.json"
         refuse_stage(config, folder, stage)
         before = replay(config["args"], p, where)
+        # None for every flag, before it parses: so what it finds was given now, and is no default.
         given = vars(p.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(before)))))
         for name, value in given.items():
             was = getattr(before, name)
@@ -293,7 +298,7 @@ class Run:
         return run
 
     def reopen(self, stage: str, problems: str, step: int) -> None:
-        """For the steps from `step` on."""
+        """Takes up the folder again for the steps from `step` on, whose lines in the logs are dropped."""
         where = self.folder / "config.json"
         recorded = read_json(where)
         for name, value in recorded["args"].items():
@@ -472,6 +477,7 @@ def commit() -> str | None:
 
 def begin(run: Run | None, stage: str, args, model: Transformer, problems, fresh):
     """The run with its policy, optimizer and next step: a resumed one where it stopped, else a new one of fresh()."""
+    model.recompute = args.recompute
     if run and checkpoints(run.folder):
         policy, optimizer, start = run.load(model)
     else:
@@ -498,20 +504,25 @@ def free_folder(what: str) -> Path:
             return folder
         except FileExistsError:
             pass
-    raise UserError(f"{RUNS}/{name} and 999 more exist: name the run by --out")
+    raise UserError(f"{RUNS}/{name} and 998 more exist: name the run by --out")
 
 
 def read_config(run: Path) -> dict:
-    """What a run was started with: stage, args, versions."""
-    where = Path(run) / "config.json"
+    """What a run, or the run of a checkpoint, RUN/step-000120, was started with: stage, args, versions."""
+    where = run_of(run) / "config.json"
     if not where.exists():
-        part = Path(run).parent if re.fullmatch(r"step-\d{6}", Path(run).name) else None
-        raise UserError(f"{run}: not the folder of a run, for it has no config.json; give " + (
-            f"{part}, whose newest checkpoint is taken" if part else "one that distill.py or rloo.py wrote"))
+        raise UserError(f"{run}: not the folder of a run, for it has no config.json; give one that distill.py or "
+                        f"rloo.py wrote")
     config = read_json(where)
     if config.get("stage") not in ("distill", "rloo") or not isinstance(config.get("args"), dict):
         raise UserError(f"{run} is not a run of distill.py or rloo.py: give the folder that one of them wrote")
     return config
+
+
+def run_of(folder: str | Path) -> Path:
+    """The run that a checkpoint belongs to, or the run itself."""
+    folder = Path(folder)
+    return folder.parent if re.fullmatch(r"step-\d{6}", folder.name) else folder
 
 
 def unfinished(run: Path) -> str:
@@ -521,8 +532,10 @@ def unfinished(run: Path) -> str:
 
 
 def find(run: str, beside: Path) -> Path:
-    """A run by its recorded path, or, where folders were moved, by its name beside the run that recorded it."""
-    return next((f for f in (Path(run), beside.parent / Path(run).name) if f.is_dir()), Path(run))
+    """A run, or a checkpoint of one, by its recorded path, or, where folders were moved, by its name beside the run
+    that recorded it."""
+    moved = beside.parent / Path(run).relative_to(run_of(run).parent)
+    return next((folder for folder in (Path(run), moved) if folder.is_dir()), Path(run))
 
 
 def short(run: Path, among: list[Path]) -> str:
@@ -547,3 +560,16 @@ def newest(*stages: str, model: str | None = None) -> Path | None:
         if config["stage"] in stages and (model is None or name_of(model) == config["args"].get("model")):
             found.append((done.stat().st_mtime, done.parent))
     return max(found)[1] if found else None
+
+
+def begun_after(run: Path, stage: str) -> Path | None:
+    """A run among runs/* of a stage that was started when `run` was complete, and is not."""
+    for config in RUNS.glob("*/config.json"):
+        try:
+            its = read_config(config.parent)["stage"]
+        except UserError:
+            continue  # as in `newest`
+        late = config.stat().st_mtime > (run / "complete.json").stat().st_mtime
+        if its == stage and late and not (config.parent / "complete.json").exists():
+            return config.parent
+    return None

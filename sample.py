@@ -89,9 +89,9 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     Exits are drawn with offset `delta`; or, with a `threshold`, taken where p_e exceeds it, without chance; or `depths`
     prescribes them: an int for every token, or one row of max_new_tokens depths a response. Response r's randomness is
     that of (seed, first_row + r, position), so neither `rows` nor the other prompts change it, but by rounding. At most
-    `rows` responses are in the cache at a time (but one prompt's samples at least; default: what fits in half of the
-    free memory). `progress`, a tqdm bar, counts ended responses. Raises UserError for a prompt that is empty or leaves
-    no room in the model's context, for depths that no outcome has, and where a log-probability is not finite.
+    `rows` responses are in the cache at a time (default: what fits in half of the free memory). `progress`, a tqdm bar,
+    counts ended responses. Raises UserError for a prompt that is empty or leaves no room in the model's context, for
+    depths that no outcome has, and where a log-probability is not finite.
     """
     context, L, E = policy.model.config.max_position_embeddings, policy.n_layers, len(policy.exits)
     for i, prompt in enumerate(prompts):
@@ -109,28 +109,33 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     slots = max(len(prompt) for prompt in prompts) - 1 + max_new_tokens
     weight = policy.model.lm_head.weight
     rows = rows or fitting_rows(policy.model.config, slots, weight)
-    R = samples * min(len(prompts), max(1, rows // samples))
+    group = samples  # of one prompt enter together, read in one pass: where rows are few, fewer, for all of a group's
+    while rows < 8 * group and group % 2 == 0:  # rows have to be free, and would wait for the slowest
+        group //= 2
+    prompts = [prompt for prompt in prompts for _ in range(samples // group)]
+    R = group * min(len(prompts), max(1, rows // group))
     cache = Cache(policy.model.config, R, slots, E + 1, weight, Graphs() if policy.model.graphs else None)
-    holds = torch.full((R,), -1)  # the number of the response in each row of the cache, -1: none
+    holds = torch.full((R,), -1)  # which response is in each row of the cache, -1: none
     token = torch.zeros(R, dtype=torch.long)  # its last token
     admitted = 0  # prompts
     with adapters_rounded(policy):
         while admitted < len(prompts) or (holds >= 0).any():
             free = (holds < 0).nonzero()[:, 0]
-            enter = min(len(free) // samples, len(prompts) - admitted)
-            # Several prompts share a prefill: it waits until an eighth of the rows is free.
+            enter = min(len(free) // group, len(prompts) - admitted)
+            # Admit, or compact. Several prompts share a prefill: it waits until an eighth of the rows is free.
             if enter and (8 * len(free) >= R or enter == len(prompts) - admitted):
-                new = free[: enter * samples].view(enter, samples)
+                new = free[: enter * group].view(enter, group)
                 prefill(policy, prompts[admitted : admitted + enter], cache, new)
                 token[new] = torch.tensor([prompt[-1] for prompt in prompts[admitted : admitted + enter]])[:, None]
-                holds[new.flatten()] = torch.arange(admitted * samples, (admitted + enter) * samples)
+                holds[new.flatten()] = torch.arange(admitted * group, (admitted + enter) * group)
                 admitted += enter
             elif admitted == len(prompts) and 2 * len(free) >= len(holds) and cache.graphs is None:
                 keep = (holds >= 0).nonzero()[:, 0]
                 cache.select(keep)
                 holds, token = holds[keep], token[keep]
 
-            live = (holds >= 0).nonzero()[:, 0]
+            # Step.
+            live = (holds >= 0).nonzero()[:, 0]  # the rows that hold a response
             number = holds[live]
             u = torch.zeros(len(holds), 1 + E, dtype=torch.double)
             # The token's comes first, so that a full-depth response does not depend on where exits would be.
@@ -146,6 +151,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             tokens, logp_token = draw_token(policy, out.h[at, 0], send(u[live, 0], policy.device), temperature)
             logp_exit = logp_depth(policy, out.exit_logits[at, 0], depth, delta)
 
+            # Record.
             tokens, logp_exit, logp_token = torch.stack(
                 [tokens.double(), logp_exit.double(), logp_token.double()]).cpu()  # one wait for all three
             if not logp_token.isfinite().all():

@@ -28,12 +28,13 @@ def main() -> None:
     p.add_argument("--layers", type=int, help="run only so many layers (default: all)")
     p.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default: 128)")
     p.add_argument("--new", type=int, default=128, help="tokens of a response (default: 128)")
+    p.add_argument("--cuda-graphs", action="store_true", help="decode by CUDA graphs")
     args = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     model = random_model(args.shape, args.layers, dtype, device)
-    model.recompute = True
+    model.recompute, model.graphs = True, args.cuda_graphs
     policy = Policy(model, exit_depths(model.config.num_hidden_layers), head_width=256)
     run, optimizer = runs.Run(Path(tempfile.mkdtemp()), args), adamw(policy)  # the run only takes steps
     trained = sum(p.numel() for p in policy.trained().values())
@@ -62,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runs.run_main(main)

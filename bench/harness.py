@@ -3,8 +3,11 @@
     python bench/harness.py RUN --tasks gsm8k_cot_zeroshot --limit 100
     python bench/harness.py base --model MODEL --tasks …      the base model at full depth
 
-Prompts go through the checkpoint's chat template, and a response counts from after its thoughts. Sampling is the
-task's, mostly argmax, with exits drawn as trained. The harness scores by its own rules, not by those of evaluate.py.
+Prompts go through the checkpoint's chat template, and a response counts from after its thoughts: one that is cut while
+it thinks is empty. Its limit is --max-new-tokens, where that is given, else the task's, often meant for no thoughts
+(--no-thinking). Sampling is the task's, mostly argmax, which Qwen3 advises against while it thinks; exits are drawn as
+trained. The harness scores by its own rules, not by those of evaluate.py: gsm8k's strict one knows no \\boxed{}, which
+bench/gsm8k_boxed.yaml reads.
 Tasks that rank given answers are refused: they would have to be read at some depth, and full depth shows no exit.
 """
 
@@ -12,8 +15,10 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = str(Path(__file__).parent.parent)
+sys.path.insert(0, ROOT)
 import flags  # noqa: E402
+import parallel  # noqa: E402
 import runs  # noqa: E402
 from checkpoints import load_policy  # noqa: E402
 from data.grade import after_thinking  # noqa: E402
@@ -21,6 +26,7 @@ from data.hub import UserError, write_text  # noqa: E402
 from exits import Policy, exit_depths  # noqa: E402
 from sample import generate  # noqa: E402
 
+sys.path.remove(ROOT)  # some tasks import the library `evaluate`, and would find evaluate.py
 try:
     import lm_eval
     from lm_eval.api.model import LM
@@ -35,7 +41,8 @@ class Exits(LM):
     def __init__(self, policy: Policy, tokenizer, args, base: bool):
         super().__init__()
         self.policy, self.tokenizer, self.args = policy, tokenizer, args
-        self.depths, self.used = policy.n_layers if base else None, []  # used: the depths of all tokens
+        self.depths = policy.n_layers if base else None
+        self.used, self.finished = [], []  # the depths of all tokens; whether each response ended by itself
 
     tokenizer_name = property(lambda self: str(self.args.model))
 
@@ -50,6 +57,7 @@ class Exits(LM):
             how = dict(request.args[1])
             how.pop("until", None)
             tokens, sampled = how.pop("max_gen_toks", self.args.max_new_tokens), how.pop("do_sample", None)
+            tokens = self.args.asked or tokens  # the task's limit is seldom meant for thoughts
             temperature = how.pop("temperature", float(bool(sampled)))
             temperature = 0.0 if sampled is False else temperature
             if how:
@@ -57,10 +65,12 @@ class Exits(LM):
             groups.setdefault((tokens, temperature), []).append(i)
         texts = [""] * len(requests)
         for (tokens, temperature), group in groups.items():
-            responses = generate(self.policy, [self.tokenizer.encode(requests[i].args[0]) for i in group],
-                                 max_new_tokens=tokens, temperature=temperature, eos_ids=self.tokenizer.eos_ids,
-                                 delta=self.args.delta, threshold=self.args.threshold, depths=self.depths,
-                                 seed=(self.args.seed,), rows=self.args.rows)
+            prompts = [self.tokenizer.encode(requests[i].args[0]) for i in group]
+            with parallel.bar(total=len(group), desc=f"answers of at most {tokens} tokens") as bar:
+                responses = generate(self.policy, prompts, max_new_tokens=tokens, temperature=temperature,
+                                     eos_ids=self.tokenizer.eos_ids, delta=self.args.delta,
+                                     threshold=self.args.threshold, depths=self.depths, seed=(self.args.seed,),
+                                     rows=self.args.rows, progress=bar)
             for i, r in zip(group, responses, strict=True):
                 text = self.tokenizer.decode(r.token_ids[:-1] if r.finished else r.token_ids)
                 text = after_thinking(text, self.tokenizer.think_open(r.prompt_ids)) or ""
@@ -69,6 +79,7 @@ class Exits(LM):
                     text = text.partition(stop)[0] if stop else text
                 texts[i] = text
                 self.used += r.depths
+                self.finished.append(r.finished)
         return texts
 
     def loglikelihood(self, requests):
@@ -86,6 +97,7 @@ def main() -> None:
     p.add_argument("--delta", type=flags.number(-1e4, 1e4), default=0.0, help="added to every exit logit (default: 0)")
     flags.threshold(p)
     args = p.parse_args()
+    args.asked = args.max_new_tokens
     if lm_eval is None:
         raise UserError("lm-evaluation-harness is not installed: python -m pip install lm-eval")
     base = args.run == "base"
@@ -101,7 +113,8 @@ def main() -> None:
     compute = sum(lm.used) / len(lm.used) / policy.n_layers
     for task, scores in found["results"].items():
         print(f"{task}: " + ", ".join(f"{name} {score:.4f}" for name, score in scores.items()
-                                      if isinstance(score, float)) + f"; average compute {compute:.3f}")
+                                      if isinstance(score, float)) + f"; average compute {compute:.3f}, finished "
+              f"{sum(lm.finished) / len(lm.finished):.1%}")
     if args.out:
         write_text(Path(args.out), json.dumps({"args": vars(args), "average_compute": compute, **{
             name: found[name] for name in ("results", "samples")}}, indent=1, default=str) + "\n")

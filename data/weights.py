@@ -33,9 +33,12 @@ def config_fields(cfg: dict, where: str = "config.json") -> dict:
                "sliding-window attention is not implemented")
     rope = cfg.get("rope_parameters") or cfg.get("rope_scaling") or {}
     rope = rope.get("full_attention", rope) if isinstance(rope, dict) else rope  # transformers 5 may nest it by type
-    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
+    scaled = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if scaled != "default":
+        why = ("and this model (Llama 3.1 or later) was trained with it; take another" if scaled == "llama3" else
+               "remove it to run at the original context length")
         refuse("rope_parameters" if cfg.get("rope_parameters") else "rope_scaling",
-               "RoPE scaling is not implemented; remove it to run at the original context length")
+               f"RoPE scaling is not implemented; {why}")
 
     def size(name, default=..., high=2**20):
         return field(cfg, name, int, where, 1, high, default)

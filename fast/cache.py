@@ -180,7 +180,7 @@ def free_memory(like: torch.Tensor) -> int:
         available = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError):
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS can't say what is free
-    return available // parallel.neighbours()
+    return available // parallel.ranks_here()
 
 
 def fitting_rows(config: Config, slots: int, like: torch.Tensor) -> int:

@@ -208,6 +208,7 @@ def main() -> None:
     p = flags.parser(__doc__, out="file to write (default: coherence.json, or coherence-calibration.json, in "
                                        "the folder)")
     p.add_argument("folder", type=Path, help="what evaluate.py wrote, or a stage-2 run")
+    flags.micro_batch(p)
     p.add_argument("--n", type=flags.whole(1), default=200, help="responses of each model, evenly spaced (default: "
                    "200)")
     p.add_argument("--calibrate", action="store_true", help="damage the base's responses, and see what ranks them "

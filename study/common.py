@@ -67,6 +67,8 @@ def arguments(doc: str, more=None):
     p.add_argument("--seeds", type=flags.whole(1), default=5, help="of stage 2 at lambda 0.1 (default: 5)")
     p.add_argument("--n", type=flags.whole(2), help="held-out problems, 600 / 100")
     p.add_argument("--temperature", type=flags.number(0, 1e4), default=1.0, help="of the tokens (default: 1)")
+    flags.micro_batch(p)
+    flags.recompute(p)
     if more:
         more(p)
     args = p.parse_args()

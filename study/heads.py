@@ -16,13 +16,14 @@ from tqdm import trange
 import runs
 from checkpoints import load_policy
 from data.hub import field
-from distill import HELD_OUT, exit_cross_entropy, held_out, lens_kl, log_safe, log_target, read_responses
+from distill import HELD_OUT, exit_cross_entropy, held_out, lens_kl, log_safe, log_target
 from evaluate import paired
 from exits import ExitHeads, Policy, Response, base_pass, micro_batches
 from flags import whole
 from sample import draw, uniforms
 from study import common
 from study.common import answers, base_answers, correct, point
+from teacher import read_responses
 
 EPOCHS, BATCH, LR = 25, 512, 2e-3  # Adam's; the rate falls to 0
 

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 import distill
 import rloo
+import teacher
 from checkpoints import load_policy
 from data import tasks, text
 from data.hub import UserError
@@ -249,7 +250,7 @@ class Bench:
                 finite(value)
 
     def reads_responses(self) -> None:
-        kept = distill.read_responses(self.home / "one" / "teacher.jsonl", self.model, argparse.Namespace(
+        kept = teacher.read_responses(self.home / "one" / "teacher.jsonl", self.model, argparse.Namespace(
             model="toy", task="arithmetic", data=None, thinking=True, max_new_tokens=4))
         for responses in kept.values():
             if responses:

@@ -7,7 +7,7 @@ text, D width, C size of an attention head, L layers, V vocabulary, E exits: dep
 
 import torch
 
-HEADS = ("up", "up_bias", "weight", "bias")
+HEAD = ("up", "up_bias", "weight", "bias")  # of an exit
 
 
 class Reference:
@@ -18,11 +18,11 @@ class Reference:
     def streams(self, ids, depths):
         """The residual streams (T, D) of a text after 0, 1, .. L layers, when its tokens run `depths` of them. From
         then on a token is frozen: no layer changes it, yet each makes a key and a value of it, for later tokens."""
-        streams = [self.w["model.embed_tokens.weight"][torch.tensor(ids)]]
+        h = [self.w["model.embed_tokens.weight"][torch.tensor(ids)]]
         for i in range(self.L):
             running = torch.tensor(depths)[:, None] > i
-            streams.append(torch.where(running, self.layer(streams[i], i), streams[i]))
-        return streams
+            h.append(torch.where(running, self.layer(h[i], i), h[i]))
+        return h
 
     def policy(self, ids, depths, temperature=1.0, delta=0.0):
         """What the last token may do if those before it ran `depths` layers: the probability (E,) to stop at each exit,
@@ -34,11 +34,11 @@ class Reference:
 
     def exit_logit(self, h, i):
         """z of exit i, by its head, from the stream h (D) or (T, D) at its depth, taken at unit root mean square."""
-        x, heads = self.norm(h), {name: self.w[f"heads.{name}"][i] for name in HEADS if f"heads.{name}" in self.w}
-        if "up" in heads:  # a hidden layer
-            x = x @ heads["up"].T + heads["up_bias"]
+        x, head = self.norm(h), {name: self.w[f"heads.{name}"][i] for name in HEAD if f"heads.{name}" in self.w}
+        if "up" in head:  # a hidden layer
+            x = x @ head["up"].T + head["up_bias"]
             x = x * x.sigmoid()
-        return x @ heads["weight"] + heads["bias"]
+        return x @ head["weight"] + head["bias"]
 
     def sample(self, prompt, count, dice):
         """Draws a response of `count` tokens, and their depths. dice(t): 1 + E random numbers of position t, for the
@@ -61,7 +61,7 @@ class Reference:
         for t, (token, depth) in enumerate(zip(response, depths, strict=True)):
             ids, before = [*prompt, *response[:t]], [self.L] * (len(prompt) - 1) + list(depths[:t])
             (p_exit, p_token), i = self.policy(ids, before, **options), self.outcomes.index(depth)
-            p, p_base = p_token[i], base.policy(ids, [self.L] * len(before), **options)[1][-1]
+            p, p_base = p_token[i], base.policy(ids, [self.L] * len(before), **options)[1][-1]  # -1: at full depth
             kl = (p * (p / p_base).log()).sum()
             scores.append(torch.stack([stick_breaking(p_exit)[i].log(), p[token].log(), kl]))
         return torch.stack(scores, 1)

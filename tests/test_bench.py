@@ -73,7 +73,8 @@ def test_harness_gets_what_the_sampler_writes(trained, monkeypatch):
     (folder,) = trained.glob("runs/rloo-*")
     policy, tokenizer = load_policy(Transformer.from_pretrained(trained / "toy"), folder), Tokenizer.from_pretrained(
         trained / "toy")
-    args = SimpleNamespace(max_new_tokens=9, delta=0.5, threshold=None, seed=3, rows=None, thinking=True, model="toy")
+    args = SimpleNamespace(max_new_tokens=9, delta=0.5, threshold=None, seed=3, rows=None, thinking=True, model="toy",
+                           asked=None)
     lm = harness.Exits(policy, tokenizer, args, base=False)
     chats = [[{"role": "user", "content": text}] for text in ("one", "two", "three")]
     contexts = [lm.apply_chat_template(chat) for chat in chats]
@@ -90,6 +91,9 @@ def test_harness_gets_what_the_sampler_writes(trained, monkeypatch):
     assert ask(do_sample=False, until=[stop, ""]) == [text.split(stop)[0] for text in texts]
     assert ask(do_sample=True, temperature=1.0) != texts
     assert max(len(tokenizer.encode(text)) for text in ask(do_sample=False, max_gen_toks=1)) <= 1
+    assert lm.finished[:3] == [r.finished for r in wanted] and len(lm.finished) == 12
+    lm.args.asked = 9  # by --max-new-tokens: a task's limit leaves no room for thoughts
+    assert ask(do_sample=False, max_gen_toks=1) == texts
     monkeypatch.setattr(Tokenizer, "think_open", lambda self, prompt_ids: True)
     assert not any(ask(do_sample=False))  # all thought, since no </think> comes
     with pytest.raises(UserError, match="top_p"):

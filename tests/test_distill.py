@@ -138,15 +138,16 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
             for e in reached:
                 hazards[e].append(p[e].item())
                 coins.append(-s[e] * p[e].log() - (1 - s[e]) * (1 - p[e]).log())
-    logp_exit, _, token_kl = torch.cat(scores, 1)
-    loss = (token_kl - logp_exit).mean()
-    ((token_kl.sum() + sum(coins)) / len(token_kl)).backward()
+    token_kl = torch.cat(scores, 1)[2]
+    exit_loss = sum(coins) / len(token_kl)
+    loss = token_kl.mean() + exit_loss
+    loss.backward()
 
     args = argparse.Namespace(micro_batch=micro_batch, kl_factor=kappa, seed=seed)
     metrics = distill.train_step(policy, ANSWERS, step, args)
     for p, name in zip(policy.trained().values(), names, strict=True):
         assert_close(p.grad, slow.w[name].grad)
-    for key, value in (("loss", loss), ("token_kl", token_kl.mean()), ("exit_cross_entropy", -logp_exit.mean())):
+    for key, value in (("loss", loss), ("token_kl", token_kl.mean()), ("exit_cross_entropy", exit_loss)):
         assert metrics[key] == pytest.approx(value.item(), rel=1e-6)
     assert metrics["tokens"] == 7
     assert metrics["target"]["distribution"] == pytest.approx(torch.tensor(targets).mean(0).tolist(), abs=2e-5)
@@ -160,7 +161,7 @@ def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, mon
     """The figures that say whether stage 1 has converged: one wrong position or die, and it is judged by another
     model's, another depth's or another text's numbers."""
     policy, seed, kappa, scores, own, drawn, targets = toy_policy(1).double(), 4, 0.5, [], [], [], []
-    at_half, cut = [], []
+    at_half, cut, exit_loss = [], [], 0.0
     slow = reference(policy)
     for i, r in enumerate(ANSWERS):
         depths, student, sure = [], *([L] * (len(r.prompt_ids) - 1) for _ in range(2))
@@ -170,18 +171,22 @@ def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, mon
             student.append(next((e for e, p, coin in zip(EXITS, p_exit, coins, strict=True) if coin < p), L))
             p_exit = slow.policy(ids, sure)[0].tolist()
             sure.append(next((e for e, p in zip(EXITS, p_exit, strict=True) if p > 0.5), L))
-            targets.append(slow_target(slow_kls(policy, ids), kappa))
+            kls, before = slow_kls(policy, ids), [L] * (len(r.prompt_ids) - 1) + depths
+            targets.append(slow_target(kls, kappa))
             depths.append(slow.outcomes[pick(targets[-1], die)])
+            exit_loss -= sum(s * math.log(p) + (1 - s) * math.log(1 - p)
+                             for e, p, s in zip(EXITS, slow.policy(ids, before)[0].tolist(), slow_safe(kls, kappa),
+                                                strict=True) if depths[-1] >= e)
         drawn += student[len(r.prompt_ids) - 1 :]
         scores.append(slow.score(r.prompt_ids, r.token_ids, depths))
         own.append(slow.score(r.prompt_ids, r.token_ids, student[len(r.prompt_ids) - 1 :])[2])
         cut += sure[len(r.prompt_ids) - 1 :]
         at_half.append(slow.score(r.prompt_ids, r.token_ids, sure[len(r.prompt_ids) - 1 :])[2])
-    logp_exit, _, token_kl = torch.cat(scores, 1)
+    token_kl = torch.cat(scores, 1)[2]
     got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch)
     assert min(len(set(drawn)), len(set(cut))) > 1 and got["positions"] == len(drawn) == 7
     assert got["token_kl"] == pytest.approx(float(token_kl.mean()), rel=1e-9)
-    assert got["exit_cross_entropy"] == pytest.approx(-float(logp_exit.mean()), rel=1e-9)
+    assert got["exit_cross_entropy"] == pytest.approx(exit_loss / 7, rel=1e-9)
     assert got["token_kl_at_own_exits"] == pytest.approx(float(torch.cat(own).mean()), rel=1e-9)
     for stretch in (distill.STRETCH, 2):  # of a response that is longer, what it loses in so many tokens
         monkeypatch.setattr(distill, "STRETCH", stretch)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import model
 from data.hub import UserError
 from data.weights import config_fields
 from model import Config, RMSNorm, Transformer
@@ -169,6 +170,16 @@ def test_what_is_not_implemented_or_out_of_range_is_refused_by_name(changes, nam
         Transformer.from_pretrained(checkpoint)
     for word in ["config.json", *named]:
         assert word in str(error.value)
+
+
+def test_a_model_of_the_hub_is_refused_before_its_weights_come(checkpoint, monkeypatch):
+    """Else whoever tries Llama 3.1 waits for 16 GB, and is then told to take away what it was trained with."""
+    edit_config(checkpoint, rope_parameters=None, rope_scaling={"rope_type": "llama3", "factor": 8.0})
+    asked = []
+    monkeypatch.setattr(model, "resolve", lambda *args, patterns=("all",): asked.extend(patterns) or checkpoint)
+    with pytest.raises(UserError, match="Llama 3.1 or later"):
+        Transformer.from_pretrained("some/llama")
+    assert asked and not {"all", "*.safetensors"} & set(asked)
 
 
 def test_a_sliding_window_that_is_switched_off_is_accepted(checkpoint):

@@ -322,7 +322,35 @@ def test_stage_2_starts_from_stage_1_alone(home):
     """Else a second stage 2 passes for the first one's, with its base's KL paid twice."""
     refused("rloo.py", *RL, "--init", "two", home=home, naming="two is a run of rloo.py, not of distill.py; to go on "
             "with it: python rloo.py --resume two")
-    refused("rloo.py", *RL, "--init", "one/step-000002", home=home, naming="give one, whose newest checkpoint is taken")
+
+
+def test_an_earlier_checkpoint_can_be_looked_at_and_started_from(home):
+    """Else a run that got worse is lost, though its better weights lie there."""
+    run("distill.py", "--resume", "one", "--steps", 4, cwd=home)
+    run("evaluate.py", "one", "one/step-000002", "--n", 2, "--show", 0, "--out", "e", cwd=home)
+    names = [row["name"] for row in json.loads((home / "e" / "evaluation.json").read_text())["metrics"]]
+    assert names == ["base", "stage 1 one", "stage 1 step-000002"]
+    run("rloo.py", *RL[:-1], 1, "--init", "one/step-000002", "--out", "from", cwd=home)
+    assert config(home / "from")["init"].endswith("one/step-000002")
+    refused("distill.py", "--resume", "one/step-000002", home=home, naming="give one, which goes on from its newest")
+    (home / "there").mkdir()
+    for name in ("one", "from"):
+        (home / name).rename(home / "there" / name)
+    assert "stage 1: there/one/step-000002" in run("rloo.py", "--resume", "there/from", "--steps", 2, cwd=home).stdout
+
+
+def test_stage_2_does_not_start_from_an_older_run_without_a_word(home):
+    """Else after a dropped connection a night goes into the heads of a rehearsal."""
+    (home / "runs").mkdir()
+    (home / "one").rename(home / "runs" / "try")
+    shutil.copytree(home / "runs" / "try", home / "runs" / "real")
+    (home / "runs" / "real" / "complete.json").unlink()
+    late = os.stat(home / "runs" / "try" / "complete.json").st_mtime + 9
+    os.utime(home / "runs" / "real" / "config.json", (late, late))
+    refused("rloo.py", *RL, home=home, naming="runs/real was begun after runs/try and is not complete")
+    run("rloo.py", *RL[:-1], 1, "--init", "runs/try", cwd=home)
+    os.utime(home / "runs" / "real" / "config.json", (0, 0))
+    run("rloo.py", *RL[:-1], 1, cwd=home)
 
 
 # flags on resume

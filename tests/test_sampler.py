@@ -323,20 +323,22 @@ def test_layers_that_no_row_runs_do_no_work_at_all_and_late_keys_come_in_one_pro
                     for name, n in (("q", running), ("k", 7))]
 
 
-def test_rows_that_end_are_replaced_and_a_prompts_samples_share_its_pass():
-    """Else the longest response of every batch holds up all others, and a prompt is read once for each sample."""
+@pytest.mark.parametrize("samples, rows, reads", [(2, 16, 24), (2, 6, 48), (8, 8, 48)])
+def test_rows_that_end_are_replaced_and_a_prompts_samples_share_its_pass(samples, rows, reads):
+    """Else the longest response of every batch holds up all others, and a prompt is read once for each sample; which it
+    is where rows are few, for else eight samples would wait until eight rows are free."""
     policy, busy, prefills = toy_policy(), [], []
     policy.register_forward_pre_hook(lambda _, args: busy.append(int((args[1] > 0).sum())))
     first = policy.model.model.layers[0].self_attn.o_proj
     first.register_forward_pre_hook(lambda _, args: prefills.append(len(args[0])))
-    drawn = generate(policy, [[5, 17, 42]] * 12, samples=2, max_new_tokens=9, eos_ids=range(0, 61, 5), depths=L, rows=6,
-                     seed=(1,))
+    drawn = generate(policy, [[5, 17, 42]] * (48 // samples), samples=samples, max_new_tokens=9,
+                     eos_ids=range(0, 61, 5), depths=L, rows=rows, seed=(1,))
     lengths = [len(r) for r in drawn]
     assert len(set(lengths)) > 4
-    assert max(busy) == 6 and sum(busy) == sum(lengths)
-    assert len(busy) < sum(max(lengths[i : i + 6]) for i in range(0, 24, 6))  # than batch after batch
-    # Of every prompt the two leading tokens, once for both samples; every other call is a step's running rows.
-    assert sum(prefills) - sum(busy) == 12 * 2
+    assert max(busy) == rows and sum(busy) == sum(lengths)
+    assert len(busy) < sum(max(lengths[i : i + rows]) for i in range(0, 48, rows))  # than batch after batch
+    # Of every prompt that is read the two leading tokens; every other call is a step's running rows.
+    assert sum(prefills) - sum(busy) == reads * 2
 
 
 @pytest.mark.parametrize("graphs", [False, True])

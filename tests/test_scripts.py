@@ -15,6 +15,7 @@ import distill
 import evaluate
 import rloo
 import runs
+import teacher
 from checkpoints import load_policy
 from data import tasks
 from exits import Policy
@@ -203,7 +204,7 @@ def test_base_responses_differ_by_seed_and_by_split(tmp_path):
                                   teacher=None, rows=None, max_new_tokens=12)
         (tmp_path / f"seed{seed}").mkdir()
         prompts = runs.prompt_ids(problems, policy.model, tokenizer, args)
-        got = distill.base_responses(runs.Run(tmp_path / f"seed{seed}", args), policy, tokenizer,
+        got = teacher.base_responses(runs.Run(tmp_path / f"seed{seed}", args), policy, tokenizer,
                                      dict.fromkeys(("train", "test"), problems),
                                      dict.fromkeys(("train", "test"), prompts), args)
         texts += [[r.token_ids for r in got[split]] for split in ("train", "test")]

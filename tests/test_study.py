@@ -311,7 +311,7 @@ def test_new_heads_are_fitted_to_what_the_old_ones_read(home, monkeypatch):
     ended = json.loads((home / "one" / "complete.json").read_text())
     assert {name: trained[name] for name in ("token_kl", "exit_cross_entropy", "intact")} == {
         name: pytest.approx(ended[name], rel=1e-4) for name in ("token_kl", "exit_cross_entropy", "intact")}
-    assert all(late < 0.5 * early for early, late in zip(*results, strict=True))
+    assert all(late < 0.6 * early for early, late in zip(*results, strict=True))
     assert [row["width"] for row in data["rows"]] == [None, 0, 5]
     assert fitted[0]["exit_cross_entropy"] != fitted[1]["exit_cross_entropy"]
     assert len({row["average_compute"] for row in data["rows"]}) == 3

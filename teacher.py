@@ -1,0 +1,125 @@
+"""What stage 1 learns from: the base model's own answers to the training and held-out problems, in teacher.jsonl.
+
+They are sampled once at temperature 1, or taken from another run of stage 1 (--teacher). The file's first line says
+what they depend on, each other one is a response. A kill loses those under way.
+"""
+
+from pathlib import Path
+
+import parallel
+import runs
+from checkpoints import fingerprint
+from data.hub import UserError, as_json, field, parse_object, read_text, write_text
+from data.text import Tokenizer
+from exits import Policy, Response, adapters_off
+from sample import generate_shared
+
+RESPONSES = 0  # a purpose of random numbers; distill.py has the others
+
+
+def origin(model, args) -> dict:
+    """What the base's responses depend on; another run may only reuse them where it agrees."""
+    return {"model": args.model, "base": fingerprint(model), "task": args.task, "thinking": args.thinking,
+            "max_new_tokens": args.max_new_tokens}
+
+
+def path_of(run: str) -> str:
+    """--teacher's file, where a run was named."""
+    return str(Path(run, "teacher.jsonl")) if Path(run).is_dir() else run
+
+
+def read_responses(path, model, args) -> dict[str, list[Response]]:
+    """The base's responses that a teacher.jsonl holds, by split. Raises UserError naming file, line and field."""
+    kept: dict[str, list[Response]] = {"train": [], "test": []}
+    lines, ours, config = read_text(path).split("\n"), origin(model, args), model.config
+    for i, line in enumerate(lines[:-1], start=1):  # what follows the last line break was cut short by a kill
+        where = f"{path}:{i}"
+        row = parse_object(line, where)
+        if i == 1:
+            for name in ours.keys() - {"model"}:
+                same = Path(str(row.get(name))).name == Path(str(ours[name])).name  # wherever a file lies by now
+                if name not in row or not same:
+                    name = "model" if name == "base" else name
+                    raise UserError(f"{path} holds responses for {name} {row.get(name)!r:.80}, but this run has "
+                                    f"{ours[name]!r:.80}: give the flags of the run that sampled them, or start a new "
+                                    f"run without --teacher")
+            continue
+        prompt, tokens = (field(row, name, list, where, 0, config.vocab_size - 1)
+                          for name in ("prompt_ids", "token_ids"))
+        split, length = field(row, "split", str, where), len(prompt) + len(tokens)
+        if split not in kept or not prompt or not tokens or length > config.max_position_embeddings:
+            raise UserError(f"{where}: the split must be train or test, and the lists of ids neither empty nor longer "
+                            f"than the model's context")
+        kept[split].append(Response(prompt, tokens, [config.num_hidden_layers] * len(tokens), [], [],
+                                    field(row, "finished", bool, where)))
+    return kept
+
+
+def usable(path, model, asked: dict, args) -> dict[str, list[Response]]:
+    """What a teacher.jsonl holds: with --teacher as many responses as asked for, else those to these very prompts."""
+    kept = read_responses(path, model, args)
+    for split, prompts in asked.items():
+        if args.teacher and len(kept[split]) < len(prompts):
+            raise UserError(f"--teacher {args.teacher} holds {len(kept[split])} responses of split {split}, of "
+                            f"{len(prompts)} asked for: lower --responses or --held-out")
+        if args.teacher:
+            kept[split] = kept[split][: len(prompts)]
+            theirs, ours = {tuple(r.prompt_ids) for r in kept[split]}, set(map(tuple, prompts))
+            if (args.data or "." in Path(args.task).name) and not theirs & ours:  # the task's name says little of files
+                raise UserError(f"--teacher {args.teacher} holds responses to none of these prompts: start without it")
+        elif [r.prompt_ids for r in kept[split]] != prompts[: len(kept[split])]:
+            raise UserError(f"{path} holds responses to other prompts: the task's data or the chat template has "
+                            f"changed; start a new run")
+    return kept
+
+
+def source_of(folder: Path | None, args) -> Path | None:
+    """Whose responses a run in a folder starts from: its own teacher.jsonl once that is begun, else --teacher's."""
+    if folder and (own := folder / "teacher.jsonl").exists():
+        return own
+    if args.teacher and not Path(args.teacher).is_file():
+        raise UserError(f"--teacher {args.teacher}: no such file; give a stage-1 run, or its teacher.jsonl")
+    return Path(args.teacher) if args.teacher else None
+
+
+def kept_responses(run, policy: Policy, asked: dict, args) -> dict[str, list[Response]]:
+    """Begins the run's teacher.jsonl, with what there is already, and returns that."""
+    path, source = run.folder / "teacher.jsonl", source_of(run.folder, args)
+    whole = "".join(read_text(source).rpartition("\n")[:2]) if source else ""
+    write_text(path, whole or as_json(origin(policy.model, args)))
+    return usable(path, policy.model, asked, args)
+
+
+def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict, args) -> dict[str, list[Response]]:
+    """The responses to each split's prompts, those that are missing sampled now."""
+    kept = parallel.first(lambda: kept_responses(run, policy, prompts, args))
+    for split, asked in prompts.items():
+        done = kept[split]
+        with parallel.bar(total=len(asked), initial=len(done), desc=f"base, {split}") as bar, adapters_off(policy):
+            # In parts, since a kill loses the one under way; in large ones, since each ends on a nearly empty cache.
+            stride = 4 * (args.rows or 64) * parallel.size()
+            for i in range(len(done), len(asked), stride):
+                new = generate_shared(policy, asked[i : i + stride], max_new_tokens=args.max_new_tokens,
+                                      eos_ids=tokenizer.eos_ids, depths=policy.n_layers, rows=args.rows, progress=bar,
+                                      seed=(args.seed, RESPONSES, split == "test"), first_row=i)
+                run.log("teacher.jsonl", [
+                    {"split": split, "id": problem.id, "prompt_ids": r.prompt_ids, "token_ids": r.token_ids,
+                     "finished": r.finished} for problem, r in zip(problems[split][i:], new, strict=False)])
+                done += new
+                bar.update(len(done) - bar.n)  # what other ranks have drawn
+                if i == 0 and split == "train":  # while it costs little to stop
+                    runs.warn_unfinished(sum(r.finished for r in done) / len(done), "this stage learns nothing about "
+                                         "how they end", tokenizer, args)
+    return kept
+
+
+def report_accuracy(problems, prompts, responses: list[Response], tokenizer: Tokenizer) -> None:
+    """How many of the training problems the base solves: where that is none or all, stage 2 has nothing to learn from,
+    and it may be the grader that fails."""
+    right = [runs.grade(problem, r, tokenizer)[1].strict
+             for problem, prompt, r in zip(problems, prompts, responses, strict=True) if r.prompt_ids == prompt]
+    if right:  # responses of another run may be to other problems
+        share = sum(right) / len(right)
+        print(f"the base solves {share:.1%} of {len(right)} training problems" + (
+            "" if 0.02 < share < 0.98 else ": stage 2 learns from the difference between right and wrong; look at "
+            "teacher.jsonl, whether the grader is right, or take other problems"))
