@@ -269,8 +269,9 @@ def main() -> None:
     prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
     if source := teacher.source_of(run and run.folder, args):
         teacher.usable(source, model, prompts, args)  # before the run has a folder, or is open again
-    run, policy, optimizer, start = runs.begin(run, "distill", args, model, problems["train"] + problems["test"],
-                                              lambda: Policy(model, exits, args.rank, head_width=args.head_width))
+    run, policy, optimizer, start = runs.begin(
+        run, "distill", args, model, problems["train"] + problems["test"], prompts["train"] + prompts["test"],
+        lambda: Policy(model, exits, args.rank, head_width=args.head_width))
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers} -> {run.folder}")
     data = teacher.base_responses(run, policy, tokenizer, problems, prompts, args)
     teacher.report_accuracy(problems["train"], prompts["train"], data["train"], tokenizer)

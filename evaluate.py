@@ -8,7 +8,7 @@
     python evaluate.py --merge RUN --out DIR    writes base + LoRA as a plain Hugging Face checkpoint, without exits
 
 Writes evaluation.json, completions.jsonl and page.html, which opens offline. Where it was stopped, the same command
-with the folder as --out goes on after the last model that was done, if begun.json there says that it is the same.
+with the folder as --out goes on after the last responses there, if begun.json says that it is the same.
 """
 
 import math
@@ -62,14 +62,13 @@ def measure(rows: list[dict], outcomes: list[int]) -> dict:
             "exit_histogram": {str(d): depths.count(d) / len(depths) for d in outcomes}}
 
 
-def answer(policy: Policy, problems, prompts, tokenizer, base: bool, args) -> list[dict]:
+def answer(policy: Policy, problems, prompts, tokenizer, base: bool, args, first_row: int, bar) -> list[dict]:
     """One response to each problem, from the policy or from the base model at full depth, as `graded` has it."""
-    bar = parallel.bar(total=len(prompts), desc="answers", leave=False)
-    with bar, adapters_off(policy) if base else nullcontext():
+    with adapters_off(policy) if base else nullcontext():
         responses = generate_shared(policy, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
                                     temperature=args.temperature, delta=args.delta, threshold=args.threshold,
-                                    seed=(args.seed,), rows=args.rows, depths=policy.n_layers if base else None,
-                                    progress=bar)
+                                    seed=(args.seed,), first_row=first_row, rows=args.rows,
+                                    depths=policy.n_layers if base else None, progress=bar)
     return graded(problems, responses, tokenizer)
 
 
@@ -186,23 +185,28 @@ def refuse_unlike(folders: list[Path], args) -> list[dict]:
     return configs
 
 
-def go_on(args, problems, prompts, model: Transformer, chosen: dict[str, Path]) -> tuple[Path, dict[str, list[dict]]]:
-    """The folder to write, and what the same command left there when it was stopped: a model's rows by its label."""
+def go_on(args, problems, prompts, model: Transformer, columns: dict[str, Path], chosen: dict[str, Path]):
+    """The folder to write, and what the same command left there when it was stopped: a model's rows by its label. Of a
+    run that has got on meanwhile, nothing."""
+    weights = {BASE: fingerprint(model)} | {name: digest(folder) for name, folder in chosen.items()}
     about = {"args": {name: value for name, value in vars(args).items()
                       if name not in (*runs.FREE_ON_RESUME, "runs", "out", "show")},
-             "problems": runs.problems_hash(problems),
-             "weights": {BASE: fingerprint(model)} | {name: digest(folder) for name, folder in chosen.items()}}
+             "problems": runs.problems_hash(problems), "runs": list(map(str, columns.values())), "weights": weights}
     out, kept = Path(args.out) if args.out else runs.free_folder("evaluate"), {}
     out.mkdir(parents=True, exist_ok=True)
     begun, done = out / "begun.json", out / "completions.jsonl"
-    same = not done.exists() or begun.exists() and read_json(begun) == about
-    for line in read_text(done).splitlines() if same and done.exists() else ():
+    before = read_json(begun) if begun.exists() else {}
+    same = not done.exists() or before | {"weights": weights} == about
+    for line in read_text(done).split("\n")[:-1] if same and done.exists() else ():  # but for a line cut short
         row = parse_object(line, done)
-        kept.setdefault(row.pop("model"), []).append(row)
-    if not same or any([row["prompt_ids"] for row in rows] != prompts for rows in kept.values()):
+        label = row.pop("model")
+        if field(before, "weights", dict, begun).get(label) == weights.get(label):
+            kept.setdefault(label, []).append(row)
+    if not same or any([row["prompt_ids"] for row in rows] != prompts[: len(rows)] for rows in kept.values()):
         raise UserError(f"--out {out} holds an evaluation of other runs or problems, or under other flags: choose "
                         f"another folder, or delete it")
     write_json(begun, about)
+    write_text(done, "".join(as_json({"model": label, **row}) for label, rows in kept.items() for row in rows))
     return out, kept
 
 
@@ -258,7 +262,7 @@ def main() -> None:
 
     drawn = f"temperature {args.temperature}, delta {args.delta}" + (
         "" if args.threshold is None else f", threshold {args.threshold}")
-    metrics, completions, by_label = [], [], {}
+    metrics, by_label = [], {}
     shown = [{"id": p.id, "question": p.question, "gold": p.gold, "runs": {}} for p in problems[: args.show]]
     for name, run in (columns or {BASE: None}).items():
         model = policy = None  # of the run before: two bases may not fit
@@ -267,20 +271,26 @@ def main() -> None:
         if not metrics:
             args.revision = model.revision  # the commit, where a branch was named or none
             prompts = runs.prompt_ids(problems, model, tokenizer, args)
-            out, kept = parallel.first(partial(go_on, args, problems, prompts, model, chosen))
+            out, kept = parallel.first(partial(go_on, args, problems, prompts, model, columns, chosen))
             print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, {drawn}; to {out}")
         runs.share_out(policy, args)
         print(f"  {name}: {run or args.model}")
         for label in ([] if metrics else [BASE]) + ([name] if run else []):
             base = label == BASE
-            rows = kept.get(label) or answer(policy, problems, prompts, tokenizer, base, args)
+            rows = kept.get(label, [])
+            stride = 4 * (args.rows or 64) * parallel.size()  # a kill loses the part under way
+            with parallel.bar(total=len(prompts), initial=len(rows), desc="answers", leave=False) as bar:
+                for i in range(len(rows), len(prompts), stride):
+                    part = slice(i, i + stride)
+                    new = answer(policy, problems[part], prompts[part], tokenizer, base, args, i, bar)
+                    rows += new
+                    if parallel.rank() == 0:
+                        with open(out / "completions.jsonl", "a", encoding="utf-8") as file:
+                            file.writelines(as_json({"model": label, **row}) for row in new)
             outcomes = policy.depth_of_outcome.tolist()
             metrics.append({"name": label, "run": None if base else str(run), **measure(rows, outcomes),
                             "kinds": by_kind(rows, outcomes, tokenizer)})
-            completions += [{"model": label, **row} for row in rows]
             by_label[label] = rows
-            if parallel.rank() == 0 and label not in kept:  # what is there outlives a kill
-                write_text(out / "completions.jsonl", "".join(map(as_json, completions)))
             for problem, row in zip(shown, rows, strict=False) if parallel.rank() == 0 else ():
                 problem["runs"][label] = transcript(policy, row, tokenizer, base, args)
 

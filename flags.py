@@ -157,9 +157,10 @@ def name_of(model: str | None) -> str:
     if (folder / "metrics.jsonl").exists() and not (folder / "tokenizer.json").exists():
         raise UserError(f"--model {model} is a run: name the model that it was trained on, or what evaluate.py --merge "
                         f"makes of it")
-    ours, theirs = EMBEDDED / "model.safetensors", folder / "model.safetensors"
-    same = theirs.is_file() and filecmp.cmp(ours, theirs, shallow=False)
-    return "embedded" if same else str(folder.resolve())
+    # The same weights under another template or with other ends are another model.
+    names = {p.name for place in (EMBEDDED, folder) for p in place.iterdir() if p.suffix in (".json", ".jinja")}
+    same = filecmp.cmpfiles(EMBEDDED, folder, {"model.safetensors", *names}, shallow=False)[0]
+    return "embedded" if len(same) == 1 + len(names) else str(folder.resolve())
 
 
 def location(model: str) -> Path | str:

@@ -162,7 +162,8 @@ def main() -> None:
     # Recorded, so that a resumed run keeps it. A tenth of stage 1's, to be careful: on the embedded model 0.0015, twice
     # 0.1 / D, was the best of three rates, and 135 M parameters took three times 0.1 / D. No larger model was tried.
     args.lr = 0.1 / model.config.hidden_size if args.lr is None else args.lr
-    run, policy, optimizer, start = runs.begin(run, "rloo", args, model, problems, lambda: load_policy(model, init))
+    run, policy, optimizer, start = runs.begin(
+        run, "rloo", args, model, problems, prompts, lambda: load_policy(model, init), init)
     print(f"stage 1: {init}{runs.unfinished(init)}")
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers}, lambda {args.lam}, beta "
           f"{args.beta}, {args.prompts_per_step} prompts x {args.samples} samples -> {run.folder}")
@@ -223,10 +224,12 @@ def main() -> None:
                                 f"KL {metrics['kl']:.3f}  drift {metrics['drift_mean']:.0e}  "
                                 f"rollout/score/update {'/'.join(f'{s:.1f}' for s in seconds)} s")
     run.complete(run.last_metrics()[0])
-    before = runs.read_config(init)["args"]
-    own = [flags.typed(name, value) for name in (*flags.INHERITED, "dtype")
-           if (value := getattr(args, name)) not in (None, before.get(name))]  # else the two could not be compared
-    print("next: python evaluate.py", *map(quote, (str(init), str(run.folder), *own)))
+    told = [str(run.folder)]
+    if (runs.run_of(init) / "config.json").exists():  # it may have been taken away
+        before = runs.read_config(init)["args"]
+        told = [str(init), *told, *(flags.typed(name, value) for name in (*flags.INHERITED, "dtype")
+                                    if (value := getattr(args, name)) not in (None, before.get(name)))]
+    print("next: python evaluate.py", *map(quote, told))  # with flags where else the two could not be compared
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Run folders: what is written there, how a run is stopped, killed and picked up again. And the models they are about.
 
 A run is a folder:
-    config.json      all that is needed to run it again: the flags, the model's revision among them, a hash of the
-                     problems, the versions of Python, of the libraries and of this repository
+    config.json      all that is needed to run it again: the flags, the model's revision among them, hashes of the
+                     problems and prompts, the versions of Python, of the libraries and of this repository
     metrics.jsonl    one line a step
     step-000100/     a checkpoint: adapter and exit heads, optimizer, state.json; renamed into place when whole
     complete.json    written last: only a run that has it counts as complete
@@ -33,7 +33,17 @@ import numpy as np
 import torch
 
 import parallel
-from checkpoints import adamw, checkpoint, checkpoints, fingerprint, load_policy, moments, save_policy, write_tensors
+from checkpoints import (
+    adamw,
+    checkpoint,
+    checkpoints,
+    digest,
+    fingerprint,
+    load_policy,
+    moments,
+    save_policy,
+    write_tensors,
+)
 from data import tasks
 from data.hub import UserError, as_json, field, fsync, parse_object, read_json, read_text, write_json
 from data.text import Tokenizer
@@ -152,6 +162,9 @@ def load_model(args) -> tuple[Transformer, Tokenizer]:
         torch.set_num_threads(1)
     where = location(args.model)
     tokenizer = Tokenizer.from_pretrained(where, args.revision)
+    if not args.thinking and not tokenizer.can_think:
+        say(f"--no-thinking changes nothing: the chat template of {args.model} has no thinking mode")
+        args.thinking = True  # as runs without the flag have it, which are alike
     device = parallel.device(args.device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # streams and graphs belong to the current one
@@ -245,13 +258,13 @@ class Run:
         self.curves = None  # trackio, if asked for
 
     @classmethod
-    def start(cls, stage: str, args: argparse.Namespace, model: Transformer, problems: str) -> "Run":
+    def start(cls, stage: str, args: argparse.Namespace, model: Transformer, about: dict) -> "Run":
         """A new run in a folder of its own."""
         run, args.revision = cls(Path(), args), model.revision
-        run.folder = Run.current = parallel.first(lambda: run.claim(stage, problems))
+        run.folder = Run.current = parallel.first(lambda: run.claim(stage, about))
         return run
 
-    def claim(self, stage: str, problems: str) -> Path:
+    def claim(self, stage: str, about: dict) -> Path:
         """The new folder, which this process holds from now on."""
         self.folder = Path(self.args.out) if self.args.out else free_folder(stage)
         if self.folder.exists() and not self.folder.is_dir():
@@ -263,7 +276,7 @@ class Run:
             raise UserError(f"{self.folder} exists and is not empty: choose another --out"
                             + (f", or --resume {self.folder}" if ours else ""))
         self.take()
-        self.write_config(stage, problems)
+        self.write_config(stage, about)
         return self.folder
 
     @classmethod
@@ -297,21 +310,22 @@ class Run:
         Run.current = folder
         return run
 
-    def reopen(self, stage: str, problems: str, step: int) -> None:
+    def reopen(self, stage: str, about: dict, step: int) -> None:
         """Takes up the folder again for the steps from `step` on, whose lines in the logs are dropped."""
         where = self.folder / "config.json"
         recorded = read_json(where)
         for name, value in recorded["args"].items():
             if value is None and name not in FREE_ON_RESUME and getattr(self.args, name) is not None:
                 raise UserError(f"{where}: {name} is null, and every run records it: restore it, or start a new run")
-        if field(recorded, "problems", str, where, default=problems) != problems:
-            raise UserError(f"{self.folder}: the problems of --task {self.args.task} are not those that it was started "
-                            f"with, or its grade() or reward() has changed: restore them, or start a new run")
+        for name, changed in (("problems", "its grade() or reward()"), ("prompts", "the model's chat template")):
+            if field(recorded, name, str, where, default=about[name]) != about[name]:
+                raise UserError(f"{self.folder}: the {name} of --task {self.args.task} are not those that it was "
+                                f"started with, or {changed} has changed: restore them, or start a new run")
         for partial in self.folder.glob(".partial-" + "[0-9]" * 6):  # a checkpoint that a kill cut short
             shutil.rmtree(partial)
         # Before the new --steps: a kill between leaves it resumable.
         (self.folder / "complete.json").unlink(missing_ok=True)
-        self.write_config(stage, problems)
+        self.write_config(stage, {"start": recorded["start"], **about} if "start" in recorded else about)
         self.rewind(step)
 
     def take(self) -> None:
@@ -338,9 +352,9 @@ class Run:
                          embed=False)
             self.curves = trackio
 
-    def write_config(self, stage: str, problems: str) -> None:
+    def write_config(self, stage: str, about: dict) -> None:
         write_json(self.folder / "config.json", {
-            "stage": stage, "args": vars(self.args), "problems": problems, "commit": commit(),
+            "stage": stage, "args": vars(self.args), **about, "commit": commit(),
             "versions": {"python": platform.python_version()} | {
                 name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")}})
 
@@ -475,8 +489,14 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def begin(run: Run | None, stage: str, args, model: Transformer, problems, fresh):
-    """The run with its policy, optimizer and next step: a resumed one where it stopped, else a new one of fresh()."""
+def prompts_hash(prompts: list[list[int]]) -> str:
+    """The same of prompts: a chat template or a tokenizer that has changed makes other ones of the same problems."""
+    return hashlib.sha256(as_json(prompts).encode()).hexdigest()[:16]
+
+
+def begin(run: Run | None, stage: str, args, model: Transformer, problems, prompts, fresh, init: Path | None = None):
+    """The run with its policy, optimizer and next step: a resumed one where it stopped, else a new one of fresh(), the
+    weights of `init` where there is one."""
     model.recompute = args.recompute
     if run and checkpoints(run.folder):
         policy, optimizer, start = run.load(model)
@@ -486,8 +506,9 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, fresh
     if start > args.steps:
         raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")
     parallel.copy(policy.trained().values())  # they differ where GPUs do, or --init got a checkpoint meanwhile
-    about = problems_hash(problems)
+    about = {"problems": problems_hash(problems), "prompts": prompts_hash(prompts)}
     if run is None:
+        about |= {"start": digest(checkpoint(init))} if init else {}
         return Run.start(stage, args, model, about), policy, optimizer, start
     parallel.first(lambda: run.reopen(stage, about, start))
     return run, policy, optimizer, start

@@ -20,7 +20,7 @@ from data import tasks
 from data.hub import UserError, as_json, read_json, resolve, write_json, write_text
 from data.make_tiny import CHUNK, collate, draw_chunk, load_state, save_state, save_weights
 from data.text import OURS, Tokenizer
-from exits import Policy
+from exits import Policy, exit_depths
 from model import Transformer
 from sample import generate
 
@@ -46,7 +46,8 @@ def prepare(model: str, out: Path) -> Tokenizer:
 
 def same_flags(args) -> None:
     """Makes the folder; refuses another's, and to go on under other flags than it was begun with."""
-    path, mine = args.out / "finetune.json", {name: str(value) for name, value in vars(args).items() if name != "n"}
+    path = args.out / "finetune.json"
+    mine = {name: str(value) for name, value in vars(args).items() if name not in ("n", "out")}
     if not path.exists():
         if args.out.exists() and any(args.out.iterdir()):
             raise UserError(f"--out {args.out} exists and was not made by this script: choose a new folder")
@@ -93,6 +94,7 @@ def main() -> None:
     same_flags(args)
     tokenizer = prepare(args.model, args.out)
     model = Transformer.from_pretrained(args.model).requires_grad_(True)
+    exit_depths(model.config.num_hidden_layers)  # refuses a model without exits, which none of the scripts would take
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
     state = args.out / "state.safetensors"
     step = load_state(state, model, [optimizer]) if state.exists() else 0

@@ -21,6 +21,8 @@ NUMBER = re.compile(r"""(?<![A-Za-z0-9]) (?P<sign>(?<![)\]}%])[-+])? [$€£]?
 # dollars, km/h, m^2, %; but 2x is no number, nor is 2 x^2
 UNIT = re.compile(r"""[ ]?%?\.? | [ ]?%?(?:[ ]|(?=[A-Za-z]{2}))[A-Za-z]
     (?: [A-Za-z ./'²³-] | (?:(?<=[ms])|(?<=[ms][ ])|(?<=[a-z]{2})|(?<=[a-z]{2}[ ])) \^\{?[23]\}? )*""", re.VERBOSE)
+SCALE = re.compile(r"\b(hundred|thousand|million|billion|trillion)s?\b", re.IGNORECASE)  # no unit: it multiplies
+MIXED = re.compile(r"^([-+]?)([0-9]{1,9})\s+([0-9]{1,9})/([0-9]{1,9})(?![0-9/.])")  # 5 1/2
 ANSWER_IS = re.compile(r"\banswer(?:\s+is|\s*:)[\s:*$(\[\\]*", re.IGNORECASE)
 OPERATION = re.compile(r"\s*[-+*/×÷=^]\s*[0-9($]")
 
@@ -120,8 +122,10 @@ def plain(text: str) -> str:
 def number(span: str) -> Fraction | None:
     """The exact value of a span that is one number, with at most a currency and a unit; else None."""
     span = re.sub(r"~|\^\{?\\circ\}?", " ", plain(span)).strip().strip("$*").strip()
+    span = MIXED.sub(lambda m: f"{m[1]}{int(m[2]) * int(m[4]) + int(m[3])}/{m[4]}", span)
     found = NUMBER.match(span)
-    if found is None or not UNIT.fullmatch(re.sub(r"\s+", " ", span[found.end():])):
+    unit = found and re.sub(r"\s+", " ", span[found.end():])
+    if found is None or not UNIT.fullmatch(unit) or SCALE.search(unit):
         return None
     if len(found[0]) > MAX_DIGITS:
         return None

@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 
 from data import arithmetic, stories
-from data.grade import Grade, after_thinking, grade, normalise, number
+from data.grade import MAX_DIGITS, Grade, after_thinking, grade, normalise, number
 from data.hub import UserError, is_text, resolve
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -132,6 +132,8 @@ def own_problem(row: dict, where: str, name: str) -> Problem:
     """A problem of the user's: question, answer and, for a choice, choices; instruction, if the usual one won't do."""
     answer = row.get("answer")
     if type(answer) is int or type(answer) is float and math.isfinite(answer):  # JSON as Python reads it knows NaN
+        if answer != 0 and abs(answer) > 10**MAX_DIGITS:
+            raise UserError(f"{where}: an 'answer' of more than {MAX_DIGITS} digits can't be graded")
         row = row | {"answer": str(answer)}
     question, gold, choices = _field(row, "question", where), _field(row, "answer", where), row.get("choices")
     if choices is not None:
@@ -194,6 +196,9 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
         where = f"{path}, problem {i}"
         if not isinstance(p, (Problem, dict)):
             raise UserError(f"{where}: problems() must give dicts with 'question' and 'answer', not {p!r:.60}")
+        if isinstance(p, Problem) and not all(is_text(text) for text in (p.id, p.question, p.gold)):
+            raise UserError(f"{where}: its id, question and gold must be texts, not {p.id!r:.30}, {p.question!r:.30}, "
+                            f"{p.gold!r:.30}")
         p = p if isinstance(p, Problem) else own_problem(p, where, f"{Path(path).stem}/{split}/{seed}/{i}")
         own = {f"own_{name}": getattr(module, name, getattr(p, f"own_{name}")) for name in ("grade", "reward")}
         problems.append(gradable(replace(p, **own, judge=source if any(own.values()) else ""), where))

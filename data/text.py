@@ -12,7 +12,7 @@ import re
 import resource
 import secrets
 import signal
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -33,6 +33,7 @@ OURS = (
     "{% endif %}{% endif %}"
 )
 SECONDS, MEGABYTES, LENGTH = 10, 512, 2**20  # what a chat template may take: time and memory; a prompt's length
+PART = 5000  # conversations at a time
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, but for tab and newline
 
 
@@ -115,10 +116,10 @@ class Tokenizer:
         return self.prompt_ids(messages, True) != self.prompt_ids(messages, False)
 
     def render(self, conversations: list[list[dict[str, str]]], enable_thinking: bool) -> list[str]:
-        def work() -> list[str]:
+        def work(part: list) -> list[str]:
             template = compile_template(self._template)
             texts = []
-            for messages in conversations:
+            for messages in part:
                 texts.append(template.render(messages=messages, tools=None, documents=None, **self._special,
                                              add_generation_prompt=True, enable_thinking=enable_thinking))
                 if len(texts[-1].encode()) > LENGTH:  # which also fails where it isn't text
@@ -126,7 +127,8 @@ class Tokenizer:
             return texts
 
         try:
-            return in_bounds(work, SECONDS + len(conversations) // 100)
+            parts = [conversations[i : i + PART] for i in range(0, len(conversations), PART)] or [[]]
+            return [text for part in parts for text in in_bounds(partial(work, part), SECONDS + len(part) // 100)]
         except RuntimeError as error:
             raise UserError(f"{self._template_file}: the chat template fails ({error}): see what it expects, or "
                             f"download it again") from None
@@ -157,8 +159,11 @@ class Tokenizer:
                        else "".join(f"<|{i}|>" for i in run) for known, run in runs)
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """One printable string per token; bytes that are no character of their own become U+FFFD."""
-        return [UNPRINTABLE.sub("\ufffd", self.decode([i])) for i in ids]
+        """One printable string per token; bytes that are no character of their own become U+FFFD. Each is decoded
+        behind another token: some decoders take the blank from a text's start."""
+        before = self.encode("a")
+        start = len(self.decode(before))
+        return [UNPRINTABLE.sub("\ufffd", self.decode([*before, i])[start:]) for i in ids]
 
     def think_open(self, prompt_ids: list[int]) -> bool:
         """Whether the prompt ends inside a think block, so that the response begins in it."""
@@ -179,11 +184,12 @@ def in_bounds(work, seconds: int) -> list[str]:
             if os.path.exists("/proc/self/statm"):
                 pages = int(Path("/proc/self/statm").read_text().split()[0])
                 limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MEGABYTES * 2**20)
-            answer = {"texts": work()}
+            answer = json.dumps({"texts": work()})
         except BaseException as error:  # foreign code: any error is its own
             line = getattr(error, "lineno", None)
-            answer = {"error": (f"line {line}: " if line else "") + f"{type(error).__name__}: {error}"[:500]}
-        theirs.send_bytes(json.dumps(answer).encode())
+            told = (f"line {line}: " if line else "") + f"{type(error).__name__}: {error}"[:500]
+            answer = json.dumps({"error": told})
+        theirs.send_bytes(answer.encode())
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -221,7 +227,8 @@ def compile_template(source: str) -> jinja2.Template:
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    # One day for ever: with today's a run's prompts would be others tomorrow, and it could not go on.
+    env.globals["strftime_now"] = datetime.datetime(2026, 1, 1).strftime
     env.filters["tojson"] = tojson
     # {% generation %} marks what the assistant wrote, for training only: it renders as its body
     source = re.sub(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})",

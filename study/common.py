@@ -38,6 +38,7 @@ import runs
 from checkpoints import checkpoint, digest, fingerprint, load_policy
 from data import tasks
 from data.hub import UserError, as_json, field, parse_object, read_json, read_text, write_json, write_text
+from data.text import Tokenizer
 from evaluate import Z, graded, measure, paired
 from exits import Policy, adapters_off, exit_depths
 from model import Transformer
@@ -96,6 +97,7 @@ def on_task(args, task: str):
 
 def with_problems(args):
     args.problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
+    args.asked = None  # as the model will be asked them
     return args
 
 
@@ -167,6 +169,10 @@ def stage_two(args, name: str, lam: float, seed: int, init: Path | None, *option
     record = RECORD_2.split() if args.model == "embedded" else ()
     folder = trained(args, name, "rloo.py", *record, "--keep", 999, *args.stage2, "--init", init, "--lam",
                      f"{lam:g}", "--seed", seed, *options)
+    start = folder and runs.read_config(folder).get("start")
+    if start and start != digest(checkpoint(init)):
+        raise UserError(f"{folder} was trained from another {init.name} than the one there now: move it away, or "
+                        f"choose another --runs")
     return folder and about_the_same(args, folder, lam=lam, seed=seed)
 
 
@@ -207,11 +213,14 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
     source is the folder of a run or checkpoint or, for the base's weights, a tuple of exits; rule(policy) may change
     how it exits and gives further arguments of sample.generate. `how` names the rule.
     """
+    if args.asked is None:
+        tokenizer = Tokenizer.from_pretrained(flags.location(args.model), args.revision)
+        args.asked = runs.prompts_hash(tokenizer.prompts(tasks.messages(args.problems, tokenizer), args.thinking))
     base = isinstance(source, tuple)
     folder = None if base else source if (source / "exit_config.json").exists() else checkpoint(source)
     label = "base" if base else folder.parent.name + f"-{folder.name}"
     head = {"weights": list(source) if base else digest(folder), "how": how, "n": args.n, "delta": delta,
-            "temperature": args.temperature, "problems": runs.problems_hash(args.problems),
+            "temperature": args.temperature, "problems": runs.problems_hash(args.problems), "prompts": args.asked,
             "base": base_mark(args.model, args.revision), **{name: getattr(args, name) for name in (
                 "model", "revision", "dtype", "thinking", "max_new_tokens", "seed")}}
     name = f"{label}.{how}.{Path(args.task).stem}.n{args.n}.t{args.temperature:g}.d{delta:g}.jsonl"

@@ -17,7 +17,8 @@ from data.hub import UserError, field, parse_object, read_json, read_text, write
 from evaluate import BASE, paired
 from study.common import mean
 
-SETTING = {"task": str, "n": int, "seed": int, "temperature": float, "threshold": float, "delta": float}
+SETTING = {"model": str, "task": str, "thinking": bool, "max_new_tokens": int, "n": int, "seed": int,
+           "temperature": float, "threshold": float, "delta": float}
 MEANS = ("accuracy", "average_compute", "length", "finished")
 
 
@@ -41,8 +42,12 @@ def read(folder: Path) -> tuple[tuple, dict[str, tuple[dict, dict]]]:
 def rows(folders: list[Path]) -> list[dict]:
     """A row for the base of each setting, and one for each kind of run, with the mean of its seeds."""
     settings = defaultdict(dict)
-    for setting, models in map(read, folders):
-        settings[setting] |= models
+    for folder in folders:
+        setting, models = read(folder)
+        for run, found in models.items():
+            if settings[setting].setdefault(run, found)[1] != found[1]:
+                raise UserError(f"{folder} has other answers of {run} than another of the folders: leave one of them "
+                                f"out")
     out = []
     for setting, models in sorted(settings.items(), key=str):
         kinds = defaultdict(list)

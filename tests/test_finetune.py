@@ -48,6 +48,8 @@ def test_what_it_can_not_teach_is_refused(teach, tmp_path):
     teach("begun")
     with pytest.raises(UserError, match="begun with --lr 0.01, not 0.02"):
         teach("begun", "--lr", "0.02")
+    (tmp_path / "begun").rename(tmp_path / "moved")
+    assert teach("moved") == tmp_path / "moved"  # where it lies is no flag
     for name in ("generation_config.json", "config.json"):
         path = tmp_path / "toy" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 7}))

@@ -54,7 +54,7 @@ from data.grade import Grade, extract, grade, number
     (r"\boxed{17 or 18}", "17 or 18", "boxed"),
     (r"\boxed{x = 18}", "x = 18", "boxed"),
     (r"\boxed{2x}", "2x", "boxed"),
-    (r"\boxed{1\frac{1}{2}}", "1 1/2", "boxed"),
+    (r"\boxed{1\frac{1}{2}}", "3/2", "boxed"),
     (r"\boxed{3/0}", "3/0", "boxed"),
     # the line of GSM8K; the same mark begins a heading in Markdown
     ("#### 1,234.", "1234", "####"),
@@ -125,6 +125,10 @@ def test_choice_is_extracted(response, value, rule):
     ("18", r"\boxed{180}", False, False),
     ("0.1", r"\boxed{0.10000000000000000000000001}", False, False),
     ("5", r"\boxed{-5}", False, False),
+    ("5.5", r"\boxed{5\frac{1}{2}}", True, True),
+    ("-3/2", r"\boxed{-1 1/2 \text{ feet}}", True, True),
+    ("5", r"\boxed{\$5\text{ million}}", False, False),
+    ("5", r"\boxed{5 millionaires}", True, True),
     ("8", r"\boxed{1" + "0" * 60 + "8}", False, False),
 ])
 def test_numbers_are_compared_by_value_and_only_boxes_and_marks_are_strict(gold, response, strict, flexible):

@@ -261,6 +261,9 @@ def test_the_embedded_model_is_known_wherever_it_lies(tmp_path):
         "--out", "r", cwd=tmp_path)
     args = config(tmp_path / "r")
     assert [args[name] for name in ("model", "task", "rank", "micro_batch")] == ["embedded", "arithmetic", 8, 64]
+    (tmp_path / "elsewhere" / "chat_template.jinja").write_text("{{ raise_exception('read') }}")  # another model, then
+    refused("evaluate.py", "base", "--model", "elsewhere", "--task", "arithmetic", home=tmp_path, naming="read")
+    (tmp_path / "elsewhere" / "chat_template.jinja").unlink()
     run("rloo.py", *RL[:-1], 1, "--init", "r", "--model", "elsewhere", cwd=tmp_path)
 
 
@@ -308,6 +311,27 @@ def test_a_moved_task_goes_on(home, before, now):
     (home / "sums.jsonl").rename(home / now[1])
     run("distill.py", "--resume", "r", *now, "--steps", 3, cwd=home)
     assert config(home / "r")[now[0][2:]] == str(home / now[1])
+
+
+def test_stage_2_goes_on_under_the_chat_template_it_was_begun_with(home):
+    """Else half of a run's rewards are of other prompts, and nothing says so."""
+    path = home / "toy" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("{{ m.content }}", "{{ m.content }}!"))
+    refused("rloo.py", "--resume", "two", "--steps", 3, home=home, naming="the model's chat template has changed")
+
+
+def test_stage_2_ends_well_where_its_stage_1_was_taken_away(home):
+    """Else a complete run ends in an error, and whoever called it takes it for a failure."""
+    shutil.rmtree(home / "one")
+    assert "next: python evaluate.py two" in run("rloo.py", "--resume", "two", "--steps", 3, cwd=home).stdout
+
+
+def test_a_thinking_mode_that_the_template_lacks_is_not_recorded(home):
+    """Else two runs that are alike can't share base responses, or be compared."""
+    path = home / "toy" / "tokenizer_config.json"
+    path.write_text(re.sub(r"{% if enable_thinking.*?endif %}", "", path.read_text()))
+    done = run("distill.py", "--model", "toy", *SMALL, "--no-thinking", "--out", "r", cwd=home)
+    assert "--no-thinking changes nothing" in done.stderr and config(home / "r")["thinking"] is True
 
 
 def test_a_run_whose_prompts_have_changed_stays_complete(home):
@@ -565,11 +589,36 @@ def test_an_evaluation_never_overwrites_a_run_or_another(home):
     assert (home / "two" / "completions.jsonl").read_bytes() == before
 
 
-def die_asking(base: bool):
-    """Kills the process where evaluate.py is about to ask the base, or a run."""
+def die_asking(base: bool, time: int = 1):
+    """Kills the process where evaluate.py is about to ask the base, or a run, for the first time or a later one."""
     import evaluate
-    answer = evaluate.answer
-    evaluate.answer = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if args[4] == base else answer(*args)
+    answer, asked = evaluate.answer, []
+
+    def dies(*args):
+        asked.extend([1] * (args[4] == base))
+        return os.kill(os.getpid(), signal.SIGKILL) if len(asked) == time else answer(*args)
+
+    evaluate.answer = dies
+
+
+def test_an_evaluation_goes_on_in_the_middle_of_a_model_and_drops_what_an_older_checkpoint_said(home):
+    """Else a kill costs all of a large model's answers, or two checkpoints' answers stand in one column."""
+    command = ("evaluate.py", "one", "two", "--n", 9, "--rows", 1, "--max-new-tokens", 12, "--out")
+    run(*command, "whole", cwd=home)
+    parts = partial(die_asking, False, 2)
+    assert run(*command, "part", cwd=home, ok=None, before=parts).returncode == -signal.SIGKILL
+    path = home / "part" / "completions.jsonl"
+    assert len(lines(path)) == 9 + 4  # the base's, and a part of four
+    with open(path, "a") as file:
+        file.write('{"model": "stage 1", "id":')  # as a kill leaves it
+    shutil.copytree(home / "part", home / "again")
+    run(*command, "part", cwd=home, before=partial(die_asking, True))
+    assert path.read_bytes() == (home / "whole" / "completions.jsonl").read_bytes()
+    run("distill.py", "--resume", "one", "--steps", 3, cwd=home)
+    run(*command, "again", cwd=home, before=partial(die_asking, True))
+    answers = [[row for row in lines(home / name / "completions.jsonl") if row["model"] == "stage 1"]
+               for name in ("whole", "again")]
+    assert len(answers[1]) == 9 and answers[0] != answers[1]
 
 
 def test_a_stopped_evaluation_goes_on(home):

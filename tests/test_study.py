@@ -169,6 +169,23 @@ def test_another_base_at_the_same_place_is_sampled_anew(home, monkeypatch):
     monkeypatch.setattr(common, "generate", lambda *a, **k: made.append(1) or generate(*a, **k))
     assert common.base_answers(args) == first and made  # the weights are, in truth, the same
     assert common.base_answers(args) == first and len(made) == 1
+    path = home / "toy" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("{{ m.content }}", "{{ m.content }}!"))  # of the chat template
+    again = common.with_problems(args)
+    assert common.base_answers(again).rows[0]["prompt_ids"] != first.rows[0]["prompt_ids"] and len(made) == 2
+
+
+def test_stage_2_of_another_stage_1_is_refused(home, monkeypatch):
+    """Else a stage 1 that was made anew stands beside the old one's stage 2, as its start."""
+    monkeypatch.chdir(home)
+    args = settled(monkeypatch, "--model", "toy", "--task", "arithmetic", "--runs", home, "--n", 2, "--no-train",
+                   "--max-new-tokens", 12)
+    lam = json.loads((home / "two" / "config.json").read_text())["args"]["lam"]
+    assert common.stage_two(args, "two", lam, 0, home / "one") == home / "two"
+    heads = next((home / "one").glob("step-*")) / "exit_heads.safetensors"
+    heads.write_bytes(heads.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(UserError, match="two was trained from another one than the one there now"):
+        common.stage_two(args, "two", lam, 0, home / "one")
 
 
 def test_what_a_run_is_named_for_outweighs_the_users_flags(tmp_path, monkeypatch):
@@ -439,11 +456,12 @@ def test_evaluations_are_paired_and_seeds_averaged(tmp_path):
     named = {"base": None, "stage 2 a": "runs/rl-0.1-0", "stage 2 b": "runs/rl-0.1-1",
              "stage 2 c": "runs/rl-0.1-0-kl-4"}
 
-    def wrote(name, models, seed=0, threshold=None):
+    def wrote(name, models, seed=0, threshold=None, **given):
         metrics = [{"name": model, "run": named[model], "accuracy": sum(solved[model]) / 4, "average_compute": 0.5,
                     "length": 3.0, "finished": 1.0} for model in models]
         write_json(tmp_path / name / "evaluation.json", {"metrics": metrics, "args": {
-            "task": "arithmetic", "n": 4, "seed": seed, "temperature": 1.0, "threshold": threshold, "delta": 0.0}})
+            "task": "arithmetic", "n": 4, "seed": seed, "temperature": 1.0, "threshold": threshold, "delta": 0.0,
+            **given}})
         (tmp_path / name / "completions.jsonl").write_text("".join(
             json.dumps({"model": model, "id": f"{seed}/{i}", "correct": bool(x)}) + "\n"
             for model in models for i, x in enumerate(solved[model])))
@@ -464,8 +482,13 @@ def test_evaluations_are_paired_and_seeds_averaged(tmp_path):
     wrote("z", ("base", "stage 2 b"), seed=1)
     saved = json.loads((tmp_path / "z" / "evaluation.json").read_text())
     write_json(tmp_path / "z" / "evaluation.json", saved | {"args": saved["args"] | {"seed": 0}})
-    with pytest.raises(UserError, match="other problems"):
+    with pytest.raises(UserError, match="other problems|other answers of base"):
         evaluations.rows([tmp_path / "x", tmp_path / "z"])
+    wrote("z", ("base", "stage 2 a"), thinking=False)  # another setting, in rows of its own
+    assert len(evaluations.rows([tmp_path / "x", tmp_path / "z"])) == 4
+    solved["base"] = (0, 0, 0, 0)
+    with pytest.raises(UserError, match="z has other answers of base"):  # of another model of that name, or version
+        evaluations.rows([tmp_path / "x", wrote("z", ("base", "stage 2 a"))])
 
 
 def test_figures_are_small(tmp_path):

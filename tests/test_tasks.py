@@ -358,6 +358,19 @@ def test_a_problem_of_ones_own_keeps_its_own_grader(tmp_path):
     assert grade.strict and not problem.grade("ANSWER: x", True).strict and problem.reward("y", True, True) == 0.5
 
 
+@pytest.mark.parametrize("made, told", [
+    ("Problem(7, 'q', 'x', 'choice')", "id, question and gold must be texts, not 7"),
+    ("Problem('a', 'q', 7, 'number')", "id, question and gold must be texts, not 'a', 'q', 7"),
+    ("{'question': 'q', 'answer': 10**5000}", "more than 50 digits"),
+    ("{'question': 'q', 'answer': -10**60}", "more than 50 digits")])
+def test_a_problem_of_ones_own_that_is_no_text_is_named(tmp_path, made, told):
+    """Else it ends in a traceback, hours later or at once."""
+    (tmp_path / "mine.py").write_text(f"from data.tasks import Problem\n"
+                                      f"def problems(split, n, seed):\n    yield {made}\n")
+    with pytest.raises(UserError, match=f"mine.py, problem 0: .*{told}"):
+        load(str(tmp_path / "mine.py"), "train", n=1)
+
+
 def test_a_judge_that_was_edited_is_noticed(tmp_path):
     """Else a run goes on with another reward, without a word. What only gives problems is known by these."""
     def mark(code):

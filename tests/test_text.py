@@ -310,6 +310,33 @@ def test_ids_beyond_the_tokenizer_decode_visibly(loaded):
     assert loaded["think"].pieces([four, 151900]) == ["4", "<|151900|>"]
 
 
+def test_pieces_keep_the_blanks_that_a_decoder_takes_from_a_texts_start():
+    """Else of Llama 2's tokenizers the page glues all words together, and function words pass for parts of words."""
+    known = ["a", "\u2581", "\u2581a", "c", "t", "\u2581c", "at", "\u2581cat"]
+    vocabulary = {piece: i for i, piece in enumerate(known)}
+    merges = [("\u2581", "a"), ("\u2581", "c"), ("a", "t"), ("\u2581c", "at")]
+    hf = Tokenizer(models.BPE(vocabulary, merges))
+    hf.pre_tokenizer = pre_tokenizers.Metaspace()
+    hf.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                    decoders.Strip(" ", 1, 0)])
+    tokenizer = text.Tokenizer(hf, "", Path("x"), {}, (0,))
+    assert tokenizer.decode(tokenizer.encode("a cat")) == "a cat"
+    assert tokenizer.pieces(tokenizer.encode("a cat a")) == [" a", " cat", " a"]
+
+
+def test_many_prompts_are_rendered_in_parts(loaded, monkeypatch):
+    """Else a large file of problems outgrows the memory that a template may take, and none is lost or twice there."""
+    chats = [user(str(i)) for i in range(7)]
+    whole = loaded["think"].prompts(chats)
+    monkeypatch.setattr(text, "PART", 3)
+    assert loaded["think"].prompts(chats) == whole and len({*map(tuple, whole)}) == 7
+
+
+def test_a_template_that_asks_for_the_date_gives_the_same_prompt_every_day(tmp_path):
+    """Else no run of such a model can go on tomorrow."""
+    assert _rendered(build(tmp_path, template="{{ strftime_now('%d %b %Y') }}")) == "01 Jan 2026"
+
+
 def test_pieces_are_printable_one_per_token(loaded):
     """Else half a character or a control byte breaks the page that shows the tokens."""
     ids = loaded["think"].encode("a\U0001f986\n\t\x00\x1b\r<|im_end|>")
