@@ -230,27 +230,26 @@ def train_step(policy: Policy, responses: list[Response], step: int, args) -> di
 
 @parallel.shared
 def main() -> None:
-    p = flags.training(__doc__, save_every="50 / 5")
-    p.add_argument("--kl-factor", type=flags.number(0, 1e6, above=True), help="kappa of (4): larger exits later, and "
-                   "costs less accuracy; 16 / 1, the paper's")
+    p = flags.training(__doc__, save_every=(50, 5))
+    p.pair("--kl-factor", 16.0, 1.0, type=flags.number(0, 1e6, above=True), help="kappa of (4): larger exits later, "
+           "and costs less accuracy; {} / {}, the paper's")
     p.add_argument("--exit-every", type=flags.whole(1), help="layers between exits (default: 5, or 2 in models under "
                    "20 layers)")
-    p.add_argument("--rank", type=flags.whole(1, 4096), help="of the LoRA adapters, 8 / 16; alpha is twice the rank")
-    p.add_argument("--head-width", type=flags.whole(0, 65536), help="hidden units of each exit's head, 0 / 256, where "
-                   "0 means a linear map")
-    p.add_argument("--steps", type=flags.whole(1, 999_999), help="480 / 200")
+    p.pair("--rank", 8, 16, type=flags.whole(1, 4096), help="of the LoRA adapters, {} / {}; alpha is twice the rank")
+    p.pair("--head-width", 0, 256, type=flags.whole(0, 65536), help="hidden units of each exit's head, {} / {}, where "
+           "0 means a linear map")
+    p.pair("--steps", 480, 200, type=flags.whole(1, 999_999), help="{} / {}")
     p.add_argument("--responses-per-step", type=flags.whole(1), default=8, help="(default: 8)")
-    p.add_argument("--lr", type=flags.number(0, 10), help="the adapters' peak rate: 0.012 / (1 / hidden size, since "
-                   "a logit sums over the width)")
+    p.pair("--lr", 0.012, None, type=flags.number(0, 10), help="the adapters' peak rate: {} / (1 / hidden size, since "
+           "a logit sums over the width)")
     p.add_argument("--head-lr", type=flags.number(0, 10), help="the heads' peak rate, --lr / five times --lr")
-    p.add_argument("--responses", type=flags.whole(1), help="base responses to train on, 3000 / 1600")
+    p.pair("--responses", 3000, 1600, type=flags.whole(1), help="base responses to train on, {} / {}")
     p.add_argument("--held-out", type=flags.whole(1), default=64, help="test prompts for the final check (default: 64)")
     p.add_argument("--teacher", type=teacher.path_of, help="an earlier run, or its teacher.jsonl, whose base responses "
                    "to take, not sampling any")
     args = p.parse_args()
     run = runs.Run.resume(args, p, "distill") if args.resume else None
-    args = flags.settle(run.args if run else args, kl_factor=(16.0, 1.0), steps=(480, 200), lr=(0.012, None),
-                        rank=(8, 16), responses=(3000, 1600), head_width=(0, 256), save_every=(50, 5))
+    args = flags.settle(p, run.args if run else args)
 
     runs.warn_idle("--responses-per-step", args.responses_per_step)
     problems = {split: tasks.load(args.task, split, data=args.data, n=n, seed=args.seed)

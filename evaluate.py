@@ -210,10 +210,10 @@ def go_on(args, problems, prompts, model: Transformer, columns: dict[str, Path],
     return out, kept
 
 
-def write_merged(run: Path, out: Path, args) -> None:
+def write_merged(run: Path, out: Path, p, args) -> None:
     """Base + LoRA as a plain Hugging Face checkpoint: our weights, the base's config and tokenizer files."""
     flags.inherit(args, runs.read_config(run), run / "config.json")
-    args = flags.settle(args)
+    args = flags.settle(p, args)
     where = flags.location(args.model)
     if out.exists():
         raise UserError(f"--out {out} exists: choose a new folder")
@@ -235,7 +235,7 @@ def write_merged(run: Path, out: Path, args) -> None:
 def main() -> None:
     p = flags.parser(__doc__, out="folder to write, or to go on in (default: runs/evaluate-TIME)")
     p.add_argument("runs", nargs="*", help="runs to compare (default: the newest complete ones), or 'base'")
-    p.add_argument("--n", type=flags.whole(1), help="held-out problems, 200 / 100")
+    p.pair("--n", 200, 100, type=flags.whole(1), help="held-out problems, {} / {}")
     p.add_argument("--temperature", type=flags.number(0, 1e4), default=1.0, help="of the tokens; 0 is argmax (default: "
                    "1)")
     p.add_argument("--delta", type=flags.number(-1e4, 1e4), default=0.0, help="added to every exit logit: above 0 "
@@ -247,13 +247,13 @@ def main() -> None:
     if args.merge:
         if not args.out:
             raise UserError("--merge needs --out DIR, the folder to write")
-        return parallel.rank() or write_merged(Path(args.merge), Path(args.out), args)
+        return parallel.rank() or write_merged(Path(args.merge), Path(args.out), p, args)
 
     columns = parallel.first(lambda: chosen_runs(args))
     chosen = parallel.first(lambda: {name: checkpoint(run) for name, run in columns.items()})  # a run may train on
     for run in reversed(columns.values()):  # stage 2 may have had a task of its own
         flags.inherit(args, runs.read_config(run), run / "config.json")
-    args = flags.settle(args, n=(200, 100))
+    args = flags.settle(p, args)
     problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
     runs.warn_fewer("--n", args.n, len(problems))
     for taken in ("config.json", "evaluation.json"):

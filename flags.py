@@ -21,6 +21,17 @@ INHERITED = {"model": str, "revision": str, "task": str, "data": str, "thinking"
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.pairs = {}
+
+    def pair(self, name: str, embedded, other, *, help: str, **options) -> None:
+        """A flag with two defaults, for the embedded model and for any other, which help tells where it says {}; None:
+        the script finds it out. `settle` fills them in."""
+        told = [("off", "on")[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+                for value in (embedded, other)]
+        self.pairs[self.add_argument(name, help=help.format(*told), **options).dest] = embedded, other
+
     def parse_known_args(self, args=None, namespace=None):
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
@@ -61,21 +72,21 @@ def number(low: float, high: float, above: bool = False):
     return parse
 
 
-def parser(doc: str, out: str, seed: str = "of problems, samples, adapters and heads") -> argparse.ArgumentParser:
+def parser(doc: str, out: str, seed: str = "of problems, samples, adapters and heads") -> Parser:
     """The flags that the scripts share, those of study/ and bench/harness.py among them."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Where help gives two "
                "values, 'A / B', the flag's default is A for the embedded model and B for any other.")
     p.add_argument("--model", help="checkpoint folder or hub id (default: the embedded one; after stage 1, its model)")
     p.add_argument("--revision", help="branch, tag or commit of a hub model")
-    p.add_argument("--task", help=f"{', '.join(tasks.TASKS)}, or a file of your own, .py or .jsonl (default: "
-                   "arithmetic / gsm8k; after stage 1, its task and --data, --thinking and --max-new-tokens)")
+    p.pair("--task", "arithmetic", "gsm8k", help=f"{', '.join(tasks.TASKS)}, or a file of your own, .py or .jsonl "
+           "(default: {} / {}; after stage 1, its task and --data, --thinking and --max-new-tokens)")
     p.add_argument("--data", help="local file or folder with the task's data (default: made here, or from the hub)")
-    p.add_argument("--thinking", action=argparse.BooleanOptionalAction,
-                   help="the chat template's thinking mode (default: on)")
-    p.add_argument("--max-new-tokens", type=whole(1), help="160 / 2048; longer responses are cut, and count as "
-                   "unfinished")
-    p.add_argument("--rows", type=whole(1), help="responses sampled at a time, 256 / what fits in half of the free "
-                   "memory; each holds a K/V cache")
+    p.pair("--thinking", True, True, action=argparse.BooleanOptionalAction,
+           help="the chat template's thinking mode (default: {})")
+    p.pair("--max-new-tokens", 160, 2048, type=whole(1), help="{} / {}; longer responses are cut, and count as "
+           "unfinished")
+    p.pair("--rows", 256, None, type=whole(1), help="responses sampled at a time, {} / what fits in half of the free "
+           "memory; each holds a K/V cache")
     p.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False,
                    help="decode by CUDA graphs: fewer launches, not yet measured (default: off)")
     p.add_argument("--shard", action=argparse.BooleanOptionalAction, default=False,
@@ -90,22 +101,22 @@ def parser(doc: str, out: str, seed: str = "of problems, samples, adapters and h
     return p
 
 
-def micro_batch(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--micro-batch", type=whole(1), help="responses in one training or scoring pass, 64 / 1: memory, "
-                   "not results")
+def micro_batch(p: Parser) -> None:
+    p.pair("--micro-batch", 64, 1, type=whole(1), help="responses in one training or scoring pass, {} / {}: memory, "
+           "not results")
 
 
-def recompute(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--recompute", action=argparse.BooleanOptionalAction,
-                   help="activation checkpointing, off / on: far less memory, up to half more work in the update")
+def recompute(p: Parser) -> None:
+    p.pair("--recompute", False, True, action=argparse.BooleanOptionalAction,
+           help="activation checkpointing, {} / {}: far less memory, up to half more work in the update")
 
 
-def training(doc: str, save_every: str) -> argparse.ArgumentParser:
+def training(doc: str, save_every: tuple[int, int]) -> Parser:
     """The same, with what every training has."""
     p = parser(doc, "the run's folder (default: runs/STAGE-TIME)")
     micro_batch(p)
     recompute(p)
-    p.add_argument("--save-every", type=whole(1), help=f"steps between checkpoints, {save_every}")
+    p.pair("--save-every", *save_every, type=whole(1), help="steps between checkpoints, {} / {}")
     p.add_argument("--keep", type=whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
     p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps moves "
@@ -184,16 +195,14 @@ def inherit(args: argparse.Namespace, config: dict, where) -> None:
             setattr(args, name, value)
 
 
-def settle(args: argparse.Namespace, **defaults) -> argparse.Namespace:
-    """Fills the flags left open with the value for the embedded model (first of each pair) or any other (second), and
-    refuses what can't run before anything is loaded."""
+def settle(p: Parser, args: argparse.Namespace) -> argparse.Namespace:
+    """Fills the flags left open with the default for the embedded model or any other, and refuses what can't run before
+    anything is loaded."""
     if args.model is not None and Path(args.model).is_absolute() and not Path(args.model).is_dir():
         raise UserError(f"the model's folder {args.model} is not there: name it by --model")
     args.model = name_of(args.model)
-    defaults |= {"task": ("arithmetic", "gsm8k"), "thinking": (True, True), "max_new_tokens": (160, 2048),
-                 "rows": (256, None), "micro_batch": (64, 1), "recompute": (False, True)}
-    for name, pair in defaults.items():
-        if getattr(args, name, False) is None:  # those that the script has
+    for name, pair in p.pairs.items():
+        if getattr(args, name) is None:
             setattr(args, name, pair[args.model != "embedded"])
     args.task = tasks.name_of(args.task)
     args.data = args.data and str(Path(args.data).expanduser().resolve())

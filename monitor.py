@@ -392,7 +392,7 @@ def main() -> None:
     folders = [Path(run) for run in args.runs if run != "base"]
     for folder, config in zip(folders, refuse_unlike(folders, args), strict=True):
         flags.inherit(args, config, folder / "config.json")
-    args = flags.settle(args)
+    args = flags.settle(p, args)
     if args.task not in FORMS:
         raise UserError(f"--task {args.task}: the evals need the program behind each problem: give --task "
                         f"{' or '.join(FORMS)}, and runs on it")

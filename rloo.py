@@ -128,7 +128,7 @@ def stage_one(args) -> Path:
 
 @parallel.shared
 def main() -> None:
-    p = flags.training(__doc__, save_every="20 / 5")
+    p = flags.training(__doc__, save_every=(20, 5))
     p.add_argument("--lam", type=flags.number(0, 1e6), default=0.1, help="lambda of (1), the price of depth (default: "
                    "0.1)")
     p.add_argument("--beta", type=flags.number(0, 1e6), default=0.02, help="weight of the mean token KL to the base "
@@ -136,12 +136,12 @@ def main() -> None:
     p.add_argument("--gate-depth-on-correct", action=argparse.BooleanOptionalAction, default=False,
                    help="charge depth for right answers only, so that a wrong one gains nothing by being shallow "
                    "(default: off, as in (1))")
-    p.add_argument("--prompts-per-step", type=flags.whole(1), help="12 / 4")
+    p.pair("--prompts-per-step", 12, 4, type=flags.whole(1), help="{} / {}")
     p.add_argument("--samples", type=flags.whole(2), default=8, help="k, the responses to each prompt (default: 8)")
-    p.add_argument("--steps", type=flags.whole(1, 999_999), help="200 / 400")
-    p.add_argument("--lr", type=flags.number(0, 10), help="peak learning rate: 0.001 / (0.1 / hidden size)")
-    p.add_argument("--problems", type=flags.whole(1), help="training problems, 4096 / all of a file, "
-                   "1000 of a generator or a .py task")
+    p.pair("--steps", 200, 400, type=flags.whole(1, 999_999), help="{} / {}")
+    p.pair("--lr", 1e-3, None, type=flags.number(0, 10), help="peak learning rate: {} / (0.1 / hidden size)")
+    p.pair("--problems", 4096, None, type=flags.whole(1), help="training problems, {} / all of a file, 1000 of a "
+           "generator or a .py task")
     p.add_argument("--init", help="stage-1 run to start from (default: the newest complete one)")
     args = p.parse_args()
     run = runs.Run.resume(args, p, "rloo") if args.resume else None
@@ -152,8 +152,7 @@ def main() -> None:
         init = parallel.first(lambda: stage_one(args).resolve())
         args.init = str(init)
         flags.inherit(args, runs.read_config(init), init / "config.json")
-    args = flags.settle(args, steps=(200, 400), lr=(1e-3, None), prompts_per_step=(12, 4), problems=(4096, None),
-                        save_every=(20, 5))
+    args = flags.settle(p, args)
 
     runs.warn_idle("--prompts-per-step", args.prompts_per_step)
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)

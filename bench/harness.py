@@ -103,7 +103,7 @@ def main() -> None:
     base = args.run == "base"
     if not base:
         flags.inherit(args, runs.read_config(Path(args.run)), Path(args.run) / "config.json")
-    args = flags.settle(args)
+    args = flags.settle(p, args)
     model, tokenizer = runs.load_model(args)
     policy = Policy(model, exit_depths(model.config.num_hidden_layers)) if base else load_policy(model, args.run)
     lm = Exits(policy, tokenizer, args, base)

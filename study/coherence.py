@@ -218,7 +218,7 @@ def main() -> None:
         raise UserError(f"--out {args.out}: must be a file to write, in a folder that is there")
     saved, where = about(args.folder)
     flags.inherit(args, {"args": saved}, where)
-    args = flags.settle(args)
+    args = flags.settle(p, args)
     model, tokenizer = runs.load_model(args)
     policy = Policy(model, exit_depths(model.config.num_hidden_layers))
     groups = read(args.folder, args.n, model.config.vocab_size)

@@ -66,7 +66,7 @@ def arguments(doc: str, more=None):
     p.add_argument("--stage1", type=words, default=(), help="further flags of every distill.py, in one text")
     p.add_argument("--stage2", type=words, default=(), help="further flags of every rloo.py, in one text")
     p.add_argument("--seeds", type=flags.whole(1), default=5, help="of stage 2 at lambda 0.1 (default: 5)")
-    p.add_argument("--n", type=flags.whole(2), help="held-out problems, 600 / 100")
+    p.pair("--n", 600, 100, type=flags.whole(2), help="held-out problems, {} / {}")
     p.add_argument("--temperature", type=flags.number(0, 1e4), default=1.0, help="of the tokens (default: 1)")
     flags.micro_batch(p)
     flags.recompute(p)
@@ -77,7 +77,7 @@ def arguments(doc: str, more=None):
     if run := getattr(args, "run", None):  # a command about one run takes from it what it was about
         flags.inherit(args, runs.read_config(run), run / "config.json")
     args.passed = {name: flags.typed(name, value) for name in PASSED if (value := getattr(args, name)) is not None}
-    return with_problems(flags.settle(args, n=(600, 100)))
+    return with_problems(flags.settle(p, args))
 
 
 def words(text: str) -> list[str]:

@@ -172,9 +172,10 @@ def test_a_flag_out_of_range_is_named_before_anything_is_loaded(tmp_path, monkey
                                                    ("cpu", None, "float32")])
 def test_a_run_goes_on_in_the_dtype_it_began_in(device, dtype, wanted):
     """Else stage 2 leaves the float32 that stage 1 needed; or a CPU emulates what a GPU did."""
-    args = flags.parser("", "").parse_args(["--device", "cpu"])
+    p = flags.parser("", "")
+    args = p.parse_args(["--device", "cpu"])
     flags.inherit(args, {"args": {"device": device, "dtype": dtype}}, "config.json")
-    assert flags.settle(args).dtype == wanted
+    assert flags.settle(p, args).dtype == wanted
     with pytest.raises(UserError, match="config.json: dtype 'int8': must be one of"):
         flags.inherit(args, {"args": {"dtype": "int8"}}, "config.json")
 
