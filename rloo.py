@@ -19,9 +19,11 @@ Shapes: P prompts of a step, k samples of each, B responses of a micro-batch, N 
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 from shlex import quote
+from statistics import fmean as mean
 
 import torch
 
@@ -110,6 +112,15 @@ def summarise(rows: list[dict], drift: torch.Tensor, outcomes: list[int], args) 
         "groups_of_equal_task_reward": sum(len(group) == 1 for group in groups) / len(groups),
         "kl": average("mean_kl"), "drift_max": float(drift.max()), "drift_mean": float(drift.mean()),
     }
+
+
+def progress(rows: list[dict]) -> str:
+    """What has become of the means that matter, from the first tenth of a run's metrics to the last."""
+    tenth, told = math.ceil(len(rows) / 10), []
+    for name in ("accuracy", "average_compute", "length", "kl"):
+        first, last = ([row[name] for row in part if row[name] is not None] for part in (rows[:tenth], rows[-tenth:]))
+        told.append(f"{name} {mean(first):.3g} -> {mean(last):.3g}" if first and last else f"{name} not finite")
+    return f"from the first {tenth} to the last of {len(rows)} steps: {', '.join(told)}"
 
 
 def stage_one(args) -> Path:
@@ -223,6 +234,7 @@ def main() -> None:
                                 f"KL {metrics['kl']:.3f}  drift {metrics['drift_mean']:.0e}  "
                                 f"rollout/score/update {'/'.join(f'{s:.1f}' for s in seconds)} s")
     run.complete(run.last_metrics()[0])
+    print(progress(run.last_metrics(args.steps)))
     told = [str(run.folder)]
     if (runs.run_of(init) / "config.json").exists():  # it may have been taken away
         before = runs.read_config(init)["args"]

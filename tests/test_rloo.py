@@ -85,6 +85,14 @@ def test_expected_gradient_is_the_exact_one():
     assert (without_kl - exact).norm() > 0.1 * exact.norm()  # the referee sees the KL's own gradient missing
 
 
+def test_the_last_line_tells_what_became_of_a_run():
+    """Else a run that has got worse ends like any other."""
+    rows = [{"accuracy": i / 20, "average_compute": 0.5, "length": 7.0, "kl": None if i else 1.0} for i in range(20)]
+    assert rloo.progress(rows) == ("from the first 2 to the last of 20 steps: accuracy 0.025 -> 0.925, average_compute "
+                                   "0.5 -> 0.5, length 7 -> 7, kl not finite")
+    assert rloo.progress(rows[:1]).startswith("from the first 1 to the last of 1 steps: accuracy 0 -> 0")
+
+
 def test_leave_one_out_against_loops():
     """A baseline that includes the sample itself, or divides by the deviation, biases or rescales the gradient."""
     rewards = torch.randn(3, 4, dtype=torch.double, generator=torch.Generator().manual_seed(0))
