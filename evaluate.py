@@ -26,7 +26,7 @@ import flags
 import parallel
 import report
 import runs
-from checkpoints import checkpoint, digest, exits_of, fingerprint, load_policy, merge, write_tensors
+from checkpoints import checkpoint, checkpoints, digest, exits_of, fingerprint, load_policy, merge, write_tensors
 from data import tasks
 from data.hub import UserError, as_json, field, parse_object, read_json, read_text, resolve, write_json, write_text
 from exits import Policy, Response, adapters_off, collate, exit_depths, token_logp_all
@@ -146,14 +146,15 @@ def chosen_runs(args) -> dict[str, Path]:
     """Column name -> run: those given, else the newest complete one, behind the stage-1 run it came from."""
     folders = [Path(run) for run in args.runs if run != BASE]
     if not args.runs:
-        newest = runs.newest("rloo", "distill", model=args.model)
+        newest = runs.newest("rloo", "distill", model=args.model and flags.name_of(args.model))
         if newest is None:
             raise UserError(f"no complete run under {runs.RUNS}/: run python distill.py first, name runs to compare, "
                             f"or evaluate.py base")
         folders = [newest]
-        if init := field(runs.read_config(newest)["args"], "init", str, newest / "config.json", default=None):
+        config = runs.read_config(newest)
+        if init := field(config["args"], "init", str, newest / "config.json", default=None):
             first = runs.find(init, beside=newest)
-            folders = ([first] if first.is_dir() else []) + [newest]
+            folders = ([as_it_was(first, config.get("start"))] if first.is_dir() else []) + [newest]
     configs = refuse_unlike(folders, args) if args.runs else [runs.read_config(folder) for folder in folders]
     stages = [{"distill": "stage 1", "rloo": "stage 2"}[config["stage"]] for config in configs]
     columns = {}
@@ -162,6 +163,16 @@ def chosen_runs(args) -> dict[str, Path]:
         name = stage if len(alike) == 1 else f"{stage} {runs.short(folder, alike)}"
         columns[name + runs.unfinished(folder)] = folder
     return columns
+
+
+def as_it_was(run: Path, start: str | None) -> Path:
+    """A run, or, where it has got on since a stage 2 started from it, the checkpoint that this started from."""
+    if start in (None, digest(checkpoint(run))):
+        return run
+    if found := [folder for folder in checkpoints(run) if digest(folder) == start]:
+        return found[0]
+    runs.say(f"{run} is no longer what stage 2 started from: it has been trained on, or made anew")
+    return run
 
 
 def refuse_unlike(folders: list[Path], args) -> list[dict]:
@@ -200,13 +211,14 @@ def go_on(args, problems, prompts, model: Transformer, columns: dict[str, Path],
     for line in read_text(done).split("\n")[:-1] if same and done.exists() else ():  # but for a line cut short
         row = parse_object(line, done)
         label = row.pop("model")
-        if field(before, "weights", dict, begun).get(label) == weights.get(label):
+        if field(before, "weights", dict, begun).get(label) == weights.get(label, ""):
             kept.setdefault(label, []).append(row)
     if not same or any([row["prompt_ids"] for row in rows] != prompts[: len(rows)] for rows in kept.values()):
         raise UserError(f"--out {out} holds an evaluation of other runs or problems, or under other flags: choose "
                         f"another folder, or delete it")
-    write_json(begun, about)
+    # First: the other way round a kill between would leave rows that pass for the new weights'.
     write_text(done, "".join(as_json({"model": label, **row}) for label, rows in kept.items() for row in rows))
+    write_json(begun, about)
     return out, kept
 
 

@@ -125,12 +125,13 @@ def progress(rows: list[dict]) -> str:
 
 def stage_one(args) -> Path:
     """The run to start from: --init, or the newest complete stage-1 run (of --model, where given)."""
-    found = Path(args.init) if args.init else runs.newest("distill", model=args.model)
+    model = args.model and flags.name_of(args.model)
+    found = Path(args.init) if args.init else runs.newest("distill", model=model)
     if found is None:
         flag = f" --model {args.model}" if args.model else ""
         raise UserError(f"no complete stage-1 run{flag} under {runs.RUNS}/: run python distill.py{flag} first, "
                         f"or give --init RUN")
-    if not args.init and (later := runs.begun_after(found, "distill")):
+    if not args.init and (later := runs.begun_after(found, "distill", model)):
         raise UserError(f"{later} was begun after {found} and is not complete: finish it (python distill.py --resume "
                         f"{later}), or name the run to start from by --init")
     runs.refuse_stage(runs.read_config(found), found, "distill")

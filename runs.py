@@ -48,7 +48,7 @@ from data import tasks
 from data.hub import UserError, as_json, field, fsync, parse_object, read_json, read_text, write_json
 from data.text import Tokenizer
 from exits import Policy, Response
-from flags import flag, location, name_of, replay, typed
+from flags import flag, location, replay, typed
 from model import Transformer
 
 RUNS = Path("runs")
@@ -163,8 +163,7 @@ def load_model(args) -> tuple[Transformer, Tokenizer]:
     where = location(args.model)
     tokenizer = Tokenizer.from_pretrained(where, args.revision)
     if not args.thinking and not tokenizer.can_think:
-        say(f"--no-thinking changes nothing: the chat template of {args.model} has no thinking mode")
-        args.thinking = True  # as runs without the flag have it, which are alike
+        raise UserError(f"--no-thinking: the chat template of {args.model} has no thinking mode: leave the flag out")
     device = parallel.device(args.device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # streams and graphs belong to the current one
@@ -294,7 +293,7 @@ class Run:
         given = vars(p.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(before)))))
         for name, value in given.items():
             was = getattr(before, name)
-            moved = name in ("task", "init") and Path(str(value)).name == Path(str(was)).name
+            moved = name in ("task", "init") and name_of_run(str(value)) == name_of_run(str(was))
             if value is not None and name not in FREE_ON_RESUME and value != was and not moved:
                 so = f"with {typed(name, was)}" if was is not None else f"without --{flag(name)}"
                 raise UserError(f"--resume {folder}: it was started {so}, not with {typed(name, value)}: leave the "
@@ -317,10 +316,12 @@ class Run:
         for name, value in recorded["args"].items():
             if value is None and name not in FREE_ON_RESUME and getattr(self.args, name) is not None:
                 raise UserError(f"{where}: {name} is null, and every run records it: restore it, or start a new run")
-        for name, changed in (("problems", "its grade() or reward()"), ("prompts", "the model's chat template")):
-            if field(recorded, name, str, where, default=about[name]) != about[name]:
-                raise UserError(f"{self.folder}: the {name} of --task {self.args.task} are not those that it was "
-                                f"started with, or {changed} has changed: restore them, or start a new run")
+        for name, what in (("problems", f"the problems of --task {self.args.task}, or its grade() or reward(),"),
+                           ("prompts", f"the prompts of --task {self.args.task}, by the model's chat template,"),
+                           ("start", "the weights of the run that it starts from")):
+            if name in about and field(recorded, name, str, where, default=about[name]) != about[name]:
+                raise UserError(f"{self.folder}: {what} are not those that it was started with: restore them, or start "
+                                f"a new run")
         for partial in self.folder.glob(".partial-" + "[0-9]" * 6):  # a checkpoint that a kill cut short
             shutil.rmtree(partial)
         # Before the new --steps: a kill between leaves it resumable.
@@ -507,8 +508,9 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, promp
         raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")
     parallel.copy(policy.trained().values())  # they differ where GPUs do, or --init got a checkpoint meanwhile
     about = {"problems": problems_hash(problems), "prompts": prompts_hash(prompts)}
+    if init and not (run and checkpoints(run.folder)):
+        about["start"] = digest(checkpoint(init))
     if run is None:
-        about |= {"start": digest(checkpoint(init))} if init else {}
         return Run.start(stage, args, model, about), policy, optimizer, start
     parallel.first(lambda: run.reopen(stage, about, start))
     return run, policy, optimizer, start
@@ -546,6 +548,11 @@ def run_of(folder: str | Path) -> Path:
     return folder.parent if re.fullmatch(r"step-\d{6}", folder.name) else folder
 
 
+def name_of_run(folder: str | Path) -> Path:
+    """Its name, or RUN/step-000120: what stays where folders are moved."""
+    return Path(folder).relative_to(run_of(folder).parent)
+
+
 def unfinished(run: Path) -> str:
     """What to say beside the name of a run that is not complete, or nothing."""
     found = checkpoints(run)
@@ -555,7 +562,7 @@ def unfinished(run: Path) -> str:
 def find(run: str, beside: Path) -> Path:
     """A run, or a checkpoint of one, by its recorded path, or, where folders were moved, by its name beside the run
     that recorded it."""
-    moved = beside.parent / Path(run).relative_to(run_of(run).parent)
+    moved = beside.parent / name_of_run(run)
     return next((folder for folder in (Path(run), moved) if folder.is_dir()), Path(run))
 
 
@@ -571,26 +578,28 @@ def refuse_stage(config: dict, folder, stage: str) -> None:
 
 
 def newest(*stages: str, model: str | None = None) -> Path | None:
-    """The complete run that ended last among runs/*, of one of the stages and, if given, of that model."""
+    """The complete run that ended last among runs/*, of one of the stages and, if given, of that model, by the name
+    that runs record."""
     found = []
     for done in RUNS.glob("*/complete.json"):
         try:
             config = read_config(done.parent)
         except UserError:
             continue  # another version's, or damaged: not the one to go on from
-        if config["stage"] in stages and (model is None or name_of(model) == config["args"].get("model")):
+        if config["stage"] in stages and model in (None, config["args"].get("model")):
             found.append((done.stat().st_mtime, done.parent))
     return max(found)[1] if found else None
 
 
-def begun_after(run: Path, stage: str) -> Path | None:
-    """A run among runs/* of a stage that was started when `run` was complete, and is not."""
-    for config in RUNS.glob("*/config.json"):
+def begun_after(run: Path, stage: str, model: str | None) -> Path | None:
+    """A run among runs/* of a stage, and of a model if given, that was started when `run` was complete, and is not."""
+    for where in RUNS.glob("*/config.json"):
         try:
-            its = read_config(config.parent)["stage"]
+            config = read_config(where.parent)
         except UserError:
             continue  # as in `newest`
-        late = config.stat().st_mtime > (run / "complete.json").stat().st_mtime
-        if its == stage and late and not (config.parent / "complete.json").exists():
-            return config.parent
+        late = where.stat().st_mtime > (run / "complete.json").stat().st_mtime
+        its = config["stage"] == stage and model in (None, config["args"].get("model"))
+        if its and late and not (where.parent / "complete.json").exists():
+            return where.parent
     return None

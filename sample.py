@@ -109,9 +109,10 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     slots = max(len(prompt) for prompt in prompts) - 1 + max_new_tokens
     weight = policy.model.lm_head.weight
     rows = rows or fitting_rows(policy.model.config, slots, weight)
-    group = samples  # of one prompt enter together, read in one pass: where rows are few, fewer, for all of a group's
-    while rows < 8 * group and group % 2 == 0:  # rows have to be free, and would wait for the slowest
-        group //= 2
+    # So many of a prompt's samples enter together, by one pass: all, but where rows are few; for all of a group's rows
+    # have to be free, and would wait for the slowest.
+    group = samples if rows >= samples * len(prompts) else max(
+        d for d in range(1, samples + 1) if samples % d == 0 and (8 * d <= rows or d == 1))
     prompts = [prompt for prompt in prompts for _ in range(samples // group)]
     R = group * min(len(prompts), max(1, rows // group))
     cache = Cache(policy.model.config, R, slots, E + 1, weight, Graphs() if policy.model.graphs else None)

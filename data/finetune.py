@@ -25,6 +25,7 @@ from model import Transformer
 from sample import generate
 
 NEW = 160  # tokens that a response may take
+FREE = ("n", "out")  # flags that may differ where it goes on
 KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -47,14 +48,14 @@ def prepare(model: str, out: Path) -> Tokenizer:
 def same_flags(args) -> None:
     """Makes the folder; refuses another's, and to go on under other flags than it was begun with."""
     path = args.out / "finetune.json"
-    mine = {name: str(value) for name, value in vars(args).items() if name not in ("n", "out")}
+    mine = {name: str(value) for name, value in vars(args).items() if name not in FREE}
     if not path.exists():
         if args.out.exists() and any(args.out.iterdir()):
             raise UserError(f"--out {args.out} exists and was not made by this script: choose a new folder")
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(path, mine)
     for name, was in read_json(path).items():
-        if mine.get(name) != was:
+        if name not in FREE and mine.get(name) != was:
             raise UserError(f"--out {args.out} was begun with --{flags.flag(name)} {was}, not {mine.get(name)}: give "
                             f"that, or choose another --out")
 

@@ -21,8 +21,10 @@ NUMBER = re.compile(r"""(?<![A-Za-z0-9]) (?P<sign>(?<![)\]}%])[-+])? [$€£]?
 # dollars, km/h, m^2, %; but 2x is no number, nor is 2 x^2
 UNIT = re.compile(r"""[ ]?%?\.? | [ ]?%?(?:[ ]|(?=[A-Za-z]{2}))[A-Za-z]
     (?: [A-Za-z ./'²³-] | (?:(?<=[ms])|(?<=[ms][ ])|(?<=[a-z]{2})|(?<=[a-z]{2}[ ])) \^\{?[23]\}? )*""", re.VERBOSE)
-SCALE = re.compile(r"\b(hundred|thousand|million|billion|trillion)s?\b", re.IGNORECASE)  # no unit: it multiplies
-MIXED = re.compile(r"^([-+]?)([0-9]{1,9})\s+([0-9]{1,9})/([0-9]{1,9})(?![0-9/.])")  # 5 1/2
+SCALED = re.compile(r"\s*(hundred|thousand|million|billion|trillion)s?\b", re.IGNORECASE)  # no unit: it multiplies
+MIXED = re.compile(r"""(?<![0-9.,/A-Za-z]) (?P<sign>(?<![)\]}%])[-+])? [$€£]?
+    (?P<whole> [0-9]{1,3}(?:,[0-9]{3})+ | [0-9]{1,9} ) \s+
+    (?P<part>[0-9]{1,9})/(?P<of>[0-9]{1,9}) (?!/?[0-9]|\.[0-9])""", re.VERBOSE)  # 5 1/2
 ANSWER_IS = re.compile(r"\banswer(?:\s+is|\s*:)[\s:*$(\[\\]*", re.IGNORECASE)
 OPERATION = re.compile(r"\s*[-+*/×÷=^]\s*[0-9($]")
 
@@ -70,12 +72,12 @@ def _extract_number(answer: str) -> tuple[str | None, str | None]:
     for span in reversed(re.findall(r"####[ \t]*([^\n#]*)", answer)):
         if number(span) is not None:  # #### also begins a heading in Markdown
             return normalise(span, "number"), "####"
-    answer = plain(answer)
+    answer = unmixed(plain(answer))
     for lead in reversed(list(ANSWER_IS.finditer(answer))):
         found = NUMBER.match(answer, lead.end())
-        if found and not OPERATION.match(answer, found.end()):  # in "3*6 = 18" the first number isn't it
-            return normalise(found[0], "number"), "answer is"
-    found = list(NUMBER.finditer(answer))
+        if found and not OPERATION.match(answer, found.end()) and not SCALED.match(answer, found.end()):
+            return normalise(found[0], "number"), "answer is"  # in "3*6 = 18" the first number isn't it
+    found = [number for number in NUMBER.finditer(answer) if not SCALED.match(answer, number.end())]
     return (normalise(found[-1][0], "number"), "last number") if found else (None, None)
 
 
@@ -119,13 +121,22 @@ def plain(text: str) -> str:
     return re.sub(r"\\[dt]?frac\s*\{\s*(-?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"\1/\2", text)
 
 
+def unmixed(text: str) -> str:
+    """Text with 5 1/2 as 11/2."""
+    def fraction(found: re.Match) -> str:
+        whole, part, of = (int(found[name].replace(",", "")) for name in ("whole", "part", "of"))
+        return f"{found['sign'] or ''}{whole * of + part}/{of}"
+
+    return MIXED.sub(fraction, text)
+
+
 def number(span: str) -> Fraction | None:
     """The exact value of a span that is one number, with at most a currency and a unit; else None."""
     span = re.sub(r"~|\^\{?\\circ\}?", " ", plain(span)).strip().strip("$*").strip()
-    span = MIXED.sub(lambda m: f"{m[1]}{int(m[2]) * int(m[4]) + int(m[3])}/{m[4]}", span)
+    span = unmixed(span)
     found = NUMBER.match(span)
     unit = found and re.sub(r"\s+", " ", span[found.end():])
-    if found is None or not UNIT.fullmatch(unit) or SCALE.search(unit):
+    if found is None or not UNIT.fullmatch(unit) or SCALED.match(unit):
         return None
     if len(found[0]) > MAX_DIGITS:
         return None

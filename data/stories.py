@@ -24,7 +24,8 @@ things up.
 No shortcut pays: whether "first mentioned", "last mentioned" and "most mentioned container" (and, unless it
 is the question, "where it really is") hit the answer is drawn before the story, each with a chance of 1 in 3,
 and stories are drawn until one fits. A story's split is decided by its events and question with people and
-containers numbered in order of appearance: the test set holds stories new in structure, not in names.
+containers numbered in order of appearance: the test set holds stories new in structure, not in names; but for the
+order in which a swap names its two: nearly every test story is one of the other split's with some of these turned.
 """
 
 import random

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from checkpoints import checkpoint, exits_of, load_policy, save_policy
-from data.hub import write_json
+from checkpoints import checkpoint, digest, exits_of, load_policy, save_policy
+from data.hub import UserError, read_json, write_json
 from distill import lens_kl
 from evaluate import measure, paired
 from exits import Policy, token_logits
@@ -125,12 +125,18 @@ def by_token(answered: common.Answers):
 def closed_start(args):
     """s1 with exits that never open."""
     source, folder = common.stage_one(args), Path(args.runs) / "full"
-    if source is None or (folder / "complete.json").exists():
-        return source and folder
+    if source is None:
+        return None
+    start = digest(checkpoint(source))
+    if (folder / "complete.json").exists():
+        if read_json(folder / "complete.json").get("start", start) != start:
+            raise UserError(f"{folder} was made of another {source.name} than the one there now: move it away, or "
+                            f"choose another --runs")
+        return folder
     (folder / "step-000000").mkdir(parents=True, exist_ok=True)
     save_policy(closed(load_policy(runs.load_model(args)[0], source)), folder / "step-000000")
     write_json(folder / "config.json", runs.read_config(source))
-    write_json(folder / "complete.json", {"closed": True})
+    write_json(folder / "complete.json", {"closed": True, "start": start})
     return folder
 
 

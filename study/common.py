@@ -166,13 +166,14 @@ def calibrated(args, name: str, factor: float, *options) -> Path | None:
 def stage_two(args, name: str, lam: float, seed: int, init: Path | None, *options) -> Path | None:
     if init is None:
         return None
+    begun = Path(args.runs, name)
+    start = runs.read_config(begun).get("start") if (begun / "config.json").exists() else None
+    if start and start != digest(checkpoint(init)):
+        raise UserError(f"{begun} was trained from another {init.name} than the one there now: move it away, or choose "
+                        f"another --runs")
     record = RECORD_2.split() if args.model == "embedded" else ()
     folder = trained(args, name, "rloo.py", *record, "--keep", 999, *args.stage2, "--init", init, "--lam",
                      f"{lam:g}", "--seed", seed, *options)
-    start = folder and runs.read_config(folder).get("start")
-    if start and start != digest(checkpoint(init)):
-        raise UserError(f"{folder} was trained from another {init.name} than the one there now: move it away, or "
-                        f"choose another --runs")
     return folder and about_the_same(args, folder, lam=lam, seed=seed)
 
 

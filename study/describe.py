@@ -41,9 +41,8 @@ def description(s: Subject, said: dict[str, list]) -> dict:
         spans = [(r.depths[:end], r.depths[end:]) for r, end in zip(responses, ends, strict=True)]
         values |= {f"D depth, thinking, {regime}": [np.mean(before or np.nan) for before, _ in spans],
                    f"D depth, answer, {regime}": [np.mean(after or np.nan) for _, after in spans],
-                   f"D serial depth {regime}": [
-                       serial_depth([s.tokenizer.decode([t]) for t in r.token_ids], r.depths, s.form.step)
-                       for r in responses],
+                   f"D serial depth {regime}": [serial_depth(s.tokenizer.pieces(r.token_ids), r.depths, s.form.step)
+                                                for r in responses],
                    f"D layer-tokens {regime}": [sum(r.depths) for r in responses],
                    f"D tokens {regime}": list(map(len, responses)),
                    f"D foreign letters {regime}": [foreign_letters(re.sub("<[^<>]*>", "", text), p.question)

@@ -24,7 +24,7 @@ MEANS = ("accuracy", "average_compute", "length", "finished")
 
 def kind(run: str) -> str:
     """A run, with a star in place of its seed."""
-    return str(Path(run).with_name(re.sub(r"^(rl-[^-]+|full)-\d+", r"\1-*", Path(run).name)))
+    return str(Path(run).with_name(re.sub(r"^(rl-[\d.]+(?:e[-+]?\d+)?|full)-\d+", r"\1-*", Path(run).name)))
 
 
 def read(folder: Path) -> tuple[tuple, dict[str, tuple[dict, dict]]]:

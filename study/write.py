@@ -165,17 +165,16 @@ def fronts(data: dict) -> list[str]:
                  f"0.1, mean of {found['seeds']} seeds, {said(found['drawn'])}. With exits where a head's probability "
                  f"is above 1/2, in place of drawn, {said(found['thresholded'])}."]
     if front["lambda"]:
-        dearest, cheapest = (pick(front["lambda"], key=lambda r: r["value"]) for pick in (max, min))
-        alike = [r["average_compute"] for r in front["lambda"] if r["value"] == 0.1]
-        text += ["", f"Does a price on depth take depth? At λ = {cheapest['value']:g} average compute is "
-                 f"{percent(cheapest['average_compute'])}, at λ = {dearest['value']:g} "
-                 f"{percent(dearest['average_compute'])}" + (
-                     f"; at λ = 0.1 it lies between {percent(min(alike))} and {percent(max(alike))} in {len(alike)} "
-                     "seeds" if len(alike) > 1 else "") + ".", "",
-                 f"Does a price on depth make texts longer? At λ = {dearest['value']:g}: "
-                 f"{change(dearest, 'length')} tokens a response, " + verdict(
-                     dearest["length_change"], dearest["length_change_half"], "significantly longer than the base's",
-                     "shorter than the base's", "no significant difference from the base") + ".", "",
+        by_price = {value: [r for r in front["lambda"] if r["value"] == value]
+                    for value in sorted({r["value"] for r in front["lambda"]})}
+        text += ["", "Does a price on depth take depth? Average compute, seed by seed: " + "; ".join(
+            f"{', '.join(percent(r['average_compute']) for r in alike)} at λ = {value:g}"
+            for value, alike in by_price.items()) + ".", "",
+                 f"Does a price on depth make texts longer? At λ = {max(by_price):g}: " + "; ".join(
+                     f"{change(r, 'length')} tokens a response, " + verdict(
+                         r["length_change"], r["length_change_half"], "significantly longer than the base's",
+                         "shorter than the base's", "no significant difference from the base")
+                     for r in by_price[max(by_price)]) + ".", "",
                  "![Length and total compute against λ](figures/verbosity.png)"]
     if training := data["training"]:
         def share(depth: str, part: list[dict]) -> str:
@@ -407,14 +406,22 @@ def evaluations(data: dict) -> list[str]:
     text = ["### evaluate.py's comparisons, one by one", "", "`python -m study.evaluations`, from what `python "
             "evaluate.py base RUN … --n N --seed S` wrote, with --temperature and --threshold as named; a star stands "
             "for the seeds that are averaged. Problems are those of --seed."]
-    for task in sorted({row["task"] for row in data["rows"]}):
-        text += ["", f"On {task}:", *table(
+    def about(row: dict) -> str:
+        told = [Path(model).name] if (model := row.get("model") or "embedded") != "embedded" else []
+        told += ["without thinking"] if row.get("thinking") is False else []
+        return ", ".join([f"On {row['task']}", *told]) + ":"
+
+    def exits(row: dict) -> str:
+        return ("drawn" if row["threshold"] is None else f"p > {row['threshold']:g}") + (
+            f", δ = {row['delta']:g}" if row["delta"] else "")
+
+    for heading in sorted(set(map(about, data["rows"]))):
+        text += ["", heading, *table(
             ["problems", "temperature", "exits", "run", "seeds", "accuracy", "change from the base, points",
              "average compute", "length", "finished"],
-            [[f"{row['n']}, seed {row['seed']}", f"{row['temperature']:g}",
-              "drawn" if row["threshold"] is None else f"p > {row['threshold']:g}", row["run"], row["seeds"],
+            [[f"{row['n']}, seed {row['seed']}", f"{row['temperature']:g}", exits(row), row["run"], row["seeds"],
               percent(row["accuracy"]), "" if row["run"] == BASE else change(row), percent(row["average_compute"]),
-              f"{row['length']:.1f}", percent(row["finished"])] for row in data["rows"] if row["task"] == task])]
+              f"{row['length']:.1f}", percent(row["finished"])] for row in data["rows"] if about(row) == heading])]
     return text
 
 

@@ -129,6 +129,11 @@ def test_choice_is_extracted(response, value, rule):
     ("-3/2", r"\boxed{-1 1/2 \text{ feet}}", True, True),
     ("5", r"\boxed{\$5\text{ million}}", False, False),
     ("5", r"\boxed{5 millionaires}", True, True),
+    ("5", "The answer is 5 million.", False, False),
+    ("5", "#### 5 million", False, False),
+    ("11/2", "The answer is 5 1/2.", False, True),
+    ("2469/2", r"\boxed{1,234 1/2}", True, True),
+    ("-5.5", r"\boxed{-\$5 1/2}", True, True),
     ("8", r"\boxed{1" + "0" * 60 + "8}", False, False),
 ])
 def test_numbers_are_compared_by_value_and_only_boxes_and_marks_are_strict(gold, response, strict, flexible):

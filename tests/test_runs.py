@@ -317,7 +317,28 @@ def test_stage_2_goes_on_under_the_chat_template_it_was_begun_with(home):
     """Else half of a run's rewards are of other prompts, and nothing says so."""
     path = home / "toy" / "tokenizer_config.json"
     path.write_text(path.read_text().replace("{{ m.content }}", "{{ m.content }}!"))
-    refused("rloo.py", "--resume", "two", "--steps", 3, home=home, naming="the model's chat template has changed")
+    refused("rloo.py", "--resume", "two", "--steps", 3, home=home, naming="by the model's chat template")
+
+
+def test_stage_2_that_took_no_step_starts_from_what_it_was_begun_with(home):
+    """Else config.json names weights that it never had, by which the study tells whose stage 2 it is."""
+    run("rloo.py", *RL, "--init", "one", "--out", "r", cwd=home)
+    for path in ("step-000002", "complete.json", "metrics.jsonl", "completions.jsonl"):
+        path = home / "r" / path
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run("distill.py", "--resume", "one", "--steps", 3, cwd=home)
+    refused("rloo.py", "--resume", "r", home=home, naming="the weights of the run that it starts from")
+
+
+def test_stage_2_is_compared_with_the_stage_1_that_it_started_from(home):
+    """Else what a longer stage 1 gained since is told as what stage 2 lost."""
+    (home / "runs").mkdir()
+    run("rloo.py", *RL, "--init", "one", "--out", "runs/r", cwd=home)
+    run("distill.py", "--resume", "one", "--steps", 4, cwd=home)
+    evaluated = ("evaluate.py", "--n", 2, "--show", 0, "--out")
+    assert "stage 1: " + str(home / "one" / "step-000002") in run(*evaluated, "a", cwd=home).stdout
+    shutil.rmtree(home / "one" / "step-000002")
+    assert "no longer what stage 2 started from" in run(*evaluated, "b", cwd=home).stderr
 
 
 def test_stage_2_ends_well_where_its_stage_1_was_taken_away(home):
@@ -326,12 +347,12 @@ def test_stage_2_ends_well_where_its_stage_1_was_taken_away(home):
     assert "next: python evaluate.py two" in run("rloo.py", "--resume", "two", "--steps", 3, cwd=home).stdout
 
 
-def test_a_thinking_mode_that_the_template_lacks_is_not_recorded(home):
+def test_a_thinking_mode_that_the_template_lacks_is_refused(home):
     """Else two runs that are alike can't share base responses, or be compared."""
     path = home / "toy" / "tokenizer_config.json"
     path.write_text(re.sub(r"{% if enable_thinking.*?endif %}", "", path.read_text()))
-    done = run("distill.py", "--model", "toy", *SMALL, "--no-thinking", "--out", "r", cwd=home)
-    assert "--no-thinking changes nothing" in done.stderr and config(home / "r")["thinking"] is True
+    refused("distill.py", "--model", "toy", *SMALL, "--no-thinking", "--out", "r", home=home,
+            naming="has no thinking mode")
 
 
 def test_a_run_whose_prompts_have_changed_stays_complete(home):
@@ -356,6 +377,8 @@ def test_an_earlier_checkpoint_can_be_looked_at_and_started_from(home):
     assert names == ["base", "stage 1 one", "stage 1 step-000002"]
     run("rloo.py", *RL[:-1], 1, "--init", "one/step-000002", "--out", "from", cwd=home)
     assert config(home / "from")["init"].endswith("one/step-000002")
+    shutil.copytree(home / "one", home / "other")
+    refused("rloo.py", "--resume", "from", "--init", "other/step-000002", home=home, naming="was started with --init")
     refused("distill.py", "--resume", "one/step-000002", home=home, naming="give one, which goes on from its newest")
     (home / "there").mkdir()
     for name in ("one", "from"):
@@ -373,6 +396,9 @@ def test_stage_2_does_not_start_from_an_older_run_without_a_word(home):
     os.utime(home / "runs" / "real" / "config.json", (late, late))
     refused("rloo.py", *RL, home=home, naming="runs/real was begun after runs/try and is not complete")
     run("rloo.py", *RL[:-1], 1, "--init", "runs/try", cwd=home)
+    config(home / "runs" / "real", model="another")
+    os.utime(home / "runs" / "real" / "config.json", (late, late))
+    run("rloo.py", *RL[:-1], 1, "--model", "toy", cwd=home)  # of the other model nothing is asked
     os.utime(home / "runs" / "real" / "config.json", (0, 0))
     run("rloo.py", *RL[:-1], 1, cwd=home)
 
@@ -601,6 +627,20 @@ def die_asking(base: bool, time: int = 1):
     evaluate.answer = dies
 
 
+def die_writing():
+    """Kills the process between evaluate.py's first two writes of what it finds in its folder."""
+    import evaluate
+    written = []
+
+    def dying(write, *args):
+        if written:
+            os._exit(9)
+        written.append(args)
+        write(*args)
+
+    evaluate.write_text, evaluate.write_json = partial(dying, evaluate.write_text), partial(dying, evaluate.write_json)
+
+
 def test_an_evaluation_goes_on_in_the_middle_of_a_model_and_drops_what_an_older_checkpoint_said(home):
     """Else a kill costs all of a large model's answers, or two checkpoints' answers stand in one column."""
     command = ("evaluate.py", "one", "two", "--n", 9, "--rows", 1, "--max-new-tokens", 12, "--out")
@@ -615,10 +655,13 @@ def test_an_evaluation_goes_on_in_the_middle_of_a_model_and_drops_what_an_older_
     run(*command, "part", cwd=home, before=partial(die_asking, True))
     assert path.read_bytes() == (home / "whole" / "completions.jsonl").read_bytes()
     run("distill.py", "--resume", "one", "--steps", 3, cwd=home)
+    assert run(*command, "again", cwd=home, ok=None, before=die_writing).returncode == 9
     run(*command, "again", cwd=home, before=partial(die_asking, True))
     answers = [[row for row in lines(home / name / "completions.jsonl") if row["model"] == "stage 1"]
                for name in ("whole", "again")]
     assert len(answers[1]) == 9 and answers[0] != answers[1]
+    run(*command, "fresh", cwd=home)
+    assert answers[1] == [row for row in lines(home / "fresh" / "completions.jsonl") if row["model"] == "stage 1"]
 
 
 def test_a_stopped_evaluation_goes_on(home):

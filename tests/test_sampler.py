@@ -323,7 +323,7 @@ def test_layers_that_no_row_runs_do_no_work_at_all_and_late_keys_come_in_one_pro
                     for name, n in (("q", running), ("k", 7))]
 
 
-@pytest.mark.parametrize("samples, rows, reads", [(2, 16, 24), (2, 6, 48), (8, 8, 48)])
+@pytest.mark.parametrize("samples, rows, reads", [(2, 16, 24), (2, 6, 48), (8, 8, 48), (3, 2, 48), (8, 48, 6)])
 def test_rows_that_end_are_replaced_and_a_prompts_samples_share_its_pass(samples, rows, reads):
     """Else the longest response of every batch holds up all others, and a prompt is read once for each sample; which it
     is where rows are few, for else eight samples would wait until eight rows are free."""
@@ -336,7 +336,7 @@ def test_rows_that_end_are_replaced_and_a_prompts_samples_share_its_pass(samples
     lengths = [len(r) for r in drawn]
     assert len(set(lengths)) > 4
     assert max(busy) == rows and sum(busy) == sum(lengths)
-    assert len(busy) < sum(max(lengths[i : i + rows]) for i in range(0, 48, rows))  # than batch after batch
+    assert len(busy) <= sum(max(lengths[i : i + rows]) for i in range(0, 48, rows)) - (rows < 48)  # batch after batch
     # Of every prompt that is read the two leading tokens; every other call is a step's running rows.
     assert sum(prefills) - sum(busy) == reads * 2
 

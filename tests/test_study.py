@@ -182,10 +182,15 @@ def test_stage_2_of_another_stage_1_is_refused(home, monkeypatch):
                    "--max-new-tokens", 12)
     lam = json.loads((home / "two" / "config.json").read_text())["args"]["lam"]
     assert common.stage_two(args, "two", lam, 0, home / "one") == home / "two"
+    monkeypatch.setattr(common, "stage_one", lambda args: home / "one")
+    folder = baselines.closed_start(args)
+    assert baselines.closed_start(args) == folder
     heads = next((home / "one").glob("step-*")) / "exit_heads.safetensors"
     heads.write_bytes(heads.read_bytes()[:-1] + b"\x01")
     with pytest.raises(UserError, match="two was trained from another one than the one there now"):
         common.stage_two(args, "two", lam, 0, home / "one")
+    with pytest.raises(UserError, match="full was made of another one than the one there now"):
+        baselines.closed_start(args)
 
 
 def test_what_a_run_is_named_for_outweighs_the_users_flags(tmp_path, monkeypatch):
@@ -469,6 +474,7 @@ def test_evaluations_are_paired_and_seeds_averaged(tmp_path):
 
     for name in "xyz":
         (tmp_path / name).mkdir()
+    assert evaluations.kind("r/rl-1e-05-0-kl-4") == "r/rl-1e-05-*-kl-4" and evaluations.kind("full-12") == "full-*"
     rows = evaluations.rows([wrote("x", ("base", "stage 2 a")), wrote("y", ("base", "stage 2 b", "stage 2 c")),
                              wrote("z", ("base", "stage 2 b"), threshold=0.5)])
     assert [(row["run"], row["seeds"], row["threshold"]) for row in rows] == [
@@ -479,6 +485,9 @@ def test_evaluations_are_paired_and_seeds_averaged(tmp_path):
     text = "\n".join(write.evaluations({"rows": rows}))
     assert "| 4, seed 0 | 1 | drawn | runs/rl-0.1-* | 2 | 62.5% | +12.5 ± " in text
     assert "| p > 0.5 | base | 1 | 50.0% |  |" in text
+    rows[0] |= {"model": "a/b", "thinking": False, "delta": -1.0}
+    text = "\n".join(write.evaluations({"rows": rows}))
+    assert "On arithmetic, b, without thinking:" in text and "| p > 0.5, δ = -1 | base |" in text
     wrote("z", ("base", "stage 2 b"), seed=1)
     saved = json.loads((tmp_path / "z" / "evaluation.json").read_text())
     write_json(tmp_path / "z" / "evaluation.json", saved | {"args": saved["args"] | {"seed": 0}})
