@@ -18,7 +18,7 @@ import flags
 import runs
 from data import tasks
 from data.hub import UserError, as_json, read_json, resolve, write_json, write_text
-from data.make_tiny import CHUNK, collate, draw_chunk, load_state, save_state, save_weights
+from data.make_tiny import CHUNK, THINKING, collate, draw_chunk, load_state, save_state, save_weights
 from data.text import OURS, Tokenizer
 from exits import Policy, exit_depths
 from model import Transformer
@@ -89,7 +89,7 @@ def main() -> None:
                    "linear to 0")
     p.add_argument("--n", type=flags.whole(1), default=100, help="held-out problems for the accuracy at the end")
     args = p.parse_args()
-    args.story_share = float(args.task == "stories")
+    args.story_share, args.thinking_share = float(args.task == "stories"), THINKING
 
     refuse_other_ends(args.model)
     same_flags(args)

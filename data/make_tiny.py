@@ -6,6 +6,8 @@ afresh for every chunk of steps, seeded by the chunk's number, so a resumed run 
 would have seen. Left out: packing (rows of like length share a batch instead), dropout, a curriculum.
 
     python -m data.make_tiny --out runs/tiny --compile    # one CPU thread: half an hour; run again to resume
+    python -m data.make_tiny --out runs/direct --init data/tiny --story-share 1 --thinking-share 0.25
+                                                          # goes on from data/tiny, so that it answers without a chain
 """
 
 import argparse
@@ -32,7 +34,7 @@ from model import Config, Transformer
 from sample import generate
 
 FAMILIES = {"arithmetic": arithmetic, "stories": stories}
-THINKING = 0.75  # share of problems answered with a chain of thought
+THINKING = 0.75  # share of problems answered with a chain of thought, by default
 MODES = [("think", True, 0.0), ("think_t1", True, 1.0), ("direct", False, 0.0), ("direct_t1", False, 1.0)]
 CHUNK = 16  # batches drawn together, so that rows of like length can share a batch
 SAVE_EVERY = 256  # steps
@@ -88,7 +90,7 @@ def draw_chunk(tokenizer: Tokenizer, seed: int, args) -> list[list[tuple[list[in
     rng, drawn = random.Random(seed), []
     for _ in range(CHUNK * args.batch_size):
         family = stories if rng.random() < args.story_share else arithmetic
-        drawn.append((family.make(rng, "train"), rng.random() < THINKING))
+        drawn.append((family.make(rng, "train"), rng.random() < args.thinking_share))
     encoded = {mode: iter(encode(tokenizer, [p for p, thinking in drawn if thinking == mode], mode))
                for mode in (True, False)}
     rows = [next(encoded[thinking]) for _, thinking in drawn]
@@ -191,6 +193,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2560)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--story-share", type=float, default=0.55, help="share of stories, the longer texts")
+    parser.add_argument("--thinking-share", type=float, default=THINKING, help="share answered with a chain of thought")
+    parser.add_argument("--init", type=Path, help="checkpoint to go on from, at half the rate, on problems of its own")
     parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     args = parser.parse_args()
     export = args.out / "model"  # and not data/tiny, which would be gone at the first step
@@ -199,9 +203,12 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = make_tokenizer(export)
-    model = Transformer(Config(**config_fields(json.loads((export / "config.json").read_text()))))
-    initialise(model)
-    optimizers = make_optimizers(model)
+    if args.init:
+        model = Transformer.from_pretrained(args.init).requires_grad_(True)
+    else:
+        model = Transformer(Config(**config_fields(json.loads((export / "config.json").read_text()))))
+        initialise(model)
+    optimizers, rate, seed = make_optimizers(model), 0.5 if args.init else 1.0, 10**6 if args.init else 0
     args.out.mkdir(parents=True, exist_ok=True)
     state = args.out / "state.safetensors"
     step = load_state(state, model, optimizers) if state.exists() else 0
@@ -213,7 +220,7 @@ def main() -> None:
     clock, losses, tokens = time.time(), [], 0
     bar = tqdm(total=args.steps, initial=step)
     while step < args.steps:
-        for batch in draw_chunk(tokenizer, step // CHUNK, args):
+        for batch in draw_chunk(tokenizer, seed + step // CHUNK, args):
             ids, weight = collate(batch)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(ids[:, :-1])
@@ -223,7 +230,7 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * learning_rate(step, args.steps)
+                    group["lr"] = rate * group["peak"] * learning_rate(step, args.steps)
                 optimizer.step()
                 optimizer.zero_grad()
             step, tokens = step + 1, tokens + sum(len(row) for row, _ in batch)
