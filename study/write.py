@@ -404,9 +404,11 @@ def monitor(data: dict) -> list[str]:
 
 def evaluations(data: dict) -> list[str]:
     which = data.get("name", "").removeprefix("evaluations").replace("-", " ")
-    text = [f"### evaluate.py's comparisons, one by one{':' * bool(which)}{which}", "", "`python -m study.evaluations`, from what `python "
-            "evaluate.py base RUN … --n N --seed S` wrote, with --temperature and --threshold as named; a star stands "
-            "for the seeds that are averaged. Problems are those of --seed."]
+    text = [f"### evaluate.py's comparisons, one by one{':' * bool(which)}{which}", "",
+            "`python -m study.evaluations`, from what `python evaluate.py base RUN … --n N --seed S` wrote, with "
+            "--temperature and --threshold as named; a star stands for the seeds that are averaged. Problems are those "
+            "of --seed."]
+
     def about(row: dict) -> str:
         told = [Path(model).name] if (model := row.get("model") or "embedded") != "embedded" else []
         told += ["without thinking"] if row.get("thinking") is False else []
