@@ -228,7 +228,7 @@ def test_a_run_says_what_it_came_from_and_refuses_other_problems(home):
     assert commit.returncode or whole["commit"].removesuffix("-dirty").endswith(commit.stdout.strip())
     for other in (row.replace("{{", '{{"instruction": "Whisper.", '), row.replace("+", "plus")):
         (home / "sums.jsonl").write_text("".join(other.format(a, 1, a + 1) for a in range(40)))
-        refused("rloo.py", "--resume", "sums", "--steps", 3, home=home, naming="sums.jsonl are not those")
+        refused("rloo.py", "--resume", "sums", "--steps", 3, home=home, naming="are not those that it was")
     assert (home / "sums" / "complete.json").exists()
 
 
