@@ -385,6 +385,7 @@ def monitor(data: dict) -> list[str]:
     task = data["about"].get("task", "arithmetic")
     on = "" if task == "arithmetic" else f", on {task}"
     others = f" (problems of --seed {seed})" if (seed := data["about"].get("seed")) else ""
+    others += f" ({data['title']})" if "title" in data else ""  # given by hand, where two would be called the same
     verdicts = verdicts_on(task)
     half = [[f"E1 least cap on depth that keeps half of the accuracy over a guess, {words}",
              *(str(d50(rows, key) or "none") for rows in found.values())]
