@@ -114,11 +114,12 @@ def summarise(rows: list[dict], drift: torch.Tensor, outcomes: list[int], args) 
     }
 
 
-def progress(rows: list[dict]) -> str:
+def progress(rows: list[dict], where) -> str:
     """What has become of the means that matter, from the first tenth of a run's metrics to the last."""
     tenth, told = math.ceil(len(rows) / 10), []
     for name in ("accuracy", "average_compute", "length", "kl"):
-        first, last = ([row[name] for row in part if row[name] is not None] for part in (rows[:tenth], rows[-tenth:]))
+        first, last = ([x for row in part if (x := field(row, name, float, where, default=None)) is not None]
+                       for part in (rows[:tenth], rows[-tenth:]))
         told.append(f"{name} {mean(first):.3g} -> {mean(last):.3g}" if first and last else f"{name} not finite")
     return f"from the first {tenth} to the last of {len(rows)} steps: {', '.join(told)}"
 
@@ -235,7 +236,7 @@ def main() -> None:
                                 f"KL {metrics['kl']:.3f}  drift {metrics['drift_mean']:.0e}  "
                                 f"rollout/score/update {'/'.join(f'{s:.1f}' for s in seconds)} s")
     run.complete(run.last_metrics()[0])
-    print(progress(run.last_metrics(args.steps)))
+    print(progress(run.last_metrics(args.steps), run.folder / "metrics.jsonl"))
     told = [str(run.folder)]
     if (runs.run_of(init) / "config.json").exists():  # it may have been taken away
         before = runs.read_config(init)["args"]
