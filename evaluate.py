@@ -33,7 +33,7 @@ from exits import Policy, Response, adapters_off, collate, exit_depths, token_lo
 from fast.chunks import in_chunks
 from model import Transformer
 from report.kinds import by_kind
-from sample import generate_shared
+from sample import generate_shared, stride
 
 Z = 1.96  # 95% intervals
 BASE = "base"
@@ -290,10 +290,9 @@ def main() -> None:
         for label in ([] if metrics else [BASE]) + ([name] if run else []):
             base = label == BASE
             rows = kept.get(label, [])
-            stride = 4 * (args.rows or 64) * parallel.size()  # a kill loses the part under way
             with parallel.bar(total=len(prompts), initial=len(rows), desc="answers", leave=False) as bar:
-                for i in range(len(rows), len(prompts), stride):
-                    part = slice(i, i + stride)
+                for i in range(len(rows), len(prompts), stride(args.rows)):
+                    part = slice(i, i + stride(args.rows))
                     new = answer(policy, problems[part], prompts[part], tokenizer, base, args, i, bar)
                     rows += new
                     if parallel.rank() == 0:

@@ -577,29 +577,25 @@ def refuse_stage(config: dict, folder, stage: str) -> None:
                         f"{config['stage']}.py --resume {folder}")
 
 
-def newest(*stages: str, model: str | None = None) -> Path | None:
-    """The complete run that ended last among runs/*, of one of the stages and, if given, of that model, by the name
-    that runs record."""
-    found = []
-    for done in RUNS.glob("*/complete.json"):
-        try:
-            config = read_config(done.parent)
-        except UserError:
-            continue  # another version's, or damaged: not the one to go on from
-        if config["stage"] in stages and model in (None, config["args"].get("model")):
-            found.append((done.stat().st_mtime, done.parent))
-    return max(found)[1] if found else None
-
-
-def begun_after(run: Path, stage: str, model: str | None) -> Path | None:
-    """A run among runs/* of a stage, and of a model if given, that was started when `run` was complete, and is not."""
+def recorded(stages: tuple[str, ...], model: str | None) -> Iterator[Path]:
+    """The runs of runs/* that are of one of the stages and, if given, of that model, by the name that runs record."""
     for where in RUNS.glob("*/config.json"):
         try:
             config = read_config(where.parent)
         except UserError:
-            continue  # as in `newest`
-        late = where.stat().st_mtime > (run / "complete.json").stat().st_mtime
-        its = config["stage"] == stage and model in (None, config["args"].get("model"))
-        if its and late and not (where.parent / "complete.json").exists():
-            return where.parent
-    return None
+            continue  # another version's, or damaged: not the one to go on from
+        if config["stage"] in stages and model in (None, config["args"].get("model")):
+            yield where.parent
+
+
+def newest(*stages: str, model: str | None = None) -> Path | None:
+    """The complete run that ended last, of one of the stages and, if given, of that model."""
+    found = [(done.stat().st_mtime, run) for run in recorded(stages, model) if (done := run / "complete.json").exists()]
+    return max(found)[1] if found else None
+
+
+def begun_after(run: Path, stage: str, model: str | None) -> Path | None:
+    """A run of a stage, and of a model if given, that was started when `run` was complete, and is not."""
+    ended = (run / "complete.json").stat().st_mtime
+    return next((other for other in recorded((stage,), model) if not (other / "complete.json").exists()
+                 and (other / "config.json").stat().st_mtime > ended), None)

@@ -173,6 +173,12 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     return responses
 
 
+def stride(rows: int | None) -> int:
+    """Responses to sample before they are written down: a kill loses those under way, and each part ends on a nearly
+    empty cache."""
+    return 4 * (rows or 64) * parallel.size()
+
+
 def generate_shared(policy: Policy, prompts: list[list[int]], *, samples: int = 1, first_row: int = 0,
                     **options) -> list[Response]:
     """generate, the prompts divided among the ranks: every rank gets all responses."""

@@ -12,7 +12,7 @@ from checkpoints import fingerprint
 from data.hub import UserError, as_json, field, parse_object, read_text, write_text
 from data.text import Tokenizer
 from exits import Policy, Response, adapters_off
-from sample import generate_shared
+from sample import generate_shared, stride
 
 RESPONSES = 0  # a purpose of random numbers; distill.py has the others
 
@@ -96,10 +96,9 @@ def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict
     for split, asked in prompts.items():
         done = kept[split]
         with parallel.bar(total=len(asked), initial=len(done), desc=f"base, {split}") as bar, adapters_off(policy):
-            # In parts, since a kill loses the one under way; in large ones, since each ends on a nearly empty cache.
-            stride = 4 * (args.rows or 64) * parallel.size()
-            for i in range(len(done), len(asked), stride):
-                new = generate_shared(policy, asked[i : i + stride], max_new_tokens=args.max_new_tokens,
+            part = stride(args.rows)
+            for i in range(len(done), len(asked), part):
+                new = generate_shared(policy, asked[i : i + part], max_new_tokens=args.max_new_tokens,
                                       eos_ids=tokenizer.eos_ids, depths=policy.n_layers, rows=args.rows, progress=bar,
                                       seed=(args.seed, RESPONSES, split == "test"), first_row=i)
                 run.log("teacher.jsonl", [

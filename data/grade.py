@@ -77,7 +77,7 @@ def _extract_number(answer: str) -> tuple[str | None, str | None]:
         found = NUMBER.match(answer, lead.end())
         if found and not OPERATION.match(answer, found.end()) and not SCALED.match(answer, found.end()):
             return normalise(found[0], "number"), "answer is"  # in "3*6 = 18" the first number isn't it
-    found = [number for number in NUMBER.finditer(answer) if not SCALED.match(answer, number.end())]
+    found = [match for match in NUMBER.finditer(answer) if not SCALED.match(answer, match.end())]
     return (normalise(found[-1][0], "number"), "last number") if found else (None, None)
 
 

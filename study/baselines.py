@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import runs
 from checkpoints import checkpoint, digest, exits_of, load_policy, save_policy
-from data.hub import UserError, read_json, write_json
+from data.hub import read_json, write_json
 from distill import lens_kl
 from evaluate import measure, paired
 from exits import Policy, token_logits
@@ -127,16 +127,13 @@ def closed_start(args):
     source, folder = common.stage_one(args), Path(args.runs) / "full"
     if source is None:
         return None
-    start = digest(checkpoint(source))
     if (folder / "complete.json").exists():
-        if read_json(folder / "complete.json").get("start", start) != start:
-            raise UserError(f"{folder} was made of another {source.name} than the one there now: move it away, or "
-                            f"choose another --runs")
+        common.refuse_other_start(folder, "made of", read_json(folder / "complete.json").get("start"), source)
         return folder
     (folder / "step-000000").mkdir(parents=True, exist_ok=True)
     save_policy(closed(load_policy(runs.load_model(args)[0], source)), folder / "step-000000")
     write_json(folder / "config.json", runs.read_config(source))
-    write_json(folder / "complete.json", {"closed": True, "start": start})
+    write_json(folder / "complete.json", {"closed": True, "start": digest(checkpoint(source))})
     return folder
 
 

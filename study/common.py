@@ -163,14 +163,19 @@ def calibrated(args, name: str, factor: float, *options) -> Path | None:
     return folder and about_the_same(args, folder, kl_factor=factor)
 
 
+def refuse_other_start(folder: Path, how: str, start: str | None, init: Path) -> None:
+    """Raises UserError where a folder's recorded start, if it has one, is not what `init` is now."""
+    if start not in (None, digest(checkpoint(init))):
+        raise UserError(f"{folder} was {how} another {init.name} than the one there now: move it away, or choose "
+                        f"another --runs")
+
+
 def stage_two(args, name: str, lam: float, seed: int, init: Path | None, *options) -> Path | None:
     if init is None:
         return None
     begun = Path(args.runs, name)
-    start = runs.read_config(begun).get("start") if (begun / "config.json").exists() else None
-    if start and start != digest(checkpoint(init)):
-        raise UserError(f"{begun} was trained from another {init.name} than the one there now: move it away, or choose "
-                        f"another --runs")
+    if (begun / "config.json").exists():
+        refuse_other_start(begun, "trained from", runs.read_config(begun).get("start"), init)
     record = RECORD_2.split() if args.model == "embedded" else ()
     folder = trained(args, name, "rloo.py", *record, "--keep", 999, *args.stage2, "--init", init, "--lam",
                      f"{lam:g}", "--seed", seed, *options)
@@ -218,7 +223,7 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
         tokenizer = Tokenizer.from_pretrained(flags.location(args.model), args.revision)
         args.asked = runs.prompts_hash(tokenizer.prompts(tasks.messages(args.problems, tokenizer), args.thinking))
     base = isinstance(source, tuple)
-    folder = None if base else source if (source / "exit_config.json").exists() else checkpoint(source)
+    folder = None if base else checkpoint(source)
     label = "base" if base else folder.parent.name + f"-{folder.name}"
     head = {"weights": list(source) if base else digest(folder), "how": how, "n": args.n, "delta": delta,
             "temperature": args.temperature, "problems": runs.problems_hash(args.problems), "prompts": args.asked,
