@@ -198,7 +198,7 @@ def prompt_ids(problems, model: Transformer, tokenizer: Tokenizer, args) -> list
     if not parallel.alike(lambda: (problems_hash(problems), fingerprint(model))):
         raise UserError(f"the processes differ in --model {args.model} or in the problems of --task {args.task}: give "
                         f"all machines the same files, and a task of your own no order of chance")
-    prompts, context = tokenizer.prompts(tasks.messages(problems, tokenizer), args.thinking), model.config
+    prompts, context = tasks.prompts(problems, tokenizer, args.thinking), model.config
     for problem, prompt in zip(problems, prompts, strict=True):
         if not 0 < len(prompt) <= context.max_position_embeddings - args.max_new_tokens:
             raise UserError(f"problem {problem.id} has a prompt of {len(prompt)} tokens: it must have one at least, "

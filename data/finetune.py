@@ -71,7 +71,7 @@ def accuracy(model: Transformer, tokenizer: Tokenizer, task: str, n: int) -> flo
     """Of n held-out problems, with the chain of thought, at temperature 1."""
     problems = tasks.load(task, "test", n=n)
     policy = Policy(model.requires_grad_(False), exits=[1])
-    responses = generate(policy, tokenizer.prompts(tasks.messages(problems, tokenizer)), max_new_tokens=NEW,
+    responses = generate(policy, tasks.prompts(problems, tokenizer, True), max_new_tokens=NEW,
                          eos_ids=tokenizer.eos_ids, depths=policy.n_layers)
     return sum(runs.grade(p, r, tokenizer)[1].strict for p, r in zip(problems, responses, strict=True)) / n
 

@@ -173,7 +173,7 @@ def evaluate(folder: Path, tokenizer: Tokenizer, n: int) -> dict:
     for family, module in FAMILIES.items():
         problems = tasks.load(family, "test", n=n)
         for mode, thinking, temperature in MODES:
-            prompts = tokenizer.prompts(tasks.messages(problems, tokenizer), thinking)
+            prompts = tasks.prompts(problems, tokenizer, thinking)
             out = generate(policy, prompts, max_new_tokens=120, eos_ids=tokenizer.eos_ids,
                            temperature=temperature, depths=policy.n_layers)
             right = [p.grade(tokenizer.decode(r.token_ids[:-1]), r.finished).strict  # without the eos

@@ -45,6 +45,7 @@ class Problem:
     cot: str | None = None  # a generator's chain of thought
     program: object = None  # what it computed the answer with
     instruction: str = ""  # says how to answer
+    thinking: bool = True  # False: asked without the chat template's thinking mode, whatever --thinking says
     own_grade: Callable | None = None  # (problem, response) -> whether it is right, instead of data/grade.py
     own_reward: Callable | None = None  # (problem, response) -> r_task of eq. (1), instead of 1 for right
     judge: str = ""  # a hash of the file that these two stand in
@@ -67,14 +68,20 @@ class Problem:
         return value
 
 
-def messages(problems: list[Problem], tokenizer) -> list[list[dict[str, str]]]:
-    """The conversations that ask the problems. A model that was taught the generators' questions met them without an
-    instruction; any other has to be told the form of the answer that the grader reads."""
-    def content(p: Problem) -> str:
+def prompts(problems: list[Problem], tokenizer, thinking: bool) -> list[list[int]]:
+    """Ids of the problems' prompts. A model that was taught the generators' questions met them without an instruction;
+    any other has to be told the form of the answer that the grader reads."""
+    def conversation(p: Problem) -> list[dict[str, str]]:
         told = p.instruction and not (p.program and tokenizer.taught)
-        return f"{p.question}\n{p.instruction}" if told else p.question
+        return [{"role": "user", "content": f"{p.question}\n{p.instruction}" if told else p.question}]
 
-    return [[{"role": "user", "content": content(p)}] for p in problems]
+    mode = [thinking and p.thinking for p in problems]
+    if thinking and not all(mode) and not tokenizer.can_think:
+        raise UserError(f"problem {problems[mode.index(False)].id} is to be asked without thinking, and the chat "
+                        f"template of the model has no thinking mode: leave its 'thinking' out")
+    ids = {on: iter(tokenizer.prompts([conversation(p) for p, m in zip(problems, mode, strict=True) if m == on], on))
+           for on in (True, False)}
+    return [next(ids[on]) for on in mode]
 
 
 def name_of(task: str) -> str:
@@ -129,7 +136,8 @@ def generated(task: str, split: str, n: int, seed: int) -> list[Problem]:
 
 
 def own_problem(row: dict, where: str, name: str) -> Problem:
-    """A problem of the user's: question, answer and, for a choice, choices; instruction, if the usual one won't do."""
+    """A problem of the user's: question, answer and, for a choice, choices; instruction, if the usual one won't do;
+    thinking, false if it is to be answered at once."""
     answer = row.get("answer")
     if type(answer) is int or type(answer) is float and math.isfinite(answer):  # JSON as Python reads it knows NaN
         if answer != 0 and abs(answer) > 10**MAX_DIGITS:
@@ -142,11 +150,13 @@ def own_problem(row: dict, where: str, name: str) -> Problem:
         choices = tuple(str(choice).strip() for choice in choices)
         if gold not in choices:
             raise UserError(f"{where}: the answer {gold!r:.60} must be one of 'choices'")
+    if (thinking := row.get("thinking", True)) not in (True, False):
+        raise UserError(f"{where}: 'thinking' must be true or false, not {thinking!r:.60}")
     # Of "5 May" or "5 pm" the number is only a part.
     kind = "number" if choices is None and number(gold) is not None and not re.search(
         r"[^\W\d_]{2}|\s[^\W\d_]", gold) else "choice"
     form = BOXED if kind == "number" else ANSWER.format(" or ".join(choices) if choices else "the answer alone")
-    return Problem(name, question, gold, kind, choices,
+    return Problem(name, question, gold, kind, choices, thinking=bool(thinking),
                    instruction="" if row.get("instruction") == "" else
                    _field(row, "instruction", where) if "instruction" in row else form)
 

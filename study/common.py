@@ -221,7 +221,7 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
     """
     if args.asked is None:
         tokenizer = Tokenizer.from_pretrained(flags.location(args.model), args.revision)
-        args.asked = runs.prompts_hash(tokenizer.prompts(tasks.messages(args.problems, tokenizer), args.thinking))
+        args.asked = runs.prompts_hash(tasks.prompts(args.problems, tokenizer, args.thinking))
     base = isinstance(source, tuple)
     folder = None if base else checkpoint(source)
     label = "base" if base else folder.parent.name + f"-{folder.name}"

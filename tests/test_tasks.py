@@ -11,6 +11,7 @@ import pytest
 from data import hub, tasks
 from data.hub import UserError
 from data.tasks import load
+from data.text import Tokenizer
 from runs import problems_hash
 from tests.commands import ROOT, lines, run
 
@@ -49,9 +50,26 @@ def stories(n, questions=3):
 
 
 def asked(problem, taught: bool = False) -> str:
-    ((message,),) = tasks.messages([problem], Namespace(taught=taught))
+    tokenizer = Namespace(taught=taught, can_think=True, prompts=lambda conversations, thinking: conversations)
+    ((message,),) = tasks.prompts([problem], tokenizer, True)
     assert message["role"] == "user"
     return message["content"]
+
+
+def test_a_problem_can_be_asked_without_thinking(tmp_path):
+    """Else a form that training leaves out is forgotten; and prompts of two forms must stay in order."""
+    path = jsonl(tmp_path / "sums.jsonl", [{"question": f"What is {i} + 4?", "answer": i + 4, "thinking": i % 3 > 0}
+                                           for i in range(40)])
+    problems, tokenizer = load(path, "train"), Tokenizer.from_pretrained(ROOT / "data/tiny")
+
+    def alone(p, on):
+        return tokenizer.prompt_ids([{"role": "user", "content": asked(p)}], on)
+
+    assert {p.thinking for p in problems} == {True, False} and alone(problems[0], True) != alone(problems[0], False)
+    assert tasks.prompts(problems, tokenizer, True) == [alone(p, p.thinking) for p in problems]
+    assert tasks.prompts(problems, tokenizer, False) == [alone(p, False) for p in problems]
+    with pytest.raises(UserError, match="has no thinking mode: leave its 'thinking' out"):
+        tasks.prompts(problems, Namespace(can_think=False), True)
 
 
 # gsm8k
@@ -402,6 +420,7 @@ def test_a_task_of_ones_own_may_define_dataclasses(tmp_path):
     ({"question": "a", "answer": "b", "choices": [["b"]]}, "'choices' must be a list"),
     ({"question": "a", "answer": "b", "choices": ["c"]}, "the answer 'b' must be one of 'choices'"),
     ({"question": "a", "answer": "b", "instruction": 3}, "'instruction' must be text"),
+    ({"question": "a", "answer": "b", "thinking": "no"}, "'thinking' must be true or false"),
     ({"question": "a", "answer": ".", "choices": [".", ","]}, "the grader ignores case, articles"),
     ({"question": "a", "answer": "Polish", "choices": ["polish", "Polish"]}, "the grader ignores case, articles"),
     ({"question": "a", "answer": "?!"[1:]}, "the grader ignores case, articles"),

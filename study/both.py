@@ -1,0 +1,18 @@
+"""A task: belief stories, each asked twice, to be thought about in a chain and to be answered at once.
+
+A stage 1 and 2 that are trained on chains alone forget how to answer without one, and monitor.py, which asks for such
+answers, would take the lost form for lost ability.
+
+    python distill.py --task study/both.py
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from data import tasks
+
+
+def problems(split: str, n: int, seed: int) -> Iterator[tasks.Problem]:
+    for problem in tasks.load("stories", split, n=(n + 1) // 2, seed=seed):
+        yield problem
+        yield replace(problem, id=f"{problem.id}/direct", thinking=False)
