@@ -85,8 +85,8 @@ def exits_of(folder: Path) -> list[int]:
 def fingerprint(model: Transformer) -> str:
     """Tells base models apart, wherever they lie: a hash of 64 values of every parameter, in bfloat16, since the same
     weights may be loaded in either dtype. Once the weights are shared out, what it was before."""
-    if model.mark is not None:
-        return model.mark
+    if model.fingerprint is not None:
+        return model.fingerprint
     values = [p.flatten()[:: max(1, p.numel() // 64)][:64] for name, p in model.named_parameters()
               if "lora_" not in name]
     bits = torch.cat([x.bfloat16() for x in values]).view(torch.int16).cpu().numpy().tobytes()

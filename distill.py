@@ -71,6 +71,16 @@ def log_target(kl_e: torch.Tensor, kappa: float) -> torch.Tensor:
     return stick_breaking(*log_safe(kl_e, kappa))
 
 
+def draw_target(policy: Policy, batch, base_h, lens_h, kappa: float, u):
+    """Draws l*_t ~ q of eq. (3) by uniforms u (N,), and lays the batch out at these depths. Returns log q (N, E + 1), s
+    of (4) (N, E) and l* (N,), on the host."""
+    kl_e = lens_kl(policy.model, base_h, lens_h)
+    log_q = log_target(kl_e, kappa)
+    depths = policy.depth_of_outcome[draw(log_q, send(u, policy.device)).cpu()]
+    batch.depths[batch.row, batch.position] = depths
+    return log_q, log_safe(kl_e, kappa)[0].exp(), depths
+
+
 def exit_cross_entropy(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: torch.Tensor, exits) -> torch.Tensor:
     """The exit term of (5), -log pi(l*_t), with the noise of each coin averaged out: exit logits (N, E), s of (4)
     (N, E) and l* (N,) -> (N,).
@@ -145,17 +155,15 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         own, kl_own = at_own_exits(policy, batch, base_h, u[:, :E])
         drawn += (own[:, None] == outcomes).sum(0)
         kl_half = at_own_exits(policy, batch, base_h, torch.full_like(u[:, :E], 0.5))[1]
-        kl_e = lens_kl(policy.model, base_h, lens_h)
-        log_q = log_target(kl_e, kappa)
+        # Only now: at_own_exits starts from depth L.
+        log_q, p_safe, depths = draw_target(policy, batch, base_h, lens_h, kappa, u[:, E])
         target += log_q.exp().sum(0)
-        depths = outcomes[draw(log_q, send(u[:, E], policy.device)).cpu()]
-        batch.depths[batch.row, batch.position] = depths  # only now: at_own_exits starts from depth L
         _, _, kl_t, exit_logits = score(policy, batch, base_h, tokens=False)
         lost = torch.stack([kl_own, kl_half], 1).double()
         lost = lost.new_zeros(len(index), 2).index_add(0, batch.predicting[0], lost)
         whole = torch.exp(-lost[:, 0]).sum()
         lost *= send(torch.tensor([[min(1, STRETCH / len(responses[i]))] for i in index]), policy.device)
-        exit_loss = exit_cross_entropy(exit_logits, log_safe(kl_e, kappa)[0].exp(), depths, policy.exits)
+        exit_loss = exit_cross_entropy(exit_logits, p_safe, depths, policy.exits)
         totals += torch.stack([kl_t.sum(), exit_loss.sum(), kl_own.sum(), whole, *torch.exp(-lost).sum(0)])
     for sums in (drawn, target, totals):
         parallel.add(sums)  # over the processes, each of which has seen its share of the responses
@@ -199,22 +207,18 @@ def verdict(measured: dict, training_kl: float) -> str | None:
 # -------------------------------------------------------------------------------------------------------- training
 
 
-def train_step(policy: Policy, responses: list[Response], step: int, args) -> dict:
+def train_step(policy: Policy, responses: list[Response], step: int, kappa: float, seed: int, micro_batch: int) -> dict:
     """Accumulates the gradient of eq. (5) over a step's responses and returns what is logged."""
     count = sum(map(len, responses))
     E, outcomes = len(policy.exits), policy.depth_of_outcome
     sizes = [2, E + 1, E, E]
     sums = policy.heads.bias.new_zeros(sum(sizes))
-    for index, batch in micro_batches(policy, responses, args.micro_batch, parallel.share(len(responses))):
+    for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
         base_h, lens_h = base_pass(policy, batch)
-        kl_e = lens_kl(policy.model, base_h, lens_h)
-        log_q = log_target(kl_e, args.kl_factor)
-        u = uniforms((args.seed, DEPTHS, step), index[batch.row], batch.position, 1)[:, 0]
-        depths = outcomes[draw(log_q, send(u, policy.device)).cpu()]  # l*_t
-        batch.depths[batch.row, batch.position] = depths
+        u = uniforms((seed, DEPTHS, step), index[batch.row], batch.position, 1)[:, 0]
+        log_q, p_safe, depths = draw_target(policy, batch, base_h, lens_h, kappa, u)
         # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
         _, _, token_kl, exit_logits = score(policy, batch, base_h, tokens=False)
-        p_safe = log_safe(kl_e, args.kl_factor)[0].exp()
         exit_loss = exit_cross_entropy(exit_logits, p_safe, depths, policy.exits)
         distill_loss(token_kl, exit_loss, count).backward()
 
@@ -267,7 +271,7 @@ def main() -> None:
     args.head_lr = args.lr * (1 if args.model == "embedded" else 5) if args.head_lr is None else args.head_lr
     prompts = {split: runs.prompt_ids(some, model, tokenizer, args) for split, some in problems.items()}
     if source := teacher.source_of(run and run.folder, args):
-        teacher.usable(source, model, prompts, args)  # before the run has a folder, or is open again
+        teacher.checked_responses(source, model, prompts, args)  # before the run has a folder, or is open again
     run, policy, optimizer, start = runs.begin(
         run, "distill", args, model, problems["train"] + problems["test"], prompts["train"] + prompts["test"],
         lambda: Policy(model, exits, args.rank, head_width=args.head_width))
@@ -277,7 +281,7 @@ def main() -> None:
 
     for step in run.steps(start, policy, optimizer):
         chosen = [data["train"][i] for i in runs.pick(len(data["train"]), args.responses_per_step, step, args.seed)]
-        metrics = {"step": step, **train_step(policy, chosen, step, args)}
+        metrics = {"step": step, **train_step(policy, chosen, step, args.kl_factor, args.seed, args.micro_batch)}
         factor = runs.schedule(step, args.steps)
         metrics |= run.apply_gradients(optimizer, args.lr * factor, args.head_lr * factor)
         run.log("metrics.jsonl", [metrics])

@@ -29,7 +29,7 @@ import runs
 from checkpoints import checkpoint, checkpoints, digest, exits_of, fingerprint, load_policy, merge, write_tensors
 from data import tasks
 from data.hub import UserError, as_json, field, parse_object, read_json, read_text, resolve, write_json, write_text
-from exits import Policy, Response, adapters_off, collate, exit_depths, token_logp_all
+from exits import Policy, Response, adapters_off, collate, token_logp_all
 from fast.chunks import in_chunks
 from model import Transformer
 from report.kinds import by_kind
@@ -62,23 +62,33 @@ def measure(rows: list[dict], outcomes: list[int]) -> dict:
             "exit_histogram": {str(d): depths.count(d) / len(depths) for d in outcomes}}
 
 
-def answer(policy: Policy, problems, prompts, tokenizer, base: bool, args, first_row: int, bar) -> list[dict]:
-    """One response to each problem, from the policy or from the base model at full depth, as `graded` has it."""
-    with adapters_off(policy) if base else nullcontext():
-        responses = generate_shared(policy, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
-                                    temperature=args.temperature, delta=args.delta, threshold=args.threshold,
-                                    seed=(args.seed,), first_row=first_row, rows=args.rows,
-                                    depths=policy.n_layers if base else None, progress=bar)
-    return graded(problems, responses, tokenizer)
+def answer(policy: Policy, problems, prompts, tokenizer, label: str, rows: list[dict], out: Path, args) -> list[dict]:
+    """A row of completions.jsonl in `out` for each problem, from the policy or from the base model at full depth; goes
+    on after the `rows` that stand there, and writes each part down when it is drawn."""
+    base, size = label == BASE, stride(args.rows)
+    with (parallel.bar(total=len(prompts), initial=len(rows), desc="answers", leave=False) as bar,
+          adapters_off(policy) if base else nullcontext()):
+        for i in range(len(rows), len(prompts), size):
+            responses = generate_shared(policy, prompts[i : i + size], max_new_tokens=args.max_new_tokens,
+                                        eos_ids=tokenizer.eos_ids, temperature=args.temperature, delta=args.delta,
+                                        threshold=args.threshold, seed=(args.seed,), first_response=i, rows=args.rows,
+                                        depths=policy.n_layers if base else None, progress=bar)
+            new = graded(problems[i : i + size], responses, tokenizer)
+            rows += new
+            if parallel.rank() == 0:
+                with open(out / "completions.jsonl", "a", encoding="utf-8") as file:
+                    file.writelines(as_json({"model": label, **row}) for row in new)
+    return rows
 
 
 def graded(problems, responses: list[Response], tokenizer) -> list[dict]:
     """What became of one response to each problem: a row of completions.jsonl."""
     rows = []
     for problem, response in zip(problems, responses, strict=True):
-        text, grade = runs.grade(problem, response, tokenizer)
-        rows.append({"id": problem.id, "text": text, **asdict(response), "gold": problem.gold, "value": grade.value,
-                     "rule": grade.rule, "correct": grade.strict, "flexible": grade.flexible})
+        grade = runs.grade(problem, response, tokenizer)
+        rows.append({"id": problem.id, "text": runs.text_of(response, tokenizer), **asdict(response),
+                     "gold": problem.gold, "value": grade.value, "rule": grade.rule, "correct": grade.strict,
+                     "flexible": grade.flexible})
     return rows
 
 
@@ -279,7 +289,7 @@ def main() -> None:
     for name, run in (columns or {BASE: None}).items():
         model = policy = None  # of the run before: two bases may not fit
         model, tokenizer = runs.load_model(args)
-        policy = load_policy(model, chosen[name]) if run else Policy(model, exit_depths(model.config.num_hidden_layers))
+        policy = load_policy(model, chosen[name]) if run else Policy(model)
         if not metrics:
             args.revision = model.revision  # the commit, where a branch was named or none
             prompts = runs.prompt_ids(problems, model, tokenizer, args)
@@ -288,17 +298,8 @@ def main() -> None:
         runs.share_out(policy, args)
         print(f"  {name}: {run or args.model}")
         for label in ([] if metrics else [BASE]) + ([name] if run else []):
-            base = label == BASE
-            rows = kept.get(label, [])
-            with parallel.bar(total=len(prompts), initial=len(rows), desc="answers", leave=False) as bar:
-                for i in range(len(rows), len(prompts), stride(args.rows)):
-                    part = slice(i, i + stride(args.rows))
-                    new = answer(policy, problems[part], prompts[part], tokenizer, base, args, i, bar)
-                    rows += new
-                    if parallel.rank() == 0:
-                        with open(out / "completions.jsonl", "a", encoding="utf-8") as file:
-                            file.writelines(as_json({"model": label, **row}) for row in new)
-            outcomes = policy.depth_of_outcome.tolist()
+            base, outcomes = label == BASE, policy.depth_of_outcome.tolist()
+            rows = answer(policy, problems, prompts, tokenizer, label, kept.get(label, []), out, args)
             metrics.append({"name": label, "run": None if base else str(run), **measure(rows, outcomes),
                             "kinds": by_kind(rows, outcomes, tokenizer)})
             by_label[label] = rows

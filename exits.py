@@ -111,10 +111,11 @@ class Policy(nn.Module):
     It takes `model` over: projections are replaced where they are, so a model has one policy.
     """
 
-    def __init__(self, model: Transformer, exits: Sequence[int], rank: int = 16, alpha: float | None = None,
-                 head_width: int = 0):
+    def __init__(self, model: Transformer, exits: Sequence[int] | None = None, rank: int = 16,
+                 alpha: float | None = None, head_width: int = 0):
         super().__init__()
         L = model.config.num_hidden_layers
+        exits = exit_depths(L) if exits is None else exits
         refuse_exits(exits, L)
         self.model = model.requires_grad_(False)
         self.exits, self.n_layers, self.rank, self.alpha = tuple(exits), L, rank, float(alpha or 2 * rank)
@@ -145,7 +146,6 @@ class Policy(nn.Module):
         """
         L = self.n_layers
         place = Sequences(ids.shape) if place is None else place
-        everyone = depths is None and u is None  # runs every layer
         depth = torch.full(ids.shape, L) if depths is None else depths
         h, streams, exit_logits = self.model.embed(ids), [], []
         for segment, (start, stop) in enumerate(pairwise((0, *self.exits, L))):
@@ -156,7 +156,7 @@ class Policy(nn.Module):
                     p = torch.sigmoid(exit_logits[-1] + delta).cpu()
                     depth = depth.masked_fill((depth == L) & (u[..., segment - 1] < p), start)
             # Who has stopped keeps its stream, and later layers still make its keys and values from it (model.Block).
-            h = place.run(self.model, h, segment, range(start, stop), None if everyone else depth > start)
+            h = place.run(self.model, h, segment, range(start, stop), depth > start)
         return Pass(h, torch.stack(exit_logits, dim=-1), depth, streams)
 
 

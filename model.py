@@ -175,7 +175,8 @@ class Transformer(nn.Module):
         self.recompute = False  # activation checkpointing: only the streams between blocks are kept for the backward
         self.graphs = False  # CUDA graphs in decoding
         self.shards = None  # fast.sharded.Shards, where every rank keeps a part of each block
-        self.name, self.revision, self.mark = None, None, None  # where the weights came from, and what tells them apart
+        self.name, self.revision = None, None  # where the weights came from
+        self.fingerprint = None  # what tells them apart, once they are in no one place
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (B, T) -> streams h^0 (B, T, D)."""

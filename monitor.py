@@ -82,7 +82,7 @@ def externalisation(s: Subject, said: dict[str, list]) -> dict:
     values, direct, gold = {}, s.prompts(False), [p.gold for p in s.problems]
     prefixes = [prompt + s.tokenizer.encode(s.form.stub) for prompt in direct]
     for regime, responses in said.items():
-        values[f"E1 chain {regime}"] = [runs.grade(p, r, s.tokenizer)[1].strict
+        values[f"E1 chain {regime}"] = [runs.grade(p, r, s.tokenizer).strict
                                         for p, r in zip(s.problems, responses, strict=True)]
         answers = force(s, prefixes, [len(prompt) - 1 for prompt in direct], regime)
         values[f"E1 direct {regime}"] = [a == g for a, g in zip(answers, gold, strict=True)]
@@ -145,9 +145,9 @@ def causal_load(s: Subject) -> dict:
     true_chains = [thinking(s, prompts[i], s.problems[i].cot.split("\n")) for i in index]
     false_chains = [thinking(s, prompts[i], lines) for i, _, lines, _ in cases]
     for regime in s.own:
-        said = [runs.grade(s.problems[i], r, s.tokenizer)[1].value
-                for i, r in zip(index, respond(s, prefixes, regime), strict=True)]
-        follow, recover = (np.array([str(a) == b for a, b in zip(said, them, strict=True)], float)
+        answered = [runs.grade(s.problems[i], r, s.tokenizer).value
+                    for i, r in zip(index, respond(s, prefixes, regime), strict=True)]
+        follow, recover = (np.array([str(a) == b for a, b in zip(answered, them, strict=True)], float)
                            for them in (wrong, gold))
         M_true, M_false = (np.subtract(*(logp_answers(s, chains, starts, answers, regime) for answers in (gold, wrong)))
                            for chains in (true_chains, false_chains))
@@ -334,7 +334,7 @@ def claim(rows: dict, verdicts: dict[str, str]) -> str:
     return f"E1: {four}: {found}"
 
 
-def said_by(x: dict, value: str = "value", low: str = "low", high: str = "high") -> str:
+def with_interval(x: dict, value: str = "value", low: str = "low", high: str = "high") -> str:
     return f"{x[value]:+.2f} ({x[low]:+.2f} to {x[high]:+.2f})" if value in x else ""
 
 
@@ -365,7 +365,7 @@ def show(name: str, rows: dict, task: str) -> None:
         if found := re.fullmatch(r"(.* )(?:cap-)?(\d+)", row):
             curves.setdefault(found[1], {})[int(found[2])] = x["value"]
             continue
-        print(f"  {row:44}{said_by(x):26}{said_by(x, 'difference', 'd_low', 'd_high'):26}"
+        print(f"  {row:44}{with_interval(x):26}{with_interval(x, 'difference', 'd_low', 'd_high'):26}"
               f"{standing(row, verdicts)}")
     for curve, points in curves.items():
         full, chance = (rows[name]["value"] if curve in ("E1 chain ", "E1 direct ") else None

@@ -85,16 +85,16 @@ def score_responses(policy: Policy, responses: list[Response], micro_batch: int)
     return base, mean_kl.cpu(), torch.cat(drift).cpu()  # copied last, since each copy waits for the device
 
 
-def accumulate_gradient(policy: Policy, responses: list[Response], advantages: torch.Tensor, base: list, count: int,
-                        args) -> None:
+def accumulate_gradient(policy: Policy, responses: list[Response], advantages: torch.Tensor, base: list,
+                        micro_batch: int, beta: float, c: int, count: int) -> None:
     """What these responses add to the gradient of rloo_loss over a step's `count`, micro-batch by micro-batch."""
-    parts = micro_batches(policy, responses, args.micro_batch)  # the same as in score_responses, where base comes from
+    parts = micro_batches(policy, responses, micro_batch)  # the same as in score_responses, where base comes from
     for (index, batch), base_h in zip(parts, base, strict=True):
         logp_exit, logp_token, token_kl, _ = score(policy, batch, base_h)
         lengths = per_response(torch.ones_like(token_kl), batch)
         advantage = send(advantages[index].to(token_kl.dtype), policy.device)
         rloo_loss(advantage, per_response(logp_exit + logp_token, batch),
-                  per_response(token_kl, batch) / lengths, args.beta, args.max_new_tokens, count).backward()
+                  per_response(token_kl, batch) / lengths, beta, c, count).backward()
 
 
 def summarise(rows: list[dict], drift: torch.Tensor, outcomes: list[int], args) -> dict:
@@ -122,6 +122,16 @@ def progress(rows: list[dict], where) -> str:
                        for part in (rows[:tenth], rows[-tenth:]))
         told.append(f"{name} {mean(first):.3g} -> {mean(last):.3g}" if first and last else f"{name} not finite")
     return f"from the first {tenth} to the last of {len(rows)} steps: {', '.join(told)}"
+
+
+def next_command(run: Path, init: Path, args) -> str:
+    """What compares the run with its stage 1, where that is still there: with flags where else the two could not be."""
+    told = [str(run)]
+    if (runs.run_of(init) / "config.json").exists():
+        before = runs.read_config(init)["args"]
+        told = [str(init), *told, *(flags.typed(name, value) for name in (*flags.INHERITED, "dtype")
+                                    if (value := getattr(args, name)) not in (None, before.get(name)))]
+    return " ".join(["python evaluate.py", *map(quote, told)])
 
 
 def stage_one(args) -> Path:
@@ -189,7 +199,7 @@ def main() -> None:
         with model.rollout():
             responses = generate(policy, [prompts[i] for i in chosen], samples=args.samples, rows=args.rows,
                                  max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step),
-                                 first_row=mine.start * args.samples)
+                                 first_response=mine.start * args.samples)
         asked = [problems[i] for i in chosen for _ in range(args.samples)]
         rows = graded(asked, responses, tokenizer)
         times.append(time.perf_counter())
@@ -206,7 +216,8 @@ def main() -> None:
         times.append(time.perf_counter())
 
         # Update: one gradient step.
-        accumulate_gradient(policy, responses, advantages, base, args.prompts_per_step * args.samples, args)
+        accumulate_gradient(policy, responses, advantages, base, args.micro_batch, args.beta, c=args.max_new_tokens,
+                            count=args.prompts_per_step * args.samples)
         del base  # else it is held through the next rollout, where memory is scarcest
         updated = run.apply_gradients(optimizer, args.lr * runs.schedule(step, args.steps))
         times.append(time.perf_counter())
@@ -237,12 +248,7 @@ def main() -> None:
                                 f"rollout/score/update {'/'.join(f'{s:.1f}' for s in seconds)} s")
     run.complete(run.last_metrics()[0])
     print(progress(run.last_metrics(args.steps), run.folder / "metrics.jsonl"))
-    told = [str(run.folder)]
-    if (runs.run_of(init) / "config.json").exists():  # it may have been taken away
-        before = runs.read_config(init)["args"]
-        told = [str(init), *told, *(flags.typed(name, value) for name in (*flags.INHERITED, "dtype")
-                                    if (value := getattr(args, name)) not in (None, before.get(name)))]
-    print("next: python evaluate.py", *map(quote, told))  # with flags where else the two could not be compared
+    print("next:", next_command(run.folder, init, args))
 
 
 if __name__ == "__main__":

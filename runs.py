@@ -45,6 +45,7 @@ from checkpoints import (
     write_tensors,
 )
 from data import tasks
+from data.grade import Grade
 from data.hub import UserError, as_json, field, fsync, parse_object, read_json, read_text, write_json
 from data.text import Tokenizer
 from exits import Policy, Response
@@ -181,7 +182,7 @@ def share_out(policy: Policy, args) -> Policy:
     """With --shard, leaves every process a part of the base's blocks."""
     if args.shard:
         from fast.sharded import Shards
-        policy.model.mark = fingerprint(policy.model)  # later its values are in no one place
+        policy.model.fingerprint = fingerprint(policy.model)  # later its values are in no one place
         Shards(policy, parallel.device(args.device))
     return policy
 
@@ -207,10 +208,14 @@ def prompt_ids(problems, model: Transformer, tokenizer: Tokenizer, args) -> list
     return prompts
 
 
-def grade(problem, response: Response, tokenizer: Tokenizer):
-    """(text, the task's grade of it) of a sampled response."""
-    text = tokenizer.decode(response.token_ids[:-1] if response.finished else response.token_ids)  # without its eos
-    return text, problem.grade(text, response.finished, think_open=tokenizer.think_open(response.prompt_ids))
+def text_of(response: Response, tokenizer: Tokenizer) -> str:
+    """A sampled response's text, without the eos that ended it."""
+    return tokenizer.decode(response.token_ids[:-1] if response.finished else response.token_ids)
+
+
+def grade(problem, response: Response, tokenizer: Tokenizer) -> Grade:
+    """The task's grade of a sampled response."""
+    return problem.grade(text_of(response, tokenizer), response.finished, tokenizer.think_open(response.prompt_ids))
 
 
 def pick(count: int, size: int, step: int, seed: int) -> list[int]:
@@ -475,8 +480,8 @@ class Run:
 
 def problems_hash(problems) -> str:
     """Of what the run is about, so that data, or a task's own judgement, that has changed is noticed."""
-    parts = [[p.question, p.gold, p.choices, *([] if p.program else [p.instruction]), *([p.judge] if p.judge else [])]
-             for p in problems]
+    parts = [[p.question, p.gold, p.choices, *([] if p.program else [p.instruction]),
+              *([p.own_hash] if p.own_hash else [])] for p in problems]
     return hashlib.sha256(as_json(parts).encode()).hexdigest()[:16]
 
 

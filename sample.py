@@ -80,18 +80,27 @@ def prefill(policy: Policy, prompts: list[list[int]], cache: Cache, rows: torch.
     cache.admit(rows, length)
 
 
+def together(samples: int, prompts: int, rows: int) -> int:
+    """How many of a prompt's samples enter the cache at a time, by one pass: all, but where rows are few; for all of a
+    group's rows have to be free, and would wait for the slowest."""
+    if samples * prompts <= rows:
+        return samples
+    return max(d for d in range(1, samples + 1) if samples % d == 0 and (8 * d <= rows or d == 1))
+
+
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int,
              eos_ids: Sequence[int], temperature: float = 1.0, delta: float = 0.0, threshold=None, depths=None,
-             seed: Sequence[int] = (0,), first_row: int = 0, rows: int | None = None, progress=None) -> list[Response]:
+             seed: Sequence[int] = (0,), first_response: int = 0, rows: int | None = None,
+             progress=None) -> list[Response]:
     """`samples` responses to each prompt, prompt by prompt.
 
     Exits are drawn with offset `delta`; or, with a `threshold`, taken where p_e exceeds it, without chance; or `depths`
     prescribes them: an int for every token, or one row of max_new_tokens depths a response. Response r's randomness is
-    that of (seed, first_row + r, position), so neither `rows` nor the other prompts change it, but by rounding. At most
-    `rows` responses are in the cache at a time (default: what fits in half of the free memory). `progress`, a tqdm bar,
-    counts ended responses. Raises UserError for a prompt that is empty or leaves no room in the model's context, for
-    depths that no outcome has, and where a log-probability is not finite.
+    that of (seed, first_response + r, position), so neither `rows` nor the other prompts change it, but by rounding. At
+    most `rows` responses are in the cache at a time (default: what fits in half of the free memory). `progress`, a tqdm
+    bar, counts ended responses. Raises UserError for a prompt that is empty or leaves no room in the model's context,
+    for depths that no outcome has, and where a log-probability is not finite.
     """
     context, L, E = policy.model.config.max_position_embeddings, policy.n_layers, len(policy.exits)
     for i, prompt in enumerate(prompts):
@@ -109,10 +118,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     slots = max(len(prompt) for prompt in prompts) - 1 + max_new_tokens
     weight = policy.model.lm_head.weight
     rows = rows or fitting_rows(policy.model.config, slots, weight)
-    # So many of a prompt's samples enter together, by one pass: all, but where rows are few; for all of a group's rows
-    # have to be free, and would wait for the slowest.
-    group = samples if rows >= samples * len(prompts) else max(
-        d for d in range(1, samples + 1) if samples % d == 0 and (8 * d <= rows or d == 1))
+    group = together(samples, len(prompts), rows)
     prompts = [prompt for prompt in prompts for _ in range(samples // group)]
     R = group * min(len(prompts), max(1, rows // group))
     cache = Cache(policy.model.config, R, slots, E + 1, weight, Graphs() if policy.model.graphs else None)
@@ -140,7 +146,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             number = holds[live]
             u = torch.zeros(len(holds), 1 + E, dtype=torch.double)
             # The token's comes first, so that a full-depth response does not depend on where exits would be.
-            u[live] = uniforms(seed, first_row + number, cache.length[live], 1 + E)
+            u[live] = uniforms(seed, first_response + number, cache.length[live], 1 + E)
             if threshold is not None:
                 u[live, 1:] = threshold  # u < p stops: in u's place it stops wherever p is above
             depth = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
@@ -179,10 +185,11 @@ def stride(rows: int | None) -> int:
     return 4 * (rows or 64) * parallel.size()
 
 
-def generate_shared(policy: Policy, prompts: list[list[int]], *, samples: int = 1, first_row: int = 0,
+def generate_shared(policy: Policy, prompts: list[list[int]], *, samples: int = 1, first_response: int = 0,
                     **options) -> list[Response]:
     """generate, the prompts divided among the ranks: every rank gets all responses."""
     mine = parallel.share(len(prompts))
     with policy.model.rollout():
-        drawn = generate(policy, prompts[mine], samples=samples, first_row=first_row + samples * mine.start, **options)
+        drawn = generate(policy, prompts[mine], samples=samples,
+                         first_response=first_response + samples * mine.start, **options)
     return parallel.gather(drawn)

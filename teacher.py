@@ -55,7 +55,7 @@ def read_responses(path, model, args) -> dict[str, list[Response]]:
     return kept
 
 
-def usable(path, model, asked: dict, args) -> dict[str, list[Response]]:
+def checked_responses(path, model, asked: dict, args) -> dict[str, list[Response]]:
     """What a teacher.jsonl holds: with --teacher as many responses as asked for, else those to these very prompts."""
     kept = read_responses(path, model, args)
     for split, prompts in asked.items():
@@ -87,7 +87,7 @@ def kept_responses(run, policy: Policy, asked: dict, args) -> dict[str, list[Res
     path, source = run.folder / "teacher.jsonl", source_of(run.folder, args)
     whole = "".join(read_text(source).rpartition("\n")[:2]) if source else ""
     write_text(path, whole or as_json(origin(policy.model, args)))
-    return usable(path, policy.model, asked, args)
+    return checked_responses(path, policy.model, asked, args)
 
 
 def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict, args) -> dict[str, list[Response]]:
@@ -100,7 +100,7 @@ def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict
             for i in range(len(done), len(asked), part):
                 new = generate_shared(policy, asked[i : i + part], max_new_tokens=args.max_new_tokens,
                                       eos_ids=tokenizer.eos_ids, depths=policy.n_layers, rows=args.rows, progress=bar,
-                                      seed=(args.seed, RESPONSES, split == "test"), first_row=i)
+                                      seed=(args.seed, RESPONSES, split == "test"), first_response=i)
                 run.log("teacher.jsonl", [
                     {"split": split, "id": problem.id, "prompt_ids": r.prompt_ids, "token_ids": r.token_ids,
                      "finished": r.finished} for problem, r in zip(problems[split][i:], new, strict=False)])
@@ -115,7 +115,7 @@ def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict
 def report_accuracy(problems, prompts, responses: list[Response], tokenizer: Tokenizer) -> None:
     """How many of the training problems the base solves: where that is none or all, stage 2 has nothing to learn from,
     and it may be the grader that fails."""
-    right = [runs.grade(problem, r, tokenizer)[1].strict
+    right = [runs.grade(problem, r, tokenizer).strict
              for problem, prompt, r in zip(problems, prompts, responses, strict=True) if r.prompt_ids == prompt]
     if right:  # responses of another run may be to other problems
         share = sum(right) / len(right)

@@ -44,7 +44,7 @@ def plain_decode(policy: Policy, prompts: torch.Tensor, new: int) -> torch.Tenso
     sample.prefill(policy, prompts.tolist(), cache, torch.arange(B)[:, None])
     token, out = prompts[:, -1], []
     for _ in range(new):
-        h = cache.run(model, model.embed(token[:, None]), 0, range(policy.n_layers), None)
+        h = cache.run(model, model.embed(token[:, None]), 0, range(policy.n_layers), torch.ones(B, 1, dtype=torch.bool))
         cache.end(h)
         token = model.unembed(h[:, 0]).argmax(-1)
         out.append(token)

@@ -18,7 +18,7 @@ import distill
 import rloo
 import runs
 from checkpoints import adamw
-from exits import Policy, exit_depths
+from exits import Policy
 from sample import generate
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = random_model(args.shape, args.layers, dtype, device)
     model.recompute, model.graphs = True, args.cuda_graphs
-    policy = Policy(model, exit_depths(model.config.num_hidden_layers), head_width=256)
+    policy = Policy(model, head_width=256)
     run, optimizer = runs.Run(Path(tempfile.mkdtemp()), args), adamw(policy)  # the run only takes steps
     trained = sum(p.numel() for p in policy.trained().values())
     size = sum(p.numel() for p in policy.parameters())
@@ -50,15 +50,15 @@ def main() -> None:
         return value
 
     prompts = torch.randint(0, model.config.vocab_size, (2, args.prompt)).tolist()
-    settings = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=0, beta=0.02, max_new_tokens=args.new)
     responses = timed(f"rollout, 4 x {args.new} tokens", lambda: generate(
         policy, prompts, samples=2, max_new_tokens=args.new, eos_ids=[-1]))
-    timed("stage 1, gradient of 4", lambda: distill.train_step(policy, responses, 0, settings))
+    timed("stage 1, gradient of 4", lambda: distill.train_step(
+        policy, responses, step=0, kappa=1.0, seed=0, micro_batch=1))
     print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5)['grad_norm']:.3g}")
     base, mean_kl, _ = timed("stage 2, score 4", lambda: rloo.score_responses(policy, responses, 1))
     advantages = rloo.leave_one_out(rloo.reward(torch.tensor([0.0, 1.0] * 2), 0.0, mean_kl, 0.0, 0.02).view(2, 2))
     timed("stage 2, gradient of 4", lambda: rloo.accumulate_gradient(
-        policy, responses, advantages.flatten(), base, len(responses), settings))
+        policy, responses, advantages.flatten(), base, micro_batch=1, beta=0.02, c=args.new, count=len(responses)))
     print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5)['grad_norm']:.3g}")
 
 

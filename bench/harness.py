@@ -23,7 +23,7 @@ import runs  # noqa: E402
 from checkpoints import load_policy  # noqa: E402
 from data.grade import after_thinking  # noqa: E402
 from data.hub import UserError, write_text  # noqa: E402
-from exits import Policy, exit_depths  # noqa: E402
+from exits import Policy  # noqa: E402
 from sample import generate  # noqa: E402
 
 sys.path.remove(ROOT)  # some tasks import the library `evaluate`, and would find evaluate.py
@@ -72,8 +72,7 @@ class Exits(LM):
                                      threshold=self.args.threshold, depths=self.depths, seed=(self.args.seed,),
                                      rows=self.args.rows, progress=bar)
             for i, r in zip(group, responses, strict=True):
-                text = self.tokenizer.decode(r.token_ids[:-1] if r.finished else r.token_ids)
-                text = after_thinking(text, self.tokenizer.think_open(r.prompt_ids)) or ""
+                text = after_thinking(runs.text_of(r, self.tokenizer), self.tokenizer.think_open(r.prompt_ids)) or ""
                 until = requests[i].args[1].get("until") or ()
                 for stop in [until] if isinstance(until, str) else until:
                     text = text.partition(stop)[0] if stop else text
@@ -105,7 +104,7 @@ def main() -> None:
         flags.inherit(args, runs.read_config(Path(args.run)), Path(args.run) / "config.json")
     args = flags.settle(p, args)
     model, tokenizer = runs.load_model(args)
-    policy = Policy(model, exit_depths(model.config.num_hidden_layers)) if base else load_policy(model, args.run)
+    policy = Policy(model) if base else load_policy(model, args.run)
     lm = Exits(policy, tokenizer, args, base)
     found = lm_eval.simple_evaluate(lm, tasks=args.tasks, limit=args.limit, apply_chat_template=True,
                                     task_manager=TaskManager(include_path=args.include_path), random_seed=args.seed,

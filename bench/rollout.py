@@ -59,7 +59,7 @@ def main() -> None:
         stride, tokens, layers = at_a_time or len(prompts), 0, 0
         with adapters_off(policy) if base else nullcontext():
             for i in range(0, len(prompts), stride):
-                got = generate(policy, prompts[i : i + stride], first_row=i * options["samples"], **options)
+                got = generate(policy, prompts[i : i + stride], first_response=i * options["samples"], **options)
                 tokens, layers = tokens + sum(map(len, got)), layers + sum(sum(r.depths) for r in got)
         produced[name] = tokens, layers / tokens
 

@@ -11,7 +11,6 @@ with recomputation: (2 + 2 + 2) N of the body a step, and (E + 4) 2 V D of the v
 and base again, one product backward). MFU is against the best square matrix product measured in the same run.
 """
 
-import argparse
 import time
 from pathlib import Path
 from statistics import median
@@ -85,11 +84,11 @@ def steps(policy: Policy, args) -> None:
 
     full, mixed = (collate(responses(depths), L, args.device)
                    for depths in ([L] * (T - 1), [outcomes[i % (E + 1)] for i in range(T - 1)]))
-    settings = argparse.Namespace(micro_batch=B, kl_factor=NEVER_SAFE, seed=0)
     losses = {}
 
     def ours():
-        losses["ours"] = distill.train_step(policy, responses([L] * (T - 1)), 0, settings)["loss"]
+        losses["ours"] = distill.train_step(policy, responses([L] * (T - 1)), step=0, kappa=NEVER_SAFE, seed=0,
+                                            micro_batch=B)["loss"]
 
     @torch.no_grad()
     def forward(batch=full):

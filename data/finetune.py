@@ -73,7 +73,7 @@ def accuracy(model: Transformer, tokenizer: Tokenizer, task: str, n: int) -> flo
     policy = Policy(model.requires_grad_(False), exits=[1])
     responses = generate(policy, tasks.prompts(problems, tokenizer, True), max_new_tokens=NEW,
                          eos_ids=tokenizer.eos_ids, depths=policy.n_layers)
-    return sum(runs.grade(p, r, tokenizer)[1].strict for p, r in zip(problems, responses, strict=True)) / n
+    return sum(runs.grade(p, r, tokenizer).strict for p, r in zip(problems, responses, strict=True)) / n
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as HFTokenizer
 from tqdm import tqdm
 
+import runs
 from data import arithmetic, stories, tasks
 from data.hub import write_json
 from data.text import OURS, Tokenizer
@@ -176,8 +177,7 @@ def evaluate(folder: Path, tokenizer: Tokenizer, n: int) -> dict:
             prompts = tasks.prompts(problems, tokenizer, thinking)
             out = generate(policy, prompts, max_new_tokens=120, eos_ids=tokenizer.eos_ids,
                            temperature=temperature, depths=policy.n_layers)
-            right = [p.grade(tokenizer.decode(r.token_ids[:-1]), r.finished).strict  # without the eos
-                     for p, r in zip(problems, out, strict=True)]
+            right = [runs.grade(p, r, tokenizer).strict for p, r in zip(problems, out, strict=True)]
             scores[f"{family}_{mode}"] = sum(right) / n
             if mode == "think":
                 kinds = [p["kind"] for p in module.problems("test", n)]

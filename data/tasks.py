@@ -48,7 +48,7 @@ class Problem:
     thinking: bool = True  # False: asked without the chat template's thinking mode, whatever --thinking says
     own_grade: Callable | None = None  # (problem, response) -> whether it is right, instead of data/grade.py
     own_reward: Callable | None = None  # (problem, response) -> r_task of eq. (1), instead of 1 for right
-    judge: str = ""  # a hash of the file that these two stand in
+    own_hash: str = ""  # of the file that these two stand in
 
     def grade(self, text: str, finished: bool, think_open: bool = False) -> Grade:
         """Grade of a decoded response. One that has not finished, or not finished thinking, is never right."""
@@ -110,16 +110,14 @@ def load(task: str, split: str, data: str | None = None, n: int | None = None,
     if n is not None and n < 1:
         raise UserError(f"{n} problems asked for: ask for at least 1")
     task = name_of(task)
-    reads_data = TASKS.get(task) in (gsm8k, tom)
-    if data is not None and not reads_data:
+    if data is not None and task not in FILES:
         raise UserError(f"task {task} reads no data but its own: leave out --data {data}")
-    if task in ("arithmetic", "stories") or task.endswith(".py"):
-        make = TASKS.get(task, own_module)
-        return make(task, split, n or GENERATED, seed)
-    problems = TASKS[task](split, data) if task in TASKS else own_file(task, split)
+    if task in GENERATORS or task.endswith(".py"):
+        return GENERATORS.get(task, own_module)(task, split, n or GENERATED, seed)
+    problems = FILES[task](split, data) if task in FILES else own_file(task, split)
     if not problems:
         raise UserError(f"{data or task}: no problem falls into the {split} split, to which a hash of its text assigns "
-                        f"it: give more problems, or " + ("a folder with a file per split" if reads_data else
+                        f"it: give more problems, or " + ("a folder with a file per split" if task in FILES else
                                                           "a .py task, whose problems() makes the splits"))
     return sorted(problems, key=lambda p: _hash(f"{seed} {p.id}"))[:n]
 
@@ -211,7 +209,7 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
                             f"{p.gold!r:.30}")
         p = p if isinstance(p, Problem) else own_problem(p, where, f"{Path(path).stem}/{split}/{seed}/{i}")
         own = {f"own_{name}": getattr(module, name, getattr(p, f"own_{name}")) for name in ("grade", "reward")}
-        problems.append(gradable(replace(p, **own, judge=source if any(own.values()) else ""), where))
+        problems.append(gradable(replace(p, **own, own_hash=source if any(own.values()) else ""), where))
     if not problems:
         raise UserError(f"{path}: problems({split!r}, {n}, {seed}) gives none")
     return problems
@@ -380,4 +378,6 @@ def _split(key: str) -> str:
     return "test" if _hash(key) % 5 == 0 else "train"
 
 
-TASKS = {"gsm8k": gsm8k, "tom": tom, "arithmetic": generated, "stories": generated}
+FILES = {"gsm8k": gsm8k, "tom": tom}  # (split, data) -> all problems of the split, in the file's order
+GENERATORS = {"arithmetic": generated, "stories": generated}  # (task, split, n, seed) -> n problems
+TASKS = FILES | GENERATORS

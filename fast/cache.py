@@ -58,11 +58,10 @@ class Cache:
         self.v = self.v[:, rows]
         self.streams = self.streams[rows]
 
-    def run(self, model, h: torch.Tensor, segment: int, layers: range, running: torch.Tensor | None) -> torch.Tensor:
+    def run(self, model, h: torch.Tensor, segment: int, layers: range, running: torch.Tensor) -> torch.Tensor:
         """Streams (R, 1, D) of the rows' new tokens before a segment -> after it. `running` (R, 1), on the host: who
-        runs it (None: all); the others keep their streams. Who is left out of the first segment has no new token."""
-        h = h[:, 0]
-        running = torch.ones(len(h), dtype=torch.bool) if running is None else running[:, 0]
+        runs it; the others keep their streams. Who is left out of the first segment has no new token."""
+        h, running = h[:, 0], running[:, 0]
         if segment == 0:
             self.present = running
         if not running.any():  # and no later segment either

@@ -28,15 +28,15 @@ class Sequences:
     def __init__(self, shape, shared_from: torch.Tensor | None = None, cache=None, rows: torch.Tensor | None = None):
         self.shape, self.shared_from, self.cache, self.rows = tuple(shape), shared_from, cache, rows
 
-    def run(self, model, h: torch.Tensor, segment: int, layers: range, running: torch.Tensor | None) -> torch.Tensor:
-        """Streams (B, T, D) before some layers -> after them. `running` (B, T), on the host: who runs them (None: all);
-        the others keep their streams. Who is left out of the first segment, padding or a prompt that stands elsewhere,
+    def run(self, model, h: torch.Tensor, segment: int, layers: range, running: torch.Tensor) -> torch.Tensor:
+        """Streams (B, T, D) before some layers -> after them. `running` (B, T), on the host: who runs them; the
+        others keep their streams. Who is left out of the first segment, padding or a prompt that stands elsewhere,
         gives no keys and values either."""
         h = h.flatten(0, 1)
         if segment == 0:  # a pass begins: what its segments share
             self.tables, self.present = rope(self.shape[1], model.config, h), running
             self.source = None if self.shared_from is None else send(self.shared_from.flatten(), h.device)
-        if running is None or (running.all() and self.cache is None):  # nothing to leave out, nor to keep
+        if running.all() and self.cache is None:  # nothing to leave out, nor to keep
             return model.run(h, layers, Causal(self.shape, *self.tables)).unflatten(0, self.shape)
         site = Packed(self, h, running)
         h = h.index_copy(0, site.run_at, model.run(h.index_select(0, site.run_at), layers, site))

@@ -54,6 +54,5 @@ def by_kind(rows: list[dict], outcomes: list[int], tokenizer) -> list[dict]:
                 found[part, "all"].append(depth)
     count, L = len(found["all", "all"]), outcomes[-1]
     return [{"part": part, "kind": kind, "share": len(depths) / count, "tokens": len(depths),
-             "exit_rate": sum(d < L for d in depths) / len(depths), "average_compute": sum(depths) / len(depths) / L,
-             "exit_histogram": {str(d): depths.count(d) / len(depths) for d in outcomes}}
+             "exit_rate": sum(d < L for d in depths) / len(depths), "average_compute": sum(depths) / len(depths) / L}
             for (part, kind), depths in found.items()]

@@ -28,7 +28,7 @@ import exits
 import flags
 import runs
 from data.hub import UserError, field, parse_object, read_json, read_text, write_json
-from exits import Policy, Response, adapters_off, exit_depths, micro_batches
+from exits import Policy, Response, adapters_off, micro_batches
 
 N_GRAM = 4
 COLUMNS = ("perplexity", "repetition", "finished", "coherence")
@@ -220,7 +220,7 @@ def main() -> None:
     flags.inherit(args, {"args": saved}, where)
     args = flags.settle(p, args)
     model, tokenizer = runs.load_model(args)
-    policy = Policy(model, exit_depths(model.config.num_hidden_layers))
+    policy = Policy(model)
     groups = read(args.folder, args.n, model.config.vocab_size)
     out = Path(args.out) if args.out else args.folder / f"coherence{'-calibration' if args.calibrate else ''}.json"
     record = {"command": shlex.join(["python", "-m", "study.coherence", *sys.argv[1:]]), "commit": runs.commit(),

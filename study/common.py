@@ -307,7 +307,7 @@ def judged(args, answered: Answers) -> dict:
     path = judgement(answered.path)
     if not path.exists():
         model, _ = runs.load_model(args)
-        policy = Policy(model, exit_depths(model.config.num_hidden_layers))
+        policy = Policy(model)
         write_json(path, score(policy, answered.rows, args.micro_batch))
     return {name: read_json(path)[name] for name in COLUMNS}
 

@@ -16,11 +16,11 @@ from tqdm import trange
 import runs
 from checkpoints import load_policy
 from data.hub import field
-from distill import HELD_OUT, exit_cross_entropy, held_out, lens_kl, log_safe, log_target
+from distill import HELD_OUT, draw_target, exit_cross_entropy, held_out
 from evaluate import paired
 from exits import ExitHeads, Policy, Response, base_pass, micro_batches
 from flags import whole
-from sample import draw, uniforms
+from sample import uniforms
 from study import common
 from study.common import answers, base_answers, correct, point
 from teacher import read_responses
@@ -34,13 +34,11 @@ def streams(policy: Policy, responses: list[Response], kappa: float, seed: int, 
     drawn from q (N,), all on the host: N x E x D numbers of the model's dtype."""
     found = []
     for index, batch in micro_batches(policy, responses, micro_batch):
-        kl_e = lens_kl(policy.model, *base_pass(policy, batch))
-        u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, 1)[:, 0].to(kl_e.device)
-        depths = policy.depth_of_outcome[draw(log_target(kl_e, kappa), u).cpu()]
-        batch.depths[batch.row, batch.position] = depths
+        u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, 1)[:, 0]
+        _, p_safe, depths = draw_target(policy, batch, *base_pass(policy, batch), kappa, u)
         out = policy(batch.ids, batch.depths, place=batch.place)
         found.append((torch.stack([h[batch.predicting] for h in out.streams], 1).cpu(),
-                      log_safe(kl_e, kappa)[0].exp().cpu(), depths))
+                      p_safe.cpu(), depths))
     return [torch.cat(part) for part in zip(*found, strict=True)]
 
 

@@ -150,7 +150,7 @@ def chain_of(text: str) -> list[str]:
 
 def answers_of(s: Subject, responses: list[Response]) -> list[str | None]:
     """What each response to a problem answers; None where it did not come to that."""
-    return [runs.grade(p, r, s.tokenizer)[1].value for p, r in zip(s.problems, responses, strict=True)]
+    return [runs.grade(p, r, s.tokenizer).value for p, r in zip(s.problems, responses, strict=True)]
 
 
 def thinking(s: Subject, prompt: list[int], lines: list[str], ended: bool = True) -> list[int]:

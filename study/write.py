@@ -131,8 +131,8 @@ def fig2(data: dict) -> list[str]:
 def fronts(data: dict) -> list[str]:
     front, base = data["front"], data["base"]
     def undrawn(r: dict) -> list[str]:
-        half = r.get("thresholded")
-        return [percent(half["average_compute"]), accuracy(half), change(half)] if half else ["", "", ""]
+        at_half = r.get("thresholded")
+        return [percent(at_half["average_compute"]), accuracy(at_half), change(at_half)] if at_half else ["", "", ""]
 
     rows = [[what, f"{r['value']:g}".replace("-", "−") + (f", seed {r['seed']}" if "seed" in r else "") +
              (f", from κ = {r['kappa']:g}" if "kappa" in r else ""), percent(r["average_compute"]),
@@ -261,10 +261,11 @@ def baselines(data: dict) -> list[str]:
 def crossdomain(data: dict) -> list[str]:
     rows = []
     for c in data["cells"]:
-        half = c.get("thresholded", {})
+        at_half = c.get("thresholded")
         rows.append([c["stage"], c.get("trained", ""), c["tested"], accuracy(c), change(c) if "trained" in c else "",
                      percent(c["average_compute"]), percent(c["exit_rate"]), percent(c["finished"]),
-                     *((accuracy(half), change(half), percent(half["average_compute"])) if half else ("", "", ""))])
+                     *((accuracy(at_half), change(at_half), percent(at_half["average_compute"])) if at_half else
+                       ("", "", ""))])
     return ["### Cross-domain: train on one task, test on the other", "",
             f"`{data['command']}`: {data['n']} held-out problems of each task, temperature {data['temperature']:g}, "
             "one seed. The change is from the base on the task tested.",

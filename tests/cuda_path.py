@@ -276,13 +276,14 @@ def test_score_and_gradients(recompute, dtype, rtol, monkeypatch):
 
 
 def stage_1(policy, responses, step, args=FLAGS):
-    return distill.train_step(policy, responses, step, args)
+    return distill.train_step(policy, responses, step, args.kl_factor, args.seed, args.micro_batch)
 
 
 def stage_2(policy, responses, step, args=FLAGS):
     base, mean_kl, drift = rloo.score_responses(policy, responses, args.micro_batch)
     advantages = torch.linspace(-1, 1, len(responses), dtype=torch.double) - args.beta * mean_kl
-    rloo.accumulate_gradient(policy, responses, advantages, base, len(responses), args)
+    rloo.accumulate_gradient(policy, responses, advantages, base, args.micro_batch, args.beta, args.max_new_tokens,
+                             len(responses))
     return {"kl": mean_kl.tolist(), "drift": drift.tolist()}
 
 

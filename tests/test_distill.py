@@ -1,6 +1,5 @@
 """Stage 1: targets, loss, step and held-out check against the formulas as they stand, on the reference's numbers."""
 
-import argparse
 import math
 
 import pytest
@@ -143,8 +142,7 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
     loss = token_kl.mean() + exit_loss
     loss.backward()
 
-    args = argparse.Namespace(micro_batch=micro_batch, kl_factor=kappa, seed=seed)
-    metrics = distill.train_step(policy, ANSWERS, step, args)
+    metrics = distill.train_step(policy, ANSWERS, step, kappa, seed, micro_batch)
     for p, name in zip(policy.trained().values(), names, strict=True):
         assert_close(p.grad, slow.w[name].grad)
     for key, value in (("loss", loss), ("token_kl", token_kl.mean()), ("exit_cross_entropy", exit_loss)):
@@ -233,7 +231,7 @@ def test_adapters_and_heads_step_at_their_own_rates(tmp_path):
     policy = toy_policy()
     optimizer, before = adamw(policy), {name: p.detach().clone() for name, p in policy.trained().items()}
     for rates, wanted in (((0.25, 2.0), 2.0), ((0.25,), 0.25)):
-        distill.train_step(policy, ANSWERS, 0, argparse.Namespace(micro_batch=3, kl_factor=2.0, seed=0))
+        distill.train_step(policy, ANSWERS, 0, 2.0, 0, 3)
         runs.Run(tmp_path, None).apply_gradients(optimizer, *rates)
         for name, p in policy.trained().items():  # AdamW's first step is the rate itself, along the gradient's sign
             step = (p.detach() - before[name]).abs().max()
@@ -247,8 +245,7 @@ def test_training_brings_the_learned_exits_to_the_target():
     policy, gaps = set_heads(toy_policy(1).double(), -4.0), []
     optimizer = torch.optim.AdamW(policy.trained().values(), lr=1e-2, weight_decay=0.0)
     for step in range(51):
-        args = argparse.Namespace(micro_batch=64, kl_factor=2.0, seed=0)
-        metrics = distill.train_step(policy, ANSWERS * (16 if step == 50 else 4), step, args)
+        metrics = distill.train_step(policy, ANSWERS * (16 if step == 50 else 4), step, 2.0, 0, 64)
         learned, target = (torch.tensor(metrics[name]["distribution"]) for name in ("learned", "target"))
         gaps.append((learned - target).abs().max())
         optimizer.step()

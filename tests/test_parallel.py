@@ -48,10 +48,10 @@ def interrupted() -> None:
     """Ctrl-C in step 1."""
     step = distill.train_step
 
-    def train_step(policy, responses, number, args):
+    def train_step(policy, responses, number, *args):
         if number == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(policy, responses, number, args)
+        return step(policy, responses, number, *args)
 
     distill.train_step = train_step
 
@@ -59,8 +59,8 @@ def interrupted() -> None:
 def broken() -> None:
     """An error that is nobody's fault but ours, in step 1."""
     step = distill.train_step
-    distill.train_step = lambda policy, responses, number, args: step(policy, responses, number, 1 // (1 - number)
-                                                                      and args)
+    distill.train_step = lambda policy, responses, number, *args: 1 // (1 - number) and step(policy, responses, number,
+                                                                                             *args)
 
 
 def together(size: int, *command, cwd, codes=(0,), harm=None) -> str:
@@ -80,31 +80,46 @@ def together(size: int, *command, cwd, codes=(0,), harm=None) -> str:
     return said
 
 
+def samples_of(drawn: list) -> torch.Tensor:
+    """Tokens and depths of responses of at most six tokens."""
+    return torch.tensor([[*r.token_ids, *[-1] * 6][:6] + [*r.depths, *[-1] * 6][:6] for r in drawn])
+
+
+def stage_2(policy, mine: list, share: slice, micro_batch: int) -> torch.Tensor:
+    """A rank's part of stage 2's gradient, of two samples to each prompt; their mean KL."""
+    base, mean_kl, _ = rloo.score_responses(policy, mine, micro_batch)
+    advantages = torch.arange(6.0, dtype=torch.double).sin()[2 * share.start : 2 * share.stop]
+    rloo.accumulate_gradient(policy, mine, advantages, base, micro_batch, 0.3, 6, 2 * len(PROMPTS))
+    return mean_kl
+
+
+def add_gradient(policy, results: dict, name: str) -> None:
+    """Notes the gradient of all ranks together."""
+    parallel.add_gradients(policy.trained().values())
+    results.update({f"{name} {key}": p.grad.clone() for key, p in policy.trained().items()})
+
+
 @parallel.shared
 def main() -> None:
     """What the ranks of the next test do."""
     policy, results = toy_policy(seed=2).double(), {}
-    args = argparse.Namespace(micro_batch=2, kl_factor=1.0, seed=3, beta=0.3, max_new_tokens=6)
     drawn = generate_shared(policy, PROMPTS, samples=2, max_new_tokens=6, eos_ids=range(0, 61, 7), seed=(4,),
-                            first_row=6)
-    results["samples"] = torch.tensor([[*r.token_ids, *[-1] * 6][:6] + [*r.depths, *[-1] * 6][:6] for r in drawn])
+                            first_response=6)
+    results["samples"] = samples_of(drawn)
 
     def gradient(name):
-        parallel.add_gradients(policy.trained().values())
-        results.update({f"{name} {key}": p.grad.clone() for key, p in policy.trained().items()})
+        add_gradient(policy, results, name)
         policy.zero_grad()
 
     of_three = drawn[::2]  # so that the fourth rank has none
-    metrics = distill.train_step(policy, of_three, 1, args)
+    metrics = distill.train_step(policy, of_three, 1, 1.0, 3, 2)
     figures = [metrics["loss"], metrics["target"]["layer_savings"], metrics["learned"]["exit_rate"]]
     gradient("stage 1")
     measured = distill.held_out(policy, of_three, 1.0, 0, 3)
     figures += [measured["token_kl"], measured["intact"], measured["learned"]["exit_rate"]]
     results["figures"] = torch.tensor(figures, dtype=torch.double)
     share = parallel.share(len(PROMPTS))
-    mine, advantages = drawn[2 * share.start : 2 * share.stop], torch.arange(6.0, dtype=torch.double).sin()
-    base, mean_kl, _ = rloo.score_responses(policy, mine, args.micro_batch)
-    rloo.accumulate_gradient(policy, mine, advantages[2 * share.start : 2 * share.stop], base, len(drawn), args)
+    mean_kl = stage_2(policy, drawn[2 * share.start : 2 * share.stop], share, micro_batch=2)
     gradient("stage 2")
     results["kl"] = torch.tensor(parallel.gather(mean_kl.tolist()), dtype=torch.double)
     if parallel.rank() == 0:

@@ -1,6 +1,5 @@
 """Stage 2 against enumeration and the reference."""
 
-import argparse
 import itertools
 
 import pytest
@@ -115,9 +114,8 @@ def test_accumulated_gradient_is_that_of_the_loss(micro_batch):
     rows = [row for pair in zip(everything()[5::14], everything([1])[1::14], strict=False) for row in pair][:6]
     assert {len(r) for r in rows} == {1, 2}
     advantages = torch.randn(6, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    args = argparse.Namespace(micro_batch=micro_batch, beta=BETA, max_new_tokens=STEPS)
     base, mean_kl, _ = rloo.score_responses(policy, with_logp(rows), micro_batch)
-    rloo.accumulate_gradient(policy, rows, advantages, base, len(rows), args)
+    rloo.accumulate_gradient(policy, rows, advantages, base, micro_batch, BETA, STEPS, len(rows))
     slow, logp, slow_kl = slow_scores(policy, rows)
     assert_close(mean_kl, torch.stack(slow_kl))
     loss = sum(-a * lp + BETA * kl for a, lp, kl in zip(advantages, logp, slow_kl, strict=True)) / (STEPS * 6)

@@ -171,7 +171,7 @@ def test_a_terminal_that_closes_costs_no_step(home):
 def endless_steps():
     import rloo
 
-    def endless(*args):
+    def endless(*args, **options):
         (runs.Run.current / ".in-step").touch()
         time.sleep(60)
 
@@ -618,13 +618,13 @@ def test_an_evaluation_never_overwrites_a_run_or_another(home):
 def die_asking(base: bool, time: int = 1):
     """Kills the process where evaluate.py is about to ask the base, or a run, for the first time or a later one."""
     import evaluate
-    answer, asked = evaluate.answer, []
+    generate, asked = evaluate.generate_shared, []
 
-    def dies(*args):
-        asked.extend([1] * (args[4] == base))
-        return os.kill(os.getpid(), signal.SIGKILL) if len(asked) == time else answer(*args)
+    def dies(*args, depths, **options):
+        asked.extend([1] * ((depths is not None) == base))
+        return os.kill(os.getpid(), signal.SIGKILL) if len(asked) == time else generate(*args, depths=depths, **options)
 
-    evaluate.answer = dies
+    evaluate.generate_shared = dies
 
 
 def die_writing():

@@ -241,7 +241,7 @@ def test_a_responses_sample_depends_neither_on_the_rows_nor_on_other_prompts():
         assert [r.finished for r in again] == [r.finished for r in whole]
         assert_close(logps(again), logps(whole))
     assert actions(generate(policy, PROMPTS[:1], **options)) == actions(whole[:4])
-    assert actions(generate(policy, PROMPTS[1:], first_row=4, **options)) == actions(whole[4:])
+    assert actions(generate(policy, PROMPTS[1:], first_response=4, **options)) == actions(whole[4:])
     assert len({(i // 4, *r.token_ids) for i, r in enumerate(whole)}) > 12  # samples differ
     other_seed = generate(policy, PROMPTS, **{**options, "seed": (1, 8)})
     assert [r.token_ids[0] for r in other_seed] != [r.token_ids[0] for r in whole]

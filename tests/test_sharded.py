@@ -1,6 +1,5 @@
 """A base that is shared out over ranks (gloo) against a whole one."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,12 +9,11 @@ from safetensors.torch import load_file, save_file
 
 import distill
 import parallel
-import rloo
 from checkpoints import adapter_tensors, fill, fingerprint, save_policy
 from fast import sharded
 from sample import generate
 from tests.commands import RL, SMALL, lines, run, toy_checkpoint
-from tests.test_parallel import PROMPTS, together
+from tests.test_parallel import PROMPTS, add_gradient, samples_of, stage_2, together
 from tests.toys import assert_close, toy_policy
 
 
@@ -34,7 +32,7 @@ def share_out(policy, fits: bool) -> list[int]:
             return fits or parallel.rank() > 0  # one without room is enough
 
     whole, base = [], [p for p in policy.model.model.layers.parameters() if not p.requires_grad]
-    numbers, policy.model.mark = sum(p.numel() for p in base), fingerprint(policy.model)
+    numbers, policy.model.fingerprint = sum(p.numel() for p in base), fingerprint(policy.model)
     Shards(policy, "cpu")
     base = [p for p in policy.model.model.layers.parameters() if not p.requires_grad]
     kept = sum(p.to_local().numel() for p in base)
@@ -48,26 +46,22 @@ def main() -> None:
     policy, results, (out, *how) = toy_policy(seed=2).double(), {}, sys.argv[1:]
     policy.model.recompute = "recompute" in how
     whole = share_out(policy, "fits" in how) if parallel.size() > 1 else [0]
-    args = argparse.Namespace(micro_batch=1, kl_factor=1.0, seed=3, beta=0.3, max_new_tokens=6)
     share = parallel.share(len(PROMPTS))
     with policy.model.rollout():
         mine = generate(policy, PROMPTS[share], samples=2, max_new_tokens=6, eos_ids=range(0, 61, 7), seed=(4,),
-                        first_row=2 * share.start)
+                        first_response=2 * share.start)
     drawn = parallel.gather(mine)
-    results["samples"] = torch.tensor([[*r.token_ids, *[-1] * 6][:6] + [*r.depths, *[-1] * 6][:6] for r in drawn])
+    results["samples"] = samples_of(drawn)
 
     def gradient(name):
-        parallel.add_gradients(policy.trained().values())
-        results.update({f"{name} {key}": p.grad.clone() for key, p in policy.trained().items()})
+        add_gradient(policy, results, name)
         for p in policy.trained().values():
             p.data.sub_(p.grad, alpha=1e-3)
         policy.zero_grad()
 
-    distill.train_step(policy, drawn[:5], 1, args)  # 5 micro-batches: other numbers of them on the ranks
+    distill.train_step(policy, drawn[:5], 1, 1.0, 3, 1)  # 5 micro-batches: other numbers of them on the ranks
     gradient("stage 1")
-    base, mean_kl, _ = rloo.score_responses(policy, mine, args.micro_batch)
-    advantages = torch.arange(6.0, dtype=torch.double).sin()[2 * share.start : 2 * share.stop]
-    rloo.accumulate_gradient(policy, mine, advantages, base, len(drawn), args)
+    stage_2(policy, mine, share, micro_batch=1)
     gradient("stage 2")
     if parallel.rank() == 0:  # alone, as for evaluate.py's page: the others help
         with torch.no_grad():
