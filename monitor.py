@@ -42,7 +42,7 @@ import runs
 from checkpoints import checkpoint, digest, exits_of, fingerprint, load_policy
 from data import tasks
 from data.hub import UserError, read_json, write_json
-from evaluate import refuse_unlike
+from evaluate import refuse_unlike, wilson
 from exits import Policy, exit_depths
 from study.describe import description
 from study.forms import FORMS
@@ -300,19 +300,35 @@ def side_by_side(values: dict, base: dict) -> tuple[dict, dict]:
     return tuple({name: np.where(gone[name], np.nan, of[name]) for name in other} for of in (values, other))
 
 
+def answers_behind(values: dict[str, np.ndarray], name: str) -> int:
+    """How many answers, right or wrong, a row counts, or a difference of such rows does; 0 where it is of something
+    else."""
+    if name.startswith(("D", "E4")):
+        return 0
+    if name not in values:
+        return len(next(iter(values.values()))) if name.startswith(("E1", "E3 fill gain")) else 0
+    row = values[name][~np.isnan(values[name])]
+    return len(row) if np.isin(row, (0, 1)).all() else 0
+
+
 def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
-    """Of `monitor`'s numbers: name -> value and, beside the base's, difference, with their intervals."""
-    rows = {name: dict(zip(("value", "low", "high"), interval(x), strict=True))
-            for name, x in derived(resampled(values)).items()}
+    """Of `monitor`'s numbers: name -> value and, beside the base's, difference, with their intervals. Resamples of
+    answers that are all alike are, too: of a share of 0 or 1 it is Wilson's interval, and of a difference of 0 that of
+    the rule of three, 3 / n."""
+    rows = {}
+    for name, x in derived(resampled(values)).items():
+        value, low, high = interval(x)
+        if low == high in (0, 1) and name in values and (n := answers_behind(values, name)):
+            low, high = wilson(value, n)
+        rows[name] = {"value": value, "low": low, "high": high}
     if base is None:
         return rows
     pair = side_by_side(values, base)
     mine, other = (derived(resampled(them)) for them in pair)
     for name in mine.keys() & rows.keys():
         gain, low, high = interval(mine[name] - other[name])
-        shares = [x[~np.isnan(x)] for them in pair if (x := them.get(name)) is not None]
-        if gain == low == high == 0 and shares and np.isin(shares, (0, 1)).all() and not name.startswith(("D", "E4")):
-            low, high = -3 / len(shares[0]), 3 / len(shares[0])  # the rule of three: of so many answers none differs
+        if gain == low == high == 0 and (n := min(answers_behind(them, name) for them in pair)):
+            low, high = -3 / n, 3 / n
         rows[name] |= {"difference": gain, "d_low": low, "d_high": high}
     return rows
 

@@ -15,6 +15,7 @@ from checkpoints import save_policy
 from data import tasks
 from data.hub import UserError, read_json, write_json
 from data.text import Tokenizer
+from evaluate import wilson
 from exits import Policy, Response
 from flags import EMBEDDED
 from model import Transformer
@@ -379,6 +380,16 @@ def test_a_difference_is_over_the_problems_that_both_have():
     row = monitor.compare(other, base)["E6 reader learned"]
     assert row["difference"] == pytest.approx(other["E6 reader learned"].mean() - 0.5, rel=1e-12)  # sums in any order
     assert row["d_low"] < row["difference"] < row["d_high"]
+
+
+def test_answers_that_are_all_alike_are_no_certainty():
+    """Else 40 of 40, or a chain that is worth what the base's is, has an interval of nothing."""
+    values = {"E1 chain full": np.ones(40), "E1 direct full": np.array([0.0, 1.0] * 20), "E1 chance full": np.zeros(40)}
+    rows = monitor.compare(values, values)
+    chain, uplift = rows["E1 chain full"], rows["E1 uplift full"]
+    assert (chain["low"], chain["high"]) == wilson(1, 40) and chain["low"] < 0.92
+    assert chain["d_high"] == uplift["d_high"] == -uplift["d_low"] == 3 / 40 and uplift["difference"] == 0
+    assert 0.3 < uplift["low"] < uplift["value"] == 0.5 < uplift["high"] < 0.7
 
 
 def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
