@@ -6,6 +6,9 @@ A flag's type is checked before anything is loaded, and a run's recorded flags g
 import argparse
 import filecmp
 import math
+import os
+import re
+import sys
 from pathlib import Path
 
 import torch
@@ -33,6 +36,8 @@ class Parser(argparse.ArgumentParser):
         self.pairs[self.add_argument(name, help=help.format(*told), **options).dest] = embedded, other
 
     def parse_known_args(self, args=None, namespace=None):
+        args = [re.sub("^(--[a-z-]+=)~(?=/)", lambda found: found[1] + os.path.expanduser("~"), arg)  # bash leaves it
+                for arg in (sys.argv[1:] if args is None else args)]
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
             if value == "":  # as of a variable of the shell that was never set
@@ -205,7 +210,7 @@ def settle(p: Parser, args: argparse.Namespace) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, pair[args.model != "embedded"])
     args.task = tasks.name_of(args.task)
-    args.data = args.data and str(Path(args.data).expanduser().resolve())
+    args.data = args.data and os.path.abspath(Path(args.data).expanduser())  # a link keeps its name
     check_device(args)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args

@@ -91,6 +91,31 @@ def silence(streams) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+class Outlasting:
+    """A stream whose reader may go first, as tee does at Ctrl-C: the step at hand is saved all the same."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        return self.attempt(self.stream.flush)
+
+    def attempt(self, what, *args):
+        try:
+            return what(*args)
+        except BrokenPipeError:
+            if not Run.in_steps:
+                raise
+            silence([self.stream])
+            Run.asked = Run.asked or signal.SIGPIPE
+
+
 def say(message: str) -> None:
     """To stderr, once for all ranks."""
     if parallel.rank() == 0:
@@ -105,6 +130,8 @@ def run_main(main) -> None:
     nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     before = {number: signal.signal(number, on_signal) for number in STOPPING
               if not (nohup and number == signal.SIGHUP)}
+    stderr = sys.stderr
+    sys.stderr = stderr and Outlasting(stderr)
     try:
         message, code = guarded(main)
         if message and parallel.first_to_end():
@@ -117,6 +144,7 @@ def run_main(main) -> None:
             raise
         code = 1  # another rank's end, which that one has told
     finally:
+        sys.stderr = stderr
         for number, handler in before.items():
             signal.signal(number, handler)
     if code:
@@ -306,7 +334,8 @@ class Run:
             if value is not None and name != "resume":
                 setattr(before, name, value)
         done, planned = folder / "complete.json", field(config["args"], "steps", int, where)
-        if done.exists() and before.steps <= planned:
+        ended = any(int(path.name[-6:]) >= planned for path in checkpoints(folder))  # not gone back to an earlier one
+        if done.exists() and ended and before.steps <= planned:
             raise UserError(f"{folder} is complete: there is nothing to resume, but --steps above {planned} "
                             f"extends it")
         run = cls(folder, before)
@@ -401,6 +430,9 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drops what the logs hold of steps that are about to be run again, and of a line that a kill cut short."""
+        for path in sorted(self.folder.glob("completions-" + "[0-9]" * 6 + ".jsonl"), reverse=True):
+            if int(path.stem[-6:]) > step:  # gone back behind a full one, which is the open one again
+                os.replace(path, self.folder / "completions.jsonl")
         for path in (self.folder / "metrics.jsonl", self.folder / "completions.jsonl"):
             if not path.exists():
                 continue

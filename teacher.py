@@ -117,7 +117,11 @@ def report_accuracy(problems, prompts, responses: list[Response], tokenizer: Tok
     and it may be the grader that fails."""
     right = [runs.grade(problem, r, tokenizer).strict
              for problem, prompt, r in zip(problems, prompts, responses, strict=True) if r.prompt_ids == prompt]
-    if right:  # responses of another run may be to other problems
+    ours = set(map(tuple, prompts))
+    if others := sum(tuple(r.prompt_ids) not in ours for r in responses):
+        runs.say(f"{others} of --teacher's {len(responses)} responses are to prompts that this run would not ask: of "
+                 f"another seed, or where thinking or the problems have changed; start without it to sample its own")
+    if right:
         share = sum(right) / len(right)
         print(f"the base solves {share:.1%} of {len(right)} training problems" + (
             "" if 0.02 < share < 0.98 else ": stage 2 learns from the difference between right and wrong; look at "

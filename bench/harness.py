@@ -42,7 +42,7 @@ class Exits(LM):
         super().__init__()
         self.policy, self.tokenizer, self.args = policy, tokenizer, args
         self.depths = policy.n_layers if base else None
-        self.used, self.finished = [], []  # the depths of all tokens; whether each response ended by itself
+        self.answered = {}  # task -> responses
 
     tokenizer_name = property(lambda self: str(self.args.model))
 
@@ -77,8 +77,7 @@ class Exits(LM):
                 for stop in [until] if isinstance(until, str) else until:
                     text = text.partition(stop)[0] if stop else text
                 texts[i] = text
-                self.used += r.depths
-                self.finished.append(r.finished)
+                self.answered.setdefault(requests[i].task_name, []).append(r)
         return texts
 
     def loglikelihood(self, requests):
@@ -109,13 +108,15 @@ def main() -> None:
     found = lm_eval.simple_evaluate(lm, tasks=args.tasks, limit=args.limit, apply_chat_template=True,
                                     task_manager=TaskManager(include_path=args.include_path), random_seed=args.seed,
                                     bootstrap_iters=0)
-    compute = sum(lm.used) / len(lm.used) / policy.n_layers
     for task, scores in found["results"].items():
+        if responses := lm.answered.get(task):  # none to a group of tasks
+            depths = [depth for r in responses for depth in r.depths]
+            scores |= {"average_compute": sum(depths) / len(depths) / policy.n_layers,
+                       "finished": sum(r.finished for r in responses) / len(responses)}
         print(f"{task}: " + ", ".join(f"{name} {score:.4f}" for name, score in scores.items()
-                                      if isinstance(score, float)) + f"; average compute {compute:.3f}, finished "
-              f"{sum(lm.finished) / len(lm.finished):.1%}")
+                                      if isinstance(score, float)))
     if args.out:
-        write_text(Path(args.out), json.dumps({"args": vars(args), "average_compute": compute, **{
+        write_text(Path(args.out), json.dumps({"args": vars(args), **{
             name: found[name] for name in ("results", "samples")}}, indent=1, default=str) + "\n")
         print(f"wrote {args.out}")
 

@@ -14,15 +14,20 @@ from typing import NamedTuple
 STRICT = ("boxed", "####", "ANSWER:")
 MAX_DIGITS = 50  # of a number and of its exponent's value: exact arithmetic beyond could take for ever
 
+LETTER = "A-Za-zÀ-ÖØ-öø-ɏЀ-ӿ"  # of units, Latin and Cyrillic: a Greek one is rather a variable, or pi
+SIGN = "぀-ヿ㐀-鿿가-힣"  # of Chinese, Japanese and Korean, where a unit follows without a blank
 # A sign counts only where nothing stands in front that it could subtract from: 10-5 ends in 5, not in -5.
-NUMBER = re.compile(r"""(?<![A-Za-z0-9]) (?P<sign>(?<![)\]}%])[-+])? [$€£]?
+NUMBER = re.compile(r"""(?<![A-Za-z0-9]) (?P<sign>(?<![)\]}%])[-+])? [$€£¥₹]?
     (?P<body> (?: [0-9]{1,3}(?:,[0-9]{3})+(?![0-9]) | [0-9]+ ) (?:\.[0-9]+)? | (?<![0-9.])\.[0-9]+ )
     (?: [eE](?P<exponent>[-+]?[0-9]+) | /(?P<divisor>[0-9]+) )?""", re.VERBOSE)
-# dollars, km/h, m^2, %; but 2x is no number, nor is 2 x^2
-UNIT = re.compile(r"""[ ]?%?\.? | [ ]?%?(?:[ ]|(?=[A-Za-z]{2}))[A-Za-z]
-    (?: [A-Za-z ./'²³-] | (?:(?<=[ms])|(?<=[ms][ ])|(?<=[a-z]{2})|(?<=[a-z]{2}[ ])) \^\{?[23]\}? )*""", re.VERBOSE)
-SCALED = re.compile(r"\s*(hundred|thousand|million|billion|trillion)s?\b", re.IGNORECASE)  # no unit: it multiplies
-MIXED = re.compile(r"""(?<![0-9.,/A-Za-z]) (?P<sign>(?<![)\]}%])[-+])? [$€£]?
+# dollars, km/h, m^2, %, 元; but 2x is no number, nor is 2 x^2
+UNIT = re.compile(rf"""[ ]?[%€£¥₹¢]?\.? | [ ]?%?(?:[ ]|(?=[{LETTER}]{{2}}|[{SIGN}]))[{LETTER}{SIGN}]
+    (?: [{LETTER}{SIGN} ./'²³-] | (?:(?<=[ms])|(?<=[ms][ ])|(?<=[a-z]{{2}})|(?<=[a-z]{{2}}[ ])) \^\{{?[23]\}}? )*""",
+    re.VERBOSE)
+SCALED = re.compile(r"""\s*(?: (?: hundred|thousand|lakh|million|crore|billion|trillion|dozen
+    | (?:and\s+)?(?:an?\s+|one\s+)?(?:half|third|quarter) )s?\b | [十百千万萬亿億만억] )""",
+    re.IGNORECASE | re.VERBOSE)  # no unit: it multiplies or adds
+MIXED = re.compile(r"""(?<![0-9.,/A-Za-z]) (?P<sign>(?<![)\]}%])[-+])? [$€£¥₹]?
     (?P<whole> [0-9]{1,3}(?:,[0-9]{3})+ | [0-9]{1,9} ) \s+
     (?P<part>[0-9]{1,9})/(?P<of>[0-9]{1,9}) (?!/?[0-9]|\.[0-9])""", re.VERBOSE)  # 5 1/2
 ANSWER_IS = re.compile(r"\banswer(?:\s+is|\s*:)[\s:*$(\[\\]*", re.IGNORECASE)
@@ -82,9 +87,9 @@ def _extract_number(answer: str) -> tuple[str | None, str | None]:
 
 
 def _extract_choice(answer: str) -> tuple[str | None, str | None]:
-    _, found, span = answer.rpartition("ANSWER:")
-    if found:
-        span = span.lstrip("*_$ \t\r\n").partition("\n")[0]
+    marks = list(re.finditer(r"ANSWER[*_ ]*[:：]", answer))  # **ANSWER**: as well
+    if marks:
+        span = answer[marks[-1].end():].lstrip("*_$ \t\r\n").partition("\n")[0]
         inside = last_boxed(span) if span.startswith("\\boxed") else None  # as many models write it by habit
         return normalise(span if inside is None else inside, "choice"), "ANSWER:"
     boxed = last_boxed(answer)
@@ -132,7 +137,7 @@ def unmixed(text: str) -> str:
 
 def number(span: str) -> Fraction | None:
     """The exact value of a span that is one number, with at most a currency and a unit; else None."""
-    span = re.sub(r"~|\^\{?\\circ\}?", " ", plain(span)).strip().strip("$*").strip()
+    span = re.sub(r"~|°|\^\{?\\circ\}?", " ", plain(span)).strip().strip("$*").strip()
     span = unmixed(span)
     found = NUMBER.match(span)
     unit = found and re.sub(r"\s+", " ", span[found.end():])
@@ -152,7 +157,7 @@ def normalise(span: str, kind: str) -> str:
     if kind == "number":
         value = number(span)
         return plain(span).strip() if value is None else str(value)
-    words = plain(span).replace("*", "").strip(" \t\r\n_`\"'“”‘’.,;:!()[]$").lower().split()
+    words = plain(span).replace("*", "").strip(" \t\r\n_`\"'“”‘’.,;:!()[]{}$\\").lower().split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
 

@@ -16,9 +16,11 @@ import importlib.util
 import io
 import json
 import math
+import os
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 
 from data import arithmetic, stories
-from data.grade import MAX_DIGITS, Grade, after_thinking, grade, normalise, number
+from data.grade import MAX_DIGITS, Grade, after_thinking, grade, normalise, number, plain
 from data.hub import UserError, is_text, resolve
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -93,7 +95,7 @@ def name_of(task: str) -> str:
         raise UserError(f"--task {task}: choose one of {', '.join(TASKS)}, or a file of your own, .py or .jsonl")
     if not path.is_file():
         raise UserError(f"--task {task}: no such file (one that has moved since an earlier run: give its new place)")
-    return str(path.resolve())
+    return os.path.abspath(path)  # not what a link leads to, which may have another name, as in the hub's cache
 
 
 def load(task: str, split: str, data: str | None = None, n: int | None = None,
@@ -135,12 +137,16 @@ def generated(task: str, split: str, n: int, seed: int) -> list[Problem]:
 
 def own_problem(row: dict, where: str, name: str) -> Problem:
     """A problem of the user's: question, answer and, for a choice, choices; instruction, if the usual one won't do;
-    thinking, false if it is to be answered at once."""
+    thinking, false if it is to be asked without."""
     answer = row.get("answer")
     if type(answer) is int or type(answer) is float and math.isfinite(answer):  # JSON as Python reads it knows NaN
         if answer != 0 and abs(answer) > 10**MAX_DIGITS:
             raise UserError(f"{where}: an 'answer' of more than {MAX_DIGITS} digits can't be graded")
-        row = row | {"answer": str(answer)}
+        short = f"{answer:.12g}" if type(answer) is float else str(answer)  # 1.1 * 3 is 3.3000000000000003
+        if not math.isclose(answer, float(short), rel_tol=1e-14):  # 1/3: a response would have to give all its digits
+            raise UserError(f"{where}: the 'answer' {answer!r} has more digits than a response will: round it, give a "
+                            f"fraction as a text, '1/3', or write a grade() in a .py task")
+        row = row | {"answer": short}
     question, gold, choices = _field(row, "question", where), _field(row, "answer", where), row.get("choices")
     if choices is not None:
         if not isinstance(choices, (list, tuple)) or not all(isinstance(c, (str, int, float)) for c in choices):
@@ -152,7 +158,7 @@ def own_problem(row: dict, where: str, name: str) -> Problem:
         raise UserError(f"{where}: 'thinking' must be true or false, not {thinking!r:.60}")
     # Of "5 May" or "5 pm" the number is only a part.
     kind = "number" if choices is None and number(gold) is not None and not re.search(
-        r"[^\W\d_]{2}|\s[^\W\d_]", gold) else "choice"
+        r"[^\W\d_]{2}|\s[^\W\d_]", plain(gold)) else "choice"
     form = BOXED if kind == "number" else ANSWER.format(" or ".join(choices) if choices else "the answer alone")
     return Problem(name, question, gold, kind, choices, thinking=bool(thinking),
                    instruction="" if row.get("instruction") == "" else
@@ -207,11 +213,16 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
         if isinstance(p, Problem) and not all(is_text(text) for text in (p.id, p.question, p.gold)):
             raise UserError(f"{where}: its id, question and gold must be texts, not {p.id!r:.30}, {p.question!r:.30}, "
                             f"{p.gold!r:.30}")
+        if isinstance(p, Problem) and type(p.thinking) is not bool:
+            raise UserError(f"{where}: its thinking must be True or False, not {p.thinking!r:.30}")
         p = p if isinstance(p, Problem) else own_problem(p, where, f"{Path(path).stem}/{split}/{seed}/{i}")
         own = {f"own_{name}": getattr(module, name, getattr(p, f"own_{name}")) for name in ("grade", "reward")}
         problems.append(gradable(replace(p, **own, own_hash=source if any(own.values()) else ""), where))
     if not problems:
         raise UserError(f"{path}: problems({split!r}, {n}, {seed}) gives none")
+    (name, times), = Counter(p.id for p in problems).most_common(1)
+    if times > 1:  # answers of several models are compared by it
+        raise UserError(f"{path}: {times} of its Problems have the id {name!r}: name them apart")
     return problems
 
 

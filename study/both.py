@@ -15,4 +15,5 @@ from data import tasks
 def problems(split: str, n: int, seed: int) -> Iterator[tasks.Problem]:
     for problem in tasks.load("stories", split, n=(n + 1) // 2, seed=seed):
         yield problem
-        yield replace(problem, id=f"{problem.id}/direct", thinking=False)
+        at_once = f'Answer at once, by a line "ANSWER: " followed by {" or ".join(problem.choices)}.'
+        yield replace(problem, id=f"{problem.id}/direct", thinking=False, instruction=at_once)

@@ -8,6 +8,7 @@ The second task's stage 1 and stage 2 are trained with the flags of the first's.
 
 import runs
 from data import tasks
+from data.hub import UserError
 from study import common
 from study.common import answers, base_answers, point, undrawn
 
@@ -16,6 +17,8 @@ def main() -> None:
     args = common.arguments(__doc__, lambda p: p.add_argument("--other", default="stories", help="the second task "
                                                               "(default: stories)"))
     there = common.on_task(args, tasks.name_of(args.other))
+    if there.task == args.task:
+        raise UserError(f"--other {args.other} is the task itself: name another")
     tag = f"-{args.other.split('/')[-1].split('.')[0]}"
     trained = {}
     for home, suffix in ((args, ""), (there, tag)):

@@ -71,6 +71,10 @@ class Transient(Unscored):
         self.wait = wait
 
 
+class Refused(Unscored):
+    """The same, and other requests may well be refused, too."""
+
+
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would take the key to an address that nobody named."""
 
@@ -90,7 +94,7 @@ def scores_in(reply: str) -> dict[str, int]:
     """The four scores of a judge's reply: one JSON object, perhaps after thoughts and in a code fence, that holds each
     name once with a whole number from 1 to 10. Raises Unscored for anything else."""
     answer = (after_thinking(reply) or "").strip()
-    answer = re.sub(r"\A```(?:json)?\s*(.*?)\s*```\Z", r"\1", answer, flags=re.DOTALL)
+    answer = re.sub(r"\A```(?:json)?\s*(.*?)\s*```\Z", r"\1", answer, flags=re.DOTALL | re.I)
     try:
         pairs = json.loads(answer, object_pairs_hook=tuple)  # of pairs: a name that stands twice shows
         scores = dict(pairs) if answer.startswith("{") else None
@@ -120,20 +124,34 @@ def post(url: str, body: bytes, key: str | None, seconds: float) -> bytes:
             return b"".join(parts)
     except urllib.error.HTTPError as error:
         with error:
-            code, wait = error.code, error.headers.get("Retry-After", "")
+            code, wait, why = error.code, error.headers.get("Retry-After", ""), said(error)
         if code in (408, 429) or code >= 500:
             raise Transient(f"HTTP {code}", float(wait) if wait.isdecimal() else 0.0) from None
         if code in (401, 403):
-            raise UserError(f"the judge refuses the key (HTTP {code}): set the environment variable JUDGE_API_KEY") \
-                from None
+            raise UserError(f"the judge refuses the key (HTTP {code}{why}): set the environment variable "
+                            f"JUDGE_API_KEY") from None
+        if code == 402:
+            raise UserError(f"the judge asks for money (HTTP 402{why})") from None
         if code in (404, 405) or code < 400:
             raise UserError(f"{url} answers HTTP {code}: --judge-url is what stands before /chat/completions, and "
                             f"--judge-model a model that it knows") from None
-        raise Unscored(f"HTTP {code}") from None
+        raise Refused(f"HTTP {code}{why}") from None
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise Transient("no reply in time" if isinstance(reason, TimeoutError) else
                         f"no connection ({type(reason).__name__})") from None
+
+
+def said(error: urllib.error.HTTPError) -> str:
+    """The reason that an endpoint gives, in one short line; empty where it gives none."""
+    try:
+        text = error.read(2**12).decode(errors="replace")
+        found = json.loads(text)["error"]
+        text = found["message"] if isinstance(found, dict) else found
+    except (OSError, HTTPException, ValueError, LookupError, TypeError, RecursionError):
+        text = ""
+    text = "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
+    return f": {text[:200]}" if text else ""
 
 
 def verdict(url: str, body: bytes, key: str | None, seconds: float) -> dict[str, int]:
@@ -150,6 +168,8 @@ def verdict(url: str, body: bytes, key: str | None, seconds: float) -> dict[str,
         content = json.loads(raw)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError):
         content = None
+    if isinstance(content, list):  # in parts, as some endpoints send it
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     if not isinstance(content, str):
         raise Unscored("the reply holds no message")
     return scores_in(content)
@@ -190,11 +210,13 @@ def judge(pairs: list[tuple[str, str]], url: str, request: dict, key: str | None
                 cache.add(digest, verdict(url, body, key, seconds))
                 failed = 0
             except Unscored as error:
-                failed = failed + 1 if isinstance(error, Transient) else 0
+                never = isinstance(error, Refused) and not any(isinstance(one, dict) for one in found)
+                failed = failed + 1 if never or isinstance(error, Transient) else 0
                 found.append(str(error))
                 if failed == MAX_FAILED:
-                    raise UserError(f"{url}: {failed} responses in a row had {ATTEMPTS} attempts each, the last one "
-                                    f"{error}: see to the endpoint, then run this again, which goes on") from None
+                    how = "were refused" if never else f"had {ATTEMPTS} attempts each"
+                    raise UserError(f"{url}: {failed} responses in a row {how}, the last one {error}: see to the "
+                                    f"endpoint or --options, then run this again, which goes on") from None
                 continue
         found.append(cache.known[digest])
     return found
@@ -260,14 +282,14 @@ def main() -> None:
         models[name] = summary(part)
         rows += [{"model": name, "id": row["id"], "scores" if isinstance(one, dict) else "unscored": one}
                  for row, one in zip(group, part, strict=True)]
-    write_json(args.folder / "judge.json", {"judge": args.judge_url, **request, "rubric": hashlib.sha256(
-        RUBRIC.encode()).hexdigest()[:16], "models": models, "responses": rows})
     print(table(models))
     for why, count in Counter(one for one in found if isinstance(one, str)).items():
         print(f"unscored: {count} of {len(found)}, {why}")
-    print(f"wrote {args.folder}/judge.json")
-    if all(isinstance(one, str) for one in found):
+    if all(isinstance(one, str) for one in found):  # what an earlier time has scored stays
         raise UserError("nothing could be scored, for the reasons above: repeat it when they are gone")
+    write_json(args.folder / "judge.json", {"judge": args.judge_url, **request, "rubric": hashlib.sha256(
+        RUBRIC.encode()).hexdigest()[:16], "models": models, "responses": rows})
+    print(f"wrote {args.folder}/judge.json")
 
 
 if __name__ == "__main__":

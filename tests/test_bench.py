@@ -81,17 +81,19 @@ def test_harness_gets_what_the_sampler_writes(trained, monkeypatch):
     assert [tokenizer.encode(context) for context in contexts] == tokenizer.prompts(chats)
 
     def ask(**settings):
-        return lm.generate_until([SimpleNamespace(args=(context, settings)) for context in contexts])
+        return lm.generate_until([SimpleNamespace(args=(context, settings), task_name=name)
+                                  for name, context in zip("aab", contexts, strict=True)])
 
     wanted = generate(policy, tokenizer.prompts(chats), max_new_tokens=9, temperature=0.0, delta=0.5,
                       eos_ids=tokenizer.eos_ids, seed=(3,))
     texts = [tokenizer.decode(r.token_ids[:-1] if r.finished else r.token_ids) for r in wanted]
-    assert ask(do_sample=False) == texts and lm.used == [d for r in wanted for d in r.depths]
+    assert ask(do_sample=False) == texts
+    assert {name: [r.depths for r in answered] for name, answered in lm.answered.items()} == {
+        "a": [wanted[0].depths, wanted[1].depths], "b": [wanted[2].depths]}  # for each task's own compute
     stop = next(text for text in texts if len(text) > 1)[1]
     assert ask(do_sample=False, until=[stop, ""]) == [text.split(stop)[0] for text in texts]
     assert ask(do_sample=True, temperature=1.0) != texts
     assert max(len(tokenizer.encode(text)) for text in ask(do_sample=False, max_gen_toks=1)) <= 1
-    assert lm.finished[:3] == [r.finished for r in wanted] and len(lm.finished) == 12
     lm.args.asked = 9  # by --max-new-tokens: a task's limit leaves no room for thoughts
     assert ask(do_sample=False, max_gen_toks=1) == texts
     monkeypatch.setattr(Tokenizer, "think_open", lambda self, prompt_ids: True)

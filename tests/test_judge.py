@@ -97,6 +97,24 @@ def test_transport_errors_are_unscored_and_a_dead_endpoint_ends_the_run(stub, tm
         ask(stub, tmp_path, pairs=[("q", str(i)) for i in range(6)])
 
 
+def test_an_endpoint_that_refuses_every_request_says_why(stub, tmp_path):
+    """If it fails, a field that the endpoint does not know is sent with every response, and its reason is lost."""
+    no = (400, json.dumps({"error": {"message": "Unsupported\nparameter: 'max_tokens'" + "x" * 999}}).encode())
+    pairs = [("q", str(i)) for i in range(8)]
+    with pytest.raises(UserError, match="5 responses in a row were refused, .* HTTP 400: Unsupported parameter"):
+        ask(stub, tmp_path, no, pairs=pairs)
+    assert len(stub.seen) == 5
+    found = ask(stub, tmp_path, OK, no, pairs=pairs)  # too long ones, perhaps: the others may do
+    assert found[0] == GOOD and all(one.startswith("HTTP 400: Unsupported") and len(one) < 250 for one in found[1:])
+    with pytest.raises(UserError, match="402: Insufficient"):
+        ask(stub, tmp_path, (402, b'{"error": "Insufficient Balance"}'))
+
+
+def test_a_message_in_parts_is_read(stub, tmp_path):
+    """If it fails, endpoints that send their text so can't be used."""
+    assert ask(stub, tmp_path, (200, message([{"type": "text", "text": json.dumps(GOOD)}]))) == [GOOD]
+
+
 @pytest.mark.parametrize("status, headers", [(401, ()), (404, ()), (302, (("Location", "http://127.0.0.1:9/"),))])
 def test_what_every_request_would_meet_ends_in_one_line(stub, tmp_path, status, headers):
     """If it fails, a wrong key or name is sent with every response, or a redirect takes the key elsewhere."""
@@ -106,7 +124,8 @@ def test_what_every_request_would_meet_ends_in_one_line(stub, tmp_path, status, 
 
 
 @pytest.mark.parametrize("reply", [
-    json.dumps(GOOD), f"```json\n{json.dumps(GOOD)}\n```", f"<think>1 or 10?</think>\n {json.dumps(GOOD)} "])
+    json.dumps(GOOD), f"```json\n{json.dumps(GOOD)}\n```", f"```JSON\n{json.dumps(GOOD)}\n```",
+    f"<think>1 or 10?</think>\n {json.dumps(GOOD)} "])
 def test_four_whole_numbers_are_scores(reply):
     """If it fails, judges that think first or fence their reply can't be used."""
     assert judge.scores_in(reply) == GOOD
@@ -163,6 +182,12 @@ def test_the_command_judges_an_evaluation(trained, stub, tmp_path, monkeypatch):
     assert all(m["coherence"] == 8.5 and m["n"] == 3 and not m["unscored"] for m in record["models"].values())
     assert {request["temperature"] for _, _, request in stub.seen} == {0}
     assert "secret" not in (tmp_path / "eval" / "judge.json").read_text()
+    before = (tmp_path / "eval" / "judge.json").read_bytes()
+    stub.script = [(200, message("8 of 10"))]
+    monkeypatch.setattr("sys.argv", [*argv[:-1], str(tmp_path / "other.jsonl")])
+    with pytest.raises(UserError, match="nothing could be scored"):
+        judge.main()
+    assert (tmp_path / "eval" / "judge.json").read_bytes() == before
     for url in ("file:///etc/passwd", "http://key@host/v1", "127.0.0.1:1"):
         monkeypatch.setattr("sys.argv", [*argv[:3], url, *argv[4:]])
         with pytest.raises(UserError, match="--judge-url"):

@@ -130,6 +130,29 @@ def test_a_signal_saves_the_step_and_names_the_run(home, number):
     assert (home / "long run" / f"step-{steps:06d}").exists()
 
 
+def unread():
+    """Writes to a pipe that nobody reads once there are metrics, as tee does, which Ctrl-C ends first."""
+    read, write = os.pipe()
+    os.dup2(write, sys.stderr.fileno())
+
+    def close():
+        while not Path("piped", "metrics.jsonl").exists():
+            time.sleep(0.01)
+        os.close(read)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    os.close(write)
+    threading.Thread(target=close, daemon=True).start()
+
+
+def test_a_reader_that_ends_costs_no_step(home):
+    """Else Ctrl-C under `2>&1 | tee log` loses what came after the last checkpoint, without a word."""
+    with running("rloo.py", *RL[:-1], 5000, "--init", "one", "--out", "piped", cwd=home, before=unread) as process:
+        process.join(60)
+    steps = len(lines(home / "piped" / "metrics.jsonl"))
+    assert process.exitcode and (home / "piped" / f"step-{steps:06d}").exists()
+
+
 def test_a_second_signal_ends_a_step_at_once(home):
     """Else a step that takes minutes, or for ever, can't be interrupted."""
     with running("rloo.py", *RL, "--init", "one", "--out", "slow", cwd=home, before=endless_steps) as process:
@@ -211,6 +234,19 @@ def test_completions_are_set_aside_when_they_grow(home, monkeypatch):
     names = sorted(path.name for path in (home / "long").glob("completions*"))
     assert names == [f"completions-{step:06d}.jsonl" for step in (1, 2, 3)]
     assert [row["step"] for name in names for row in lines(home / "long" / name)] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_a_run_that_is_set_back_has_no_step_twice(home):
+    """Else going back to an earlier checkpoint, by deleting those after it, leaves samples of the abandoned steps; or a
+    complete run can't go back."""
+    run("rloo.py", *RL[:-1], 3, "--save-every", 1, "--keep", 9, "--init", "one", "--out", "long", cwd=home,
+        before=rotate_early)
+    for step in (2, 3):
+        shutil.rmtree(home / "long" / f"step-{step:06d}")
+    run("rloo.py", "--resume", "long", cwd=home)
+    rows = [row["step"] for path in sorted((home / "long").glob("completions*")) for row in lines(path)]
+    assert rows == [0] * 4 + [1] * 4 + [2] * 4
+    refused("rloo.py", "--resume", "long", home=home, naming="nothing to resume")
 
 
 def rotate_early():
@@ -562,7 +598,15 @@ def test_responses_to_another_file_of_the_same_name_are_refused(home):
     flags = ("--model", "toy", *SMALL[2:], "--task")
     run("distill.py", *flags, "a/q.jsonl", "--out", "r", cwd=home)
     refused("distill.py", *flags, "b/q.jsonl", "--teacher", "r", home=home, naming="to none of these prompts")
-    run("distill.py", *flags, "a/q.jsonl", "--teacher", "r", "--out", "again", cwd=home)
+    again = run("distill.py", *flags, "a/q.jsonl", "--teacher", "r", "--out", "again", cwd=home)
+    assert "would not ask" not in again.stderr
+    rows = [json.loads(row) | {"thinking": i % 2 > 0} for i, row in enumerate(problems)]
+    (home / "b" / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))  # of the cats, half in another form
+    run("distill.py", *flags, "b/q.jsonl", "--out", "mixed", cwd=home)
+    (home / "b" / "q.jsonl").write_text("\n".join(problems))
+    told = run("distill.py", *flags, "b/q.jsonl", "--teacher", "mixed", "--out", "more", cwd=home).stderr
+    others = re.search(r"(\d) of --teacher's 6 responses are to prompts that this run would not ask", told)
+    assert others and 0 < int(others[1]) < 6
 
 
 # compared

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 import pyarrow.parquet
 import pytest
 
+import flags
 from data import hub, tasks
 from data.hub import UserError
 from data.tasks import load
@@ -357,6 +358,8 @@ def test_a_line_of_ones_own_becomes_a_problem(tmp_path):
     ("3 Idiots", "choice", "ANSWER: 3 idiots.", "\\boxed{3 Men}"),
     ("1,000.50", "number", "\\boxed{1000.5}", "\\boxed{1000}"), ("$5", "number", "\\boxed{5}", "\\boxed{6}"),
     ("1e3", "number", "\\boxed{1000}", "\\boxed{1}"), ("20%", "number", "\\boxed{20\\%}", "\\boxed{2}"),
+    (1.1 * 3, "number", "\\boxed{3.3}", "\\boxed{3}"), (0.1 + 0.2, "number", "\\boxed{0.3}", "\\boxed{0}"),
+    ("\\frac{51}{16}", "number", "\\boxed{3.1875}", "\\boxed{51}"),
 ])
 def test_an_answer_with_words_is_more_than_its_number(tmp_path, answer, kind, right, wrong):
     """Else 5 June is right where the answer is 5 May."""
@@ -364,6 +367,17 @@ def test_an_answer_with_words_is_more_than_its_number(tmp_path, answer, kind, ri
     problem = load(path, "train", n=1)[0]
     assert problem.kind == kind
     assert problem.grade(right, True).strict and not problem.grade(wrong, True).strict
+
+
+def test_a_link_keeps_its_name(tmp_path):
+    """Else a file of the hub's cache, a link to one without a suffix, is refused by a name that nobody gave."""
+    jsonl(tmp_path / "3fa9c0", [{"question": f"{i}?", "answer": i} for i in range(20)])
+    (tmp_path / "pens.jsonl").symlink_to("3fa9c0")
+    assert tasks.name_of(str(tmp_path / "pens.jsonl")) == str(tmp_path / "pens.jsonl")
+    assert len(load(str(tmp_path / "pens.jsonl"), "train")) > 10
+    args = Namespace(model=None, task="gsm8k", data=str(tmp_path / "pens.jsonl"), device="cpu", dtype="float32",
+                     cuda_graphs=False, shard=False)
+    assert flags.settle(flags.Parser(), args).data == str(tmp_path / "pens.jsonl")
 
 
 def test_a_problem_of_ones_own_keeps_its_own_grader(tmp_path):
@@ -421,6 +435,7 @@ def test_a_task_of_ones_own_may_define_dataclasses(tmp_path):
     ({"question": "a", "answer": "b", "choices": ["c"]}, "the answer 'b' must be one of 'choices'"),
     ({"question": "a", "answer": "b", "instruction": 3}, "'instruction' must be text"),
     ({"question": "a", "answer": "b", "thinking": "no"}, "'thinking' must be true or false"),
+    ({"question": "a", "answer": 1 / 3}, "has more digits than a response will"),
     ({"question": "a", "answer": ".", "choices": [".", ","]}, "the grader ignores case, articles"),
     ({"question": "a", "answer": "Polish", "choices": ["polish", "Polish"]}, "the grader ignores case, articles"),
     ({"question": "a", "answer": "?!"[1:]}, "the grader ignores case, articles"),
@@ -438,6 +453,10 @@ def test_a_line_that_makes_no_problem_is_named(tmp_path, row, named):
     ("def problems(split, n, seed)\n    return []", r"SyntaxError: .*"), ("import nothing_of_that_name", "nothing_of"),
     ("x = 1", r"it defines no problems\(split, n, seed\)"), ("def problems(split):\n    return []", "TypeError"),
     ("def problems(split, n, seed):\n    return []", "gives none"),
+    ("from data.tasks import Problem\ndef problems(split, n, seed):\n    return [Problem('a', str(i), 'x', 'choice') "
+     "for i in range(3)]", "2 of its Problems have the id 'a'"),
+    ("from data.tasks import Problem\ndef problems(split, n, seed):\n    return [Problem('a', 'q', 'x', 'choice', "
+     "thinking=None)]", "its thinking must be True or False, not None"),
     ("def problems(split, n, seed):\n    return [1 / 0]", r"ZeroDivisionError: .*mine\.py:2\)"),
     ("def problems(split, n, seed):\n    return ['x']", "must give dicts"),
     ("def problems(split, n, seed):\n    return [{'question': 'x'}]", "problem 0: column 'answer' is missing"),
