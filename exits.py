@@ -254,7 +254,7 @@ class Response:
 
     prompt_ids: list[int]
     token_ids: list[int]  # the eos that ended it is one of them: an action like the others
-    depths: list[int]  # of each token
+    depths: list[int]  # of each token: the layers run, at the position before it, to predict it
     logp_exit: list[float]  # of each token, when it was drawn
     logp_token: list[float]
     finished: bool = False  # an eos came within max_new_tokens

@@ -46,6 +46,12 @@ def reward(task, depth_share, mean_kl, lam: float, beta: float) -> torch.Tensor:
     return task - lam * depth_share - beta * mean_kl
 
 
+def depth_share(records: list[dict], n_layers: int, gated: bool) -> torch.Tensor:
+    """mean_t l_t / L of each response, which (1) charges: (P k,); where `gated` 0 for a wrong one."""
+    return torch.tensor([sum(r["depths"]) / len(r["depths"]) / n_layers * (r["correct"] or not gated) for r in records],
+                        dtype=torch.double)
+
+
 def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
     """A_i = R_i - mean_{j != i} R_j inside each prompt's group: (P, k) -> (P, k)."""
     k = rewards.shape[1]
@@ -97,18 +103,18 @@ def accumulate_gradient(policy: Policy, responses: list[Response], advantages: t
                   per_response(token_kl, batch) / lengths, beta, c, count).backward()
 
 
-def summarise(rows: list[dict], drift: torch.Tensor, outcomes: list[int], args) -> dict:
+def summarise(records: list[dict], drift: torch.Tensor, outcomes: list[int], args) -> dict:
     """A step's metrics from its completions; the three parts of the reward sum to it. Compute is that of all tokens, as
     in every table, while (1) charges each response its own mean."""
     def average(name):
-        return float(torch.tensor([row[name] for row in rows], dtype=torch.double).mean())
+        return float(torch.tensor([row[name] for row in records], dtype=torch.double).mean())
 
-    task = [row["reward_task"] for row in rows]
+    task = [row["reward_task"] for row in records]
     groups = [set(task[i : i + args.samples]) for i in range(0, len(task), args.samples)]
     return {
         "reward": average("reward"), "reward_task": average("reward_task"),
         "reward_depth": -args.lam * average("depth_charged"), "reward_kl": -args.beta * average("mean_kl"),
-        **measure(rows, outcomes),
+        **measure(records, outcomes),
         "groups_of_equal_task_reward": sum(len(group) == 1 for group in groups) / len(groups),
         "kl": average("mean_kl"), "drift_max": float(drift.max()), "drift_mean": float(drift.mean()),
     }
@@ -201,16 +207,14 @@ def main() -> None:
                                  max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step),
                                  first_response=mine.start * args.samples)
         asked = [problems[i] for i in chosen for _ in range(args.samples)]
-        rows = graded(asked, responses, tokenizer)
+        records = graded(asked, responses, tokenizer)
         times.append(time.perf_counter())
 
         # Score: the reward needs the KL to the base model.
         base, mean_kl, drift = score_responses(policy, responses, args.micro_batch)
         task = torch.tensor([problem.reward(row["text"], row["finished"], row["correct"])
-                             for problem, row in zip(asked, rows, strict=True)], dtype=torch.double)
-        depth_charged = torch.tensor([sum(r.depths) / len(r) / policy.n_layers for r in responses], dtype=torch.double)
-        if args.gate_depth_on_correct:
-            depth_charged *= torch.tensor([float(row["correct"]) for row in rows])
+                             for problem, row in zip(asked, records, strict=True)], dtype=torch.double)
+        depth_charged = depth_share(records, policy.n_layers, args.gate_depth_on_correct)
         rewards = reward(task, depth_charged, mean_kl, args.lam, args.beta)
         advantages = leave_one_out(rewards.view(-1, args.samples)).flatten()
         times.append(time.perf_counter())
@@ -225,13 +229,13 @@ def main() -> None:
         seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
         found = {"reward_task": task, "depth_charged": depth_charged, "mean_kl": mean_kl, "reward": rewards,
                  "advantage": advantages}
-        rows = parallel.gather([{"step": step, "sample": i % args.samples, **row,
-                                 **{name: float(values[i]) for name, values in found.items()}}
-                                for i, row in enumerate(rows)])
+        records = parallel.gather([{"step": step, "sample": i % args.samples, **row,
+                                    **{name: float(values[i]) for name, values in found.items()}}
+                                   for i, row in enumerate(records)])
         drift = torch.cat(parallel.gather([drift]))
-        metrics = {"step": step, **summarise(rows, drift, policy.depth_of_outcome.tolist(), args), **updated}
+        metrics = {"step": step, **summarise(records, drift, policy.depth_of_outcome.tolist(), args), **updated}
         metrics |= {f"seconds_{name}": s for name, s in zip(("rollout", "score", "update"), seconds, strict=True)}
-        run.log("completions.jsonl", rows)
+        run.log("completions.jsonl", records)
         run.log("metrics.jsonl", [metrics])
         if metrics["finished"] < 0.8 and not warned:
             run.bar.clear()

@@ -360,7 +360,10 @@ class Run:
             shutil.rmtree(partial)
         # Before the new --steps: a kill between leaves it resumable.
         (self.folder / "complete.json").unlink(missing_ok=True)
-        self.write_config(stage, {"start": recorded["start"], **about} if "start" in recorded else about)
+        kept = {name: recorded[name] for name in ("start", "commit") if name in recorded}
+        if (now := commit()) != kept.get("commit", now):  # from here on it is other code
+            kept["resumed_commit"] = now
+        self.write_config(stage, {**kept, **about})
         self.rewind(step)
 
     def take(self) -> None:
@@ -389,7 +392,7 @@ class Run:
 
     def write_config(self, stage: str, about: dict) -> None:
         write_json(self.folder / "config.json", {
-            "stage": stage, "args": vars(self.args), **about, "commit": commit(),
+            "stage": stage, "args": vars(self.args), "commit": commit(), **about,
             "versions": {"python": platform.python_version()} | {
                 name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")}})
 

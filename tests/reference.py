@@ -50,7 +50,7 @@ class Reference:
             die, *coins = dice(t)
             i = [*(coin < p for coin, p in zip(coins, p_exit, strict=True)), True].index(True)  # the first to say stop
             depths.append(self.outcomes[i])
-            ids.append(int((p_token[i].cumsum(0) <= die).sum()))
+            ids.append(int((p_token[i].cumsum(0) <= die).sum()))  # the first at which the sum is above the die
         return ids[len(prompt) :], depths[len(prompt) - 1 :]
 
     def score(self, prompt, response, depths, **options):

@@ -249,6 +249,15 @@ def test_a_run_that_is_set_back_has_no_step_twice(home):
     refused("rloo.py", "--resume", "long", home=home, naming="nothing to resume")
 
 
+def test_a_resumed_run_names_the_commit_that_it_was_started_with(home):
+    """Else who edits the method between the two can't tell what the first steps ran."""
+    path = home / "one" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "0123456789ab"}))
+    run("distill.py", "--resume", "one", "--steps", 3, cwd=home)
+    found = json.loads(path.read_text())
+    assert found["commit"] == "0123456789ab" and found["resumed_commit"] == runs.commit()
+
+
 def rotate_early():
     runs.ROTATE = 100
 
