@@ -90,7 +90,8 @@ def test_evaluate_asks_held_out_problems_as_its_flags_say(made):
         "wired-eval", cwd=made.home)
     rows, L = lines(made.home / "wired-eval" / "completions.jsonl"), 4
     how = {"seed": (2,), "temperature": 0.7}
-    assert_drawn(rows[:6], sampled(made, Policy(fresh_model(made)), "test", 6, 2, depths=L, **how), exits=False)  # it has none
+    base = sampled(made, Policy(fresh_model(made)), "test", 6, 2, depths=L, **how)
+    assert_drawn(rows[:6], base, exits=False)  # it has none
     policy = load_policy(fresh_model(made), made.home / "wired-1")
     assert_drawn(rows[6:], sampled(made, policy, "test", 6, 2, delta=5.0, **how))
     assert len({d for row in rows[6:] for d in row["depths"]}) > 1
