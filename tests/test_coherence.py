@@ -76,6 +76,9 @@ def test_planted_degradations_rank_below_their_originals():
     for name, found in record["damaged"].items():
         assert found["ranked_below"]["coherence"] == 1.0, name
         assert found["coherence"] < record["original"]["coherence"], name
+    worse = record["damaged"]["a step said 10 times"]["ranked_below"]
+    assert worse["repetition"] == 1.0 and worse["finished"] == 0.5  # more of it is worse; a tie counts half
+    assert record["damaged"]["all steps shuffled"]["ranked_below"]["perplexity"] == 1.0
     recorded = json.loads((ROOT / "docs" / "data" / "coherence.json").read_text())
     assert recorded["damaged"].keys() == coherence.DAMAGE.keys()
 

@@ -73,6 +73,13 @@ def test_lens_kl_against_loops():
     assert_close(got, [slow_kls(policy, ids) for r in ANSWERS for _, ids in predicting(r)])
 
 
+def test_a_lens_that_agrees_but_for_rounding_is_safe_and_no_nan():
+    """In float32 a KL near 0 may come out below it, whose log (1 - s) is NaN: one such position ends a run."""
+    model, h = toy_policy(1).model, torch.randn(500, 20, generator=torch.Generator().manual_seed(0))
+    kl_e = distill.lens_kl(model, h, [h * (1 + 1e-3)])
+    assert 0 <= kl_e.min() and kl_e.max() < 1e-5 and distill.log_target(kl_e, 1.0).exp().isfinite().all()
+
+
 def test_loss_is_equation_5():
     """The student's KL and the exit's cross-entropy are both means over positions with weight one."""
     token_kl, logp_exit = torch.tensor([0.5, 1.5]), torch.tensor([-0.2, -0.4])
@@ -238,6 +245,22 @@ def test_adapters_and_heads_step_at_their_own_rates(tmp_path):
             assert float(step) == pytest.approx(wanted if name.startswith("heads.") else 0.25, rel=1e-3)
             p.data.copy_(before[name])
         optimizer = adamw(policy)
+
+
+def test_the_optimizer_is_adam_of_the_recorded_runs():
+    """With AdamW's usual eps a stage-2 gradient, divided by thousands of tokens, would hardly move a weight; with its
+    usual beta no average would end within a short run."""
+    policy = toy_policy()
+    optimizer, heads = adamw(policy), policy.heads.bias
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    wanted, m, v = heads.detach().double().clone(), 0.0, 0.0
+    for t, g in enumerate((1e-9, -2e-9, 5e-10), start=1):
+        heads.grad = torch.full_like(heads, g)
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        wanted -= m / (1 - 0.9**t) / ((v / (1 - 0.95**t)) ** 0.5 + 1e-12)
+        assert_close(heads, wanted, 1e-4)
 
 
 def test_training_brings_the_learned_exits_to_the_target():

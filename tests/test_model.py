@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import model
 from data.hub import UserError
 from data.weights import config_fields
-from model import Config, RMSNorm, Transformer
-from tests.toys import FIXTURES, GOLDEN, assert_close, toy_model
+from model import Config, RMSNorm, Transformer, rope
+from tests.toys import FIXTURES, GOLDEN, assert_close, toy_config, toy_model
 
 
 @pytest.fixture
@@ -73,6 +73,13 @@ def test_bfloat16_logits_equal_transformers_golden_ones():
     logits = model(golden["ids"])
     assert logits.dtype == torch.bfloat16
     assert_close(logits, golden["logits"], 0.02)
+
+
+def test_rotary_tables_of_a_bfloat16_model_are_rounded_only_at_the_end():
+    """In bfloat16 positions from 256 on collapse into even ones, then fours: a long response would lose its order."""
+    for exact, ours in zip(*(rope(2000, toy_config(), torch.zeros(1, dtype=dtype)) for dtype in (
+            torch.float64, torch.bfloat16)), strict=True):
+        assert ours.dtype == torch.bfloat16 and (ours.double() - exact).abs().max() < 2**-8
 
 
 def test_rmsnorm_casts_to_bfloat16_before_it_multiplies_by_the_weight():

@@ -207,6 +207,14 @@ def test_lora_starts_as_identity():
     assert all(adapter.lora_A.abs().max() > 0 for adapter in policy.adapters)  # else B gets no gradient
 
 
+def test_what_is_trained_starts_at_the_usual_scale():
+    """At another one every rate in the README is another rate: A as in PEFT, a head's hidden units of unit variance."""
+    policy = Policy(toy_model(), (2, 4), 64, head_width=256)
+    for adapter in policy.adapters:
+        assert 0.95 < adapter.lora_A.abs().max() * adapter.weight.shape[1] ** 0.5 <= 1
+    assert 0.9 < policy.heads.up.var() * 20 < 1.1
+
+
 def test_lora_adds_alpha_over_r_times_B_A():
     """Another scale, and the adapter means something else in PEFT."""
     policy = Policy(toy_model(), (2, 4), 4, alpha=10.0).double()

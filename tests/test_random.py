@@ -54,3 +54,10 @@ def test_draw_inverts_the_cumulative_distribution():
     p = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
     u = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2.0**-53], dtype=torch.float64)
     assert draw(p.log().expand(6, -1), u).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+def test_rare_tokens_are_drawn_from_sums_that_do_not_swallow_them():
+    """In float32, behind half of the probability, tokens below 2^-25 own no interval, and tails are never sampled."""
+    p = torch.tensor([0.5, 2.0**-26, 2.0**-26, 0.5 - 2.0**-25])
+    u = 0.5 + torch.tensor([-1, 1, 3, 5], dtype=torch.float64) * 2.0**-27
+    assert draw(p.log().expand(4, -1), u).tolist() == [0, 1, 2, 3]

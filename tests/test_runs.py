@@ -21,6 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 import runs
+from data import tasks
+from data.text import Tokenizer
+from exits import Response
 from tests import kill
 from tests.commands import RL, ROOT, SMALL, forked, lines, run, running, toy_checkpoint
 
@@ -487,6 +490,43 @@ def test_a_refused_extension_leaves_the_run_complete(home):
     (home / "toy").rename(home / "gone")
     refused("distill.py", "--resume", "one", "--steps", 9, home=home, naming="--model")
     assert (home / "one" / "complete.json").exists() and config(home / "one")["steps"] == 2
+
+
+def test_the_rate_warms_up_for_ten_steps_and_falls_to_zero():
+    """A first step at the full rate undoes what a run starts from; a rate that stays high never settles."""
+    assert [runs.schedule(step, 100) for step in (0, 4, 9, 50, 99)] == pytest.approx([0.1, 0.48, 0.91, 0.5, 0.01])
+
+
+def test_a_response_is_graded_by_what_it_says_behind_its_thoughts_once_it_has_ended():
+    """Else what was cut counts as right, thoughts that never ended pass for an answer, or the end is read with it."""
+    tokenizer = Tokenizer.from_pretrained(ROOT / "data/tiny")
+    problem = tasks.load("arithmetic", "test", n=1)[0]
+    closed, opened = (tokenizer.encode(text) for text in ("<think>\n\n</think>\n\n", "<think>\n"))
+    ids = tokenizer.encode(said := f"\\boxed{{{problem.gold}}}")
+    for prompt, ended, right in ((closed, True, True), (closed, False, False), (opened, True, False)):
+        response = Response(prompt, ids + tokenizer.encode("<|im_end|>") * ended, [], [], [], ended)
+        grade = runs.grade(problem, response, tokenizer)
+        assert (runs.text_of(response, tokenizer), grade.strict, grade.flexible) == (said, right, right)
+
+
+def test_every_epoch_is_a_new_shuffle_of_all_problems():
+    """Else some problems are never learned from, or all epochs and seeds take them in one order."""
+    epochs = [[i for step in range(10) for i in runs.pick(10, 3, step, seed)] for seed in (0, 1)]
+    orders = [tuple(picked[at : at + 10]) for picked in epochs for at in (0, 10, 20)]
+    assert all(sorted(order) == list(range(10)) for order in orders) and len(set(orders)) == 6
+
+
+def test_a_gradient_is_clipped_to_norm_1_as_a_whole_and_then_gone(tmp_path):
+    """Unclipped, one odd batch of stage 1 throws a calibration back; left where it is, each step repeats all before."""
+    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.0)
+    for gradients, wanted in (((3.0, 4.0), (-0.6, -8.0)), ((0.3, 0.4), (-0.9, -12.0))):
+        for p, g in zip((a, b), gradients, strict=True):
+            assert p.grad is None
+            p.grad = torch.tensor([g])
+        logged = runs.Run(tmp_path, None).apply_gradients(optimizer, 1.0, 10.0)
+        assert (a.item(), b.item()) == pytest.approx(wanted)
+        assert logged["grad_norm"] == pytest.approx(gradients[1] * 1.25)
 
 
 def test_a_rate_of_zero_trains_nothing(home):

@@ -21,6 +21,8 @@ from data import tasks
 from exits import Policy
 from model import Transformer
 from tests.commands import RL, fresh, lines, run, toy_checkpoint
+from tests.reference import Reference
+from tests.toys import assert_close, reference, toy_policy
 
 
 def test_literal_command_on_a_hub_model_offline(tmp_path):
@@ -100,6 +102,46 @@ def test_evaluate_compares_all_three_and_writes_its_files(trained):
     assert [m["exit_rate"] for m in metrics] == [0, 0, 0] and "threshold 1.0" in done.stdout
 
 
+def test_metrics_are_pooled_over_tokens_and_responses_by_hand():
+    """The README's figures: a mean of means, another divisor or another interval, and every table says so."""
+    rows = [{"depths": depths, "correct": right, "flexible": True, "finished": right} for depths, right in (
+        ([2, 2, 4], True), ([8], False), ([4, 8, 8, 8], False), ([2, 8], True))]
+    m = evaluate.measure(rows, [2, 4, 8])
+    wanted = {"n": 4, "accuracy": 0.5, "accuracy_flexible": 1, "exit_rate": 0.5, "average_compute": 54 / 80,
+              "layer_savings": 26 / 80, "total_compute": 54 / 8 / 4, "length": 2.5, "finished": 0.5}
+    assert {name: m[name] for name in wanted} == pytest.approx(wanted)
+    assert m["exit_histogram"] == {"2": 0.3, "4": 0.2, "8": 0.5}
+    assert evaluate.wilson(0.0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert evaluate.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    gains = [1, 0, 0, 1, -1, 0]
+    gain, half = evaluate.paired([0, 1, 0, 0, 1, 1], [1, 1, 0, 1, 0, 1])
+    assert (gain, half) == pytest.approx((1 / 6, 1.96 * (sum((g - 1 / 6) ** 2 for g in gains) / 5 / 6) ** 0.5))
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_the_page_shows_what_heads_and_lenses_said_of_each_token(base):
+    """Else it colours other tokens than the model stopped at, or shows the base through adapters, lenses without
+    their norm, or exits as they were before delta."""
+    policy, depths = toy_policy(1).double(), [6] * 4 if base else [2, 6, 4, 6]
+    row = {"prompt_ids": [5, 17, 42], "token_ids": [9, 1, 30, 8], "depths": depths, "logp_exit": [], "logp_token": [],
+           "finished": True, "correct": True, "value": "3"}
+    tokenizer = argparse.Namespace(pieces=lambda ids: list(map(str, ids)))
+    shown = evaluate.transcript(policy, row, tokenizer, base, argparse.Namespace(delta=0.5))
+    slow, ids = reference(policy), [5, 17, 42, 9, 1, 30]
+    slow = Reference(slow.w, slow.config, slow.exits) if base else slow
+    streams = slow.streams(ids, [6, 6, *depths])
+    assert shown["tokens"] == ["9", "1", "30", "8"] and shown["depths"] == depths and len(shown["top"]) == 4
+    for t, lenses in enumerate(shown["top"]):
+        for depth, lens in zip((2, 4, 6), lenses, strict=True):
+            p, best = slow.read_out(streams[depth][2 + t]).softmax(-1).topk(3)
+            assert [token for token, _ in lens] == list(map(str, best.tolist()))
+            assert_close([q for _, q in lens], p)
+        if not base:
+            z = torch.stack([slow.exit_logit(streams[depth][2 + t], i) for i, depth in enumerate((2, 4))])
+            assert_close(shown["exit_probs"][t], (z + 0.5).sigmoid())
+    assert len(shown["exit_probs"]) == (0 if base else 4)
+
+
 def test_the_headline_says_what_stage_2_did_on_stage_1_too():
     """Else a stage 2 that made stage 1 worse passes for one that holds the base's accuracy."""
     base, first, second = ({"name": name, "accuracy": a, "average_compute": c, "finished": 1.0}
@@ -162,6 +204,16 @@ def test_seed_changes_the_samples(trained):
         run("evaluate.py", "--n", 3, "--max-new-tokens", 12, "--seed", seed, "--out", f"seed{seed}", cwd=trained)
         texts.append([row["token_ids"] for row in lines(trained / f"seed{seed}" / "completions.jsonl")])
     assert texts[0] != texts[1]
+
+
+def test_seed_changes_where_adapters_and_heads_start(trained):
+    """Else calibrations of several seeds begin as one."""
+    starts = []
+    for seed in (0, 1, 0):
+        runs.load_model(argparse.Namespace(seed=seed, model=str(trained / "toy"), revision=None, thinking=True,
+                                           device="cpu", dtype="float32", shard=False, cuda_graphs=False))
+        starts.append(float(torch.rand(())))
+    assert starts[0] == starts[2] != starts[1]
 
 
 def test_depth_is_charged_for_right_answers_only_where_asked(trained, tmp_path):

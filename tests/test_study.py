@@ -9,6 +9,7 @@ import torch
 
 import monitor
 from checkpoints import checkpoint, load_policy
+from data import tasks
 from data.hub import UserError, write_json
 from evaluate import paired
 from model import Transformer
@@ -16,7 +17,7 @@ from report import kinds
 from sample import generate
 from study import baselines, common, crossdomain, evaluations, fig2, fronts, heads, table1, tokens, write
 from tests.chance import assert_frequencies
-from tests.toys import PROMPTS, L, assert_close, reference, toy_policy
+from tests.toys import PROMPTS, L, assert_close, reference, responses, toy_policy
 
 
 def chosen(policy, rule, wanted):
@@ -98,6 +99,33 @@ def test_a_sweep_is_read_between_its_settings():
     assert (c["change"], c["half"]) == paired([0.75, 1.0], [1.0, 1.0]) and c["change"] == 0.125
 
 
+def test_one_seeds_weights_are_compared_with_that_seed_alone(tmp_path, monkeypatch):
+    """Else the mean of the seeds is set beside one seed's luck under another rule, and the heads answer for it."""
+    right = {"s1": (1, 1, 0, 0), "rl-0": (1, 1, 1, 0), "rl-1": (0, 0, 0, 0)}
+    depths = {"full depth": 8, "static 4": 4, **{f"static {depth}": 2 for depth in (2, 6)}}
+
+    def told(args, source, how="learned", rule=None):
+        return common.Answers([{"depths": [depths.get(how, 4)] * 3, "correct": x, "flexible": x, "finished": True,
+                                "prompt_ids": [1], "token_ids": [1] * 3} for x in right.get(
+                                    how == "learned" and source.name, (0, 0, 0, 0))], [2, 4, 6, 8], None)
+
+    s1, found = tmp_path / "s1", {}
+    for name, value in (("arguments", lambda doc: argparse.Namespace(problems=[0] * 4, max_new_tokens=3, seed=0)),
+                        ("stage_one", lambda args: s1), ("base_answers", lambda args: told(args, s1, "full depth")),
+                        ("over_seeds", lambda args, make: [make(0), make(1)]),
+                        ("rl_run", lambda args, lam, seed: tmp_path / f"rl-{seed}"),
+                        ("lower_kappa", lambda args: (4, None, [])), ("save", lambda *_, **data: found.update(data))):
+        monkeypatch.setattr(common, name, value)
+    for name, value in (("checkpoint", str), ("exits_of", lambda folder: [2, 4, 6]), ("answers", told),
+                        ("undrawn", lambda args, run: told(args, run, "heads 0.5")), ("plain_rl", lambda *_: s1),
+                        ("point", lambda args, answered, **about: about)):
+        monkeypatch.setattr(baselines, name, value)
+    baselines.main()
+    means = {(c["weights"], c["rule"]): c["accuracy"] for c in found["comparisons"] if c["of"] == "stage 2"}
+    assert means["stage 2", "static"] == means["stage 2", "heads"] == 0.75
+    assert means["base", "static"] == means["stage 1", "static"] == means["plain RL", "plain RL"] == 0.375
+
+
 # ------------------------------------------------------------------------------------------------ runs and answers
 
 
@@ -143,6 +171,7 @@ def test_answers_are_sampled_once_and_anew_for_other_weights(home, monkeypatch):
     common.answers(args, checkpoint(home / "two"))
     assert made == [0.0, 1.5, 0.0]
     assert common.judged(args, first) == common.judged(args, first)
+    assert json.loads(common.judgement(first.path).read_text())["n"] == 3
     (head := checkpoint(home / "one") / "exit_heads.safetensors").write_bytes(
         (checkpoint(home / "two") / head.name).read_bytes())
     common.answers(args, home / "one")
@@ -156,6 +185,24 @@ def test_answers_are_sampled_once_and_anew_for_other_weights(home, monkeypatch):
     args.task = "stories"
     with pytest.raises(UserError, match="another --runs"):
         common.about_the_same(args, home / "one")
+
+
+def test_answers_are_sampled_as_asked_and_anew_where_it_is_otherwise(home, monkeypatch):
+    """Else every table is of temperature 1 and seed 0 whatever it says, the base exits, or exits that are called
+    undrawn are drawn."""
+    monkeypatch.chdir(home)
+    args = settled(monkeypatch, "--model", "toy", "--task", "arithmetic", "--runs", home, "--n", 2,
+                   "--max-new-tokens", 12, "--temperature", 0.5, "--seed", 3)
+    made = []
+    monkeypatch.setattr(common, "generate", lambda *a, **k: made.append(
+        [k["temperature"], k["seed"], k.get("depths"), k.get("threshold")]) or generate(*a, **k))
+    common.base_answers(args)
+    common.undrawn(args, home / "one")
+    assert made == [[0.5, (3,), 4, None], [0.5, (3,), None, 0.5]]
+    assert common.thresholded(0.3)(None) == {"threshold": 0.3}
+    for args.seed, args.temperature in ((4, 0.5), (4, 0.25)):  # of the same problems
+        common.base_answers(args)
+    assert made[2:] == [[0.5, (4,), 4, None], [0.25, (4,), 4, None]]
 
 
 def test_another_base_at_the_same_place_is_sampled_anew(home, monkeypatch):
@@ -191,6 +238,25 @@ def test_stage_2_of_another_stage_1_is_refused(home, monkeypatch):
         common.stage_two(args, "two", lam, 0, home / "one")
     with pytest.raises(UserError, match="full was made of another one than the one there now"):
         baselines.closed_start(args)
+
+
+def test_the_study_asks_held_out_problems(tmp_path, monkeypatch):
+    """On problems that were trained on, every row of every table is too good."""
+    args = settled(monkeypatch, "--runs", tmp_path, "--n", 5, "--seed", 2)
+    for some, task in ((args, "arithmetic"), (common.on_task(args, "stories"), "stories")):
+        assert [p.id for p in some.problems] == [p.id for p in tasks.load(task, "test", n=5, seed=2)]
+
+
+def test_plain_rl_pays_nothing_for_depth_and_a_lower_kappa_is_a_quarter(monkeypatch):
+    """Else other rewards, or another factor, stand under the names of the tables."""
+    monkeypatch.setattr(common, "stage_two", lambda args, *given: given)
+    monkeypatch.setattr(common, "stage_one", lambda args: "s1")
+    monkeypatch.setattr(common, "kl_run", lambda args, kappa: f"kl-{kappa:g}")
+    monkeypatch.setattr(baselines, "closed_start", lambda args: "full")
+    monkeypatch.setattr(common.runs, "read_config", lambda run: {"args": {"kl_factor": 16}})
+    assert baselines.plain_rl(None, 3) == ("full-3", 0.0, 3, "full")
+    assert common.lower_kappa(argparse.Namespace(seeds=2)) == (
+        4, "kl-4", [(f"rl-0.1-{seed}-kl-4", 0.1, seed, "kl-4") for seed in (0, 1)])
 
 
 def test_what_a_run_is_named_for_outweighs_the_users_flags(tmp_path, monkeypatch):
@@ -291,6 +357,18 @@ def test_a_point_compares_with_the_base_over_the_same_problems(home, monkeypatch
     assert half["total_compute_change"] == pytest.approx(change)
 
 
+def test_the_interval_of_compute_is_that_of_a_ratio_of_sums(monkeypatch):
+    """Else it is of something else than 95%, or responses of one token weigh as much as long ones. By hand: of 1 and 4
+    tokens at depths 2 and 8 of 8 the ratio is (1/4 + 4) / 5 = 0.85, which they are 0.6 below and above."""
+    rows = [{"depths": [depth] * length, "correct": 0, "flexible": 0, "finished": 1} for depth, length in (
+        (2, 1), (8, 4))]
+    answered = common.Answers(rows, [2, 8], None)
+    monkeypatch.setattr(common, "base_answers", lambda args: answered)
+    found = common.point(None, answered)
+    assert found["average_compute"] == pytest.approx(0.85)
+    assert found["average_compute_half"] == pytest.approx(1.96 * (0.6**2 + 0.6**2) ** 0.5 / 5)
+
+
 def test_plain_rl_starts_from_stage_1s_adapters_with_exits_that_never_open(home, monkeypatch):
     """An exit now and then, and it is no plain RL; other adapters, and it is not the exits that are compared."""
     monkeypatch.chdir(home)
@@ -334,6 +412,7 @@ def test_new_heads_are_fitted_to_what_the_old_ones_read(home, monkeypatch):
     assert {name: trained[name] for name in ("token_kl", "exit_cross_entropy", "intact")} == {
         name: pytest.approx(ended[name], rel=1e-4) for name in ("token_kl", "exit_cross_entropy", "intact")}
     assert all(late < 0.6 * early for early, late in zip(*results, strict=True))
+    assert data["responses"] == 6  # those that it was trained on: the other 3 are what it is measured on
     assert [row["width"] for row in data["rows"]] == [None, 0, 5]
     assert fitted[0]["exit_cross_entropy"] != fitted[1]["exit_cross_entropy"]
     assert len({row["average_compute"] for row in data["rows"]}) == 3
@@ -342,6 +421,17 @@ def test_new_heads_are_fitted_to_what_the_old_ones_read(home, monkeypatch):
     assert "gained" not in trained and data["run"] == "one"
     text = "\n".join(write.heads(data))
     assert "| 256 hidden units, as trained |" in text and "| linear, fitted |" in text
+
+
+def test_heads_are_fitted_to_streams_frozen_at_drawn_depths():
+    """At full depth a head would be fitted to what no token that left before it ever shows."""
+    policy = toy_policy(1).double()
+    (r,) = said = responses([[5, 6, 7]], [[11, 12, 13, 14, 15, 16, 17]], [[L] * 7])
+    h, p_safe, depths = heads.streams(policy, said, 2.0, 0, 1)
+    assert len(set(depths.tolist())) == 3 and h.shape == (7, 2, 20) and p_safe.shape == (7, 2)
+    streams = reference(policy).streams([*r.prompt_ids, *r.token_ids[:-1]], [L, L, *depths.tolist()])
+    for e, depth in enumerate(policy.exits):
+        assert_close(h[:, e], streams[depth][2:])
 
 
 def test_checkpoints_of_an_interruption_are_not_shown(tmp_path):
@@ -370,6 +460,9 @@ def test_kinds_of_tokens():
     tokenizer = argparse.Namespace(pieces=lambda ids: [pieces[i] for i in ids], think_open=lambda prompt: prompt == [7])
     parts = {k["part"]: k["tokens"] for k in kinds.by_kind(cut, [2, 4], tokenizer) if k["kind"] == "all"}
     assert parts == {"all": 13, "thoughts": 7, "answer": 6}
+    cut[1]["depths"] = [2, 4] * 3
+    (row,) = (k for k in kinds.by_kind(cut, [2, 4], tokenizer) if k["part"] == "answer" and k["kind"] == "all")
+    assert (row["exit_rate"], row["average_compute"]) == (0.5, 0.75)
 
 
 # ------------------------------------------------------------------------------------------------------- the text

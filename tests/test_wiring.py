@@ -13,7 +13,6 @@ import runs
 from checkpoints import load_policy
 from data import tasks
 from data.text import Tokenizer
-from evaluate import paired, wilson
 from exits import Policy, Response
 from model import Transformer
 from sample import generate
@@ -98,10 +97,3 @@ def test_evaluate_asks_held_out_problems_as_its_flags_say(made):
     for part, found in zip((rows[:6], rows[6:]), json.loads((made.home / "wired-eval" / "evaluation.json").read_text())[
             "metrics"], strict=True):
         assert found["total_compute"] == pytest.approx(sum(sum(row["depths"]) for row in part) / L / 6)
-
-
-def test_intervals_of_shares_and_of_paired_differences():
-    """Else every table claims more, or less, than was seen. Wilson's by hand; of n like pairs 1.96 standard errors."""
-    assert wilson(0.5, 100) == pytest.approx((0.403832, 0.596168), abs=1e-5)
-    gain, half = paired([0.0] * 50 + [1.0] * 50, [1.0] * 25 + [0.0] * 25 + [1.0] * 50)
-    assert gain == 0.25 and half == pytest.approx(1.96 * (0.25 * 0.75) ** 0.5 / 10, rel=0.01)
