@@ -114,7 +114,7 @@ def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict
 
 def report_accuracy(problems, prompts, responses: list[Response], tokenizer: Tokenizer) -> None:
     """How many of the training problems the base solves: where that is none or all, stage 2 has nothing to learn from,
-    and it may be the grader that fails."""
+    and it may be the grader that fails; and how many responses of another run are to prompts that this one lacks."""
     right = [runs.grade(problem, r, tokenizer).strict
              for problem, prompt, r in zip(problems, prompts, responses, strict=True) if r.prompt_ids == prompt]
     ours = set(map(tuple, prompts))
