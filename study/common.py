@@ -40,7 +40,7 @@ from data import tasks
 from data.hub import UserError, as_json, field, parse_object, read_json, read_text, write_json, write_text
 from data.text import Tokenizer
 from evaluate import Z, graded, measure, paired
-from exits import Policy, adapters_off, exit_depths
+from exits import Policy, adapters_off
 from model import Transformer
 from sample import generate
 from study.coherence import COLUMNS, score
@@ -237,8 +237,7 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
             return Answers(rows, field(first, "outcomes", list, path), path)
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(args.problems, model, tokenizer, args)
-    exits = source or exit_depths(model.config.num_hidden_layers)
-    policy = Policy(model, exits) if base else load_policy(model, folder)
+    policy = Policy(model, source or None) if base else load_policy(model, folder)
     with tqdm(total=len(prompts), desc=path.stem) as bar, adapters_off(policy) if base else nullcontext():
         responses = generate(policy, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
                              temperature=args.temperature, delta=delta, seed=(args.seed,), rows=args.rows, progress=bar,
