@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from data.hub import UserError, field, fsync, read_json, write_json
 from data.weights import refuse_difference, refuse_nan, shapes_in
-from exits import PROJECTIONS, ExitHeads, Policy, refuse_exits
+from exits import PROJECTIONS, ExitHeads, Policy, projections, refuse_exits
 from model import Transformer
 
 
@@ -68,11 +68,10 @@ def adapter_tensors(policy: Policy) -> dict[str, torch.Tensor]:
 
 def adapter_shapes(model: Transformer, rank: int) -> dict[str, tuple[int, int]]:
     shapes = {}
-    for name, module in model.named_modules():
-        if name.endswith(PROJECTIONS):
-            out_features, in_features = module.weight.shape
-            shapes |= {f"base_model.model.{name}.lora_A.weight": (rank, in_features),
-                       f"base_model.model.{name}.lora_B.weight": (out_features, rank)}
+    for name, module in projections(model).items():
+        out_features, in_features = module.weight.shape
+        shapes |= {f"base_model.model.{name}.lora_A.weight": (rank, in_features),
+                   f"base_model.model.{name}.lora_B.weight": (out_features, rank)}
     return shapes
 
 
@@ -122,21 +121,6 @@ def merge(policy: Policy) -> None:
     for a in policy.adapters:
         a.weight += (a.scale * (a.lora_B @ a.lora_A)).to(a.weight.dtype)
         a.on = False
-
-
-def adamw(policy: Policy, folder: Path | None = None) -> torch.optim.AdamW:
-    """The optimizer over adapters and heads; with a checkpoint's folder, in the state it was in."""
-    heads = list(policy.heads.parameters())  # a group of their own, since stage 1 gives them a rate of their own
-    adapters = [p for name, p in policy.trained().items() if not name.startswith("heads.")]
-    # eps far below any gradient: stage 2's is divided by c, thousands of tokens, and spread over millions of values.
-    optimizer = torch.optim.AdamW([{"params": adapters}, {"params": heads}], lr=0.0, betas=(0.9, 0.95), eps=1e-12,
-                                  weight_decay=0.0)
-    for p in policy.trained().values():  # there from the start, so that every checkpoint holds the same tensors
-        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
-    if folder is not None:
-        fill(moments(policy, optimizer), folder / "optimizer.safetensors")
-    return optimizer
 
 
 def moments(policy: Policy, optimizer) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import flags
+import optim
 import parallel
 import runs
 import teacher
@@ -146,14 +147,14 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         intact                        the same for STRETCH tokens of a longer one
         intact_at_half                the same where p_e > 1/2 decides in place of a draw, and heads guess best
     """
-    E, outcomes = len(policy.exits), policy.depth_of_outcome
+    E, depth_of_outcome = len(policy.exits), policy.depth_of_outcome
     drawn, target = torch.zeros(E + 1), policy.heads.bias.new_zeros(E + 1)
     totals, count = torch.zeros(6, dtype=torch.double, device=policy.device), sum(map(len, responses))
     for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
         base_h, lens_h = base_pass(policy, batch)
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
         own, kl_own = at_own_exits(policy, batch, base_h, u[:, :E])
-        drawn += (own[:, None] == outcomes).sum(0)
+        drawn += (own[:, None] == depth_of_outcome).sum(0)
         kl_half = at_own_exits(policy, batch, base_h, torch.full_like(u[:, :E], 0.5))[1]
         # Only now: at_own_exits starts from depth L.
         log_q, p_safe, depths = draw_target(policy, batch, base_h, lens_h, kappa, u[:, E])
@@ -166,12 +167,13 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         exit_loss = exit_cross_entropy(exit_logits, p_safe, depths, policy.exits)
         totals += torch.stack([kl_t.sum(), exit_loss.sum(), kl_own.sum(), whole, *torch.exp(-lost).sum(0)])
     for sums in (drawn, target, totals):
-        parallel.add(sums)  # over the processes, each of which has seen its share of the responses
+        parallel.all_reduce(sums)  # over the processes, each of which has seen its share of the responses
     token_kl, cross_entropy, own_kl, whole, intact, intact_at_half = totals.tolist()
     return {"positions": count, "token_kl": token_kl / count, "exit_cross_entropy": cross_entropy / count,
             "token_kl_at_own_exits": own_kl / count, "intact": intact / len(responses),
             "intact_whole": whole / len(responses), "intact_at_half": intact_at_half / len(responses),
-            "learned": summary(drawn / count, outcomes), "target": summary(target.cpu() / count, outcomes)}
+            "learned": summary(drawn / count, depth_of_outcome),
+            "target": summary(target.cpu() / count, depth_of_outcome)}
 
 
 def verdict(measured: dict, training_kl: float) -> str | None:
@@ -210,7 +212,7 @@ def verdict(measured: dict, training_kl: float) -> str | None:
 def train_step(policy: Policy, responses: list[Response], step: int, kappa: float, seed: int, micro_batch: int) -> dict:
     """Accumulates the gradient of eq. (5) over a step's responses and returns what is logged."""
     count = sum(map(len, responses))
-    E, outcomes = len(policy.exits), policy.depth_of_outcome
+    E, depth_of_outcome = len(policy.exits), policy.depth_of_outcome
     sizes = [2, E + 1, E, E]
     sums = policy.heads.bias.new_zeros(sum(sizes))
     for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
@@ -225,11 +227,12 @@ def train_step(policy: Policy, responses: list[Response], step: int, kappa: floa
         p_sum, visits = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
         total = torch.stack([token_kl.sum(), exit_loss.sum()]).detach()
         sums += torch.cat([total, log_q.exp().sum(0), p_sum, visits])
-    parallel.add(sums)  # over the processes; apply_gradients adds the gradients
+    parallel.all_reduce(sums)  # over the processes; apply_gradients adds the gradients
     total, q_sum, p_sum, visits = sums.cpu().split(sizes)  # together, since each copy waits for the device
     total, hazard = (total / count).tolist(), p_sum / visits.clamp(min=1)
     return {"loss": sum(total), "token_kl": total[0], "exit_cross_entropy": total[1], "tokens": count,
-            "target": summary(q_sum / count, outcomes), "learned": summary(from_hazards(hazard), outcomes)}
+            "target": summary(q_sum / count, depth_of_outcome),
+            "learned": summary(from_hazards(hazard), depth_of_outcome)}
 
 
 @parallel.shared
@@ -258,8 +261,8 @@ def main() -> None:
     runs.warn_idle("--responses-per-step", args.responses_per_step)
     problems = {split: tasks.load(args.task, split, data=args.data, n=n, seed=args.seed)
                 for split, n in (("train", args.responses), ("test", args.held_out))}
-    for name, split, asked in (("--responses", "train", args.responses), ("--held-out", "test", args.held_out)):
-        runs.warn_fewer(name, asked, len(problems[split]))
+    for name, split, count in (("--responses", "train", args.responses), ("--held-out", "test", args.held_out)):
+        runs.warn_fewer(name, count, len(problems[split]))
     if args.task.endswith(".py"):
         tasks.refuse_shared(problems)
     model, tokenizer = runs.load_model(args)
@@ -280,10 +283,10 @@ def main() -> None:
     teacher.report_accuracy(problems["train"], prompts["train"], data["train"], tokenizer)
 
     for step in run.steps(start, policy, optimizer):
-        chosen = [data["train"][i] for i in runs.pick(len(data["train"]), args.responses_per_step, step, args.seed)]
+        chosen = [data["train"][i] for i in optim.pick(len(data["train"]), args.responses_per_step, step, args.seed)]
         metrics = {"step": step, **train_step(policy, chosen, step, args.kl_factor, args.seed, args.micro_batch)}
-        factor = runs.schedule(step, args.steps)
-        metrics |= run.apply_gradients(optimizer, args.lr * factor, args.head_lr * factor)
+        decay = optim.schedule(step, args.steps)
+        metrics |= run.apply_gradients(optimizer, args.lr * decay, args.head_lr * decay)
         run.log("metrics.jsonl", [metrics])
         rates = [metrics[name]["exit_rate"] for name in ("learned", "target")]
         run.bar.set_postfix_str(f"token KL {metrics['token_kl']:.3f}  exit CE {metrics['exit_cross_entropy']:.3f}  "

@@ -33,7 +33,7 @@ from exits import Policy, Response, adapters_off, collate, token_logp_all
 from fast.chunks import in_chunks
 from model import Transformer
 from report.kinds import by_kind
-from sample import generate_shared, stride
+from sample import generate_shared, responses_per_write
 
 Z = 1.96  # 95% intervals
 BASE = "base"
@@ -46,9 +46,9 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def measure(rows: list[dict], outcomes: list[int]) -> dict:
+def measure(rows: list[dict], depth_of_outcome: list[int]) -> dict:
     """The README's metrics over responses, pooled over generated tokens; total compute is per response."""
-    n, L = len(rows), outcomes[-1]
+    n, L = len(rows), depth_of_outcome[-1]
     depths = [d for row in rows for d in row["depths"]]
     accuracy = sum(row["correct"] for row in rows) / n
     low, high = wilson(accuracy, n)
@@ -59,13 +59,13 @@ def measure(rows: list[dict], outcomes: list[int]) -> dict:
             "layer_savings": 1 - compute, "average_compute": compute,
             "total_compute": sum(depths) / L / n, "length": len(depths) / n,
             "finished": sum(row["finished"] for row in rows) / n,
-            "exit_histogram": {str(d): depths.count(d) / len(depths) for d in outcomes}}
+            "exit_histogram": {str(d): depths.count(d) / len(depths) for d in depth_of_outcome}}
 
 
 def answer(policy: Policy, problems, prompts, tokenizer, label: str, rows: list[dict], out: Path, args) -> list[dict]:
     """A row of completions.jsonl in `out` for each problem, from the policy or from the base model at full depth; goes
     on after the `rows` that stand there, and writes each part down when it is drawn."""
-    base, size = label == BASE, stride(args.rows)
+    base, size = label == BASE, responses_per_write(args.rows)
     with (parallel.bar(total=len(prompts), initial=len(rows), desc="answers", leave=False) as bar,
           adapters_off(policy) if base else nullcontext()):
         for i in range(len(rows), len(prompts), size):
@@ -95,7 +95,7 @@ def graded(problems, responses: list[Response], tokenizer) -> list[dict]:
 @torch.no_grad()
 def transcript(policy: Policy, row: dict, tokenizer, base: bool, args) -> dict:
     """A response as the page shows it: every token's depth, exit probabilities and the top tokens of each lens."""
-    response = Response(*(row[part.name] for part in fields(Response)))
+    response = Response(**{part.name: row[part.name] for part in fields(Response)})
     batch = collate([response], policy.n_layers, policy.device)
     with adapters_off(policy) if base else nullcontext():
         out = policy(batch.ids, batch.depths, place=batch.place)
@@ -128,8 +128,8 @@ def table(metrics: list[dict]) -> str:
 
 def paired(before, after, shares: bool = True) -> tuple[float, float]:
     """Mean difference and half of its 95% interval, taken problem by problem, which halves the interval of accuracies.
-    Of shares that all change alike, as that of a single problem does, it is 3 / n (the rule of three), at most 1: 0
-    would claim too much."""
+    Where all differences are equal, their deviation is 0, and an interval of 0 would claim too much: then it is 3 / n
+    (the rule of three), at most 1. Not so of lengths or compute (`shares` off), where that rule means nothing."""
     gain = torch.tensor(list(after)).double() - torch.tensor(list(before)).double()
     n = len(gain)
     spread = float(gain.std()) if n > 1 else 0.0
@@ -190,10 +190,10 @@ def refuse_unlike(folders: list[Path], args) -> list[dict]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{' '.join(args.runs)} names a run twice: name each once")
     configs, unlike = [runs.read_config(folder) for folder in folders], {}
-    asked = args.task and tasks.name_of(args.task)
+    task = args.task and tasks.name_of(args.task)
     for name in (*flags.INHERITED, "dtype"):
         found = [(folder, config["args"].get(name)) for folder, config in zip(folders, configs, strict=True)
-                 if name != "data" or asked in (None, config["args"].get("task"))]  # those of another task are not read
+                 if name != "data" or task in (None, config["args"].get("task"))]  # those of another task are not read
         other = next((one for one in found if one[1] != found[0][1]), None)
         if other and getattr(args, name) is None:
             unlike[f"--{flags.flag(name)}"] = "{} has {} {!r:.80}, and {} has {!r:.80}".format(
@@ -269,10 +269,13 @@ def main() -> None:
     if args.merge:
         if not args.out:
             raise UserError("--merge needs --out DIR, the folder to write")
-        return parallel.rank() or write_merged(Path(args.merge), Path(args.out), p, args)
+        if parallel.rank() == 0:
+            write_merged(Path(args.merge), Path(args.out), p, args)
+        return
 
-    columns = parallel.first(lambda: chosen_runs(args))
-    chosen = parallel.first(lambda: {name: checkpoint(run) for name, run in columns.items()})  # a run may train on
+    columns = parallel.from_rank_0(lambda: chosen_runs(args))
+    # Once, for a run may train on and write another checkpoint meanwhile.
+    chosen = parallel.from_rank_0(lambda: {name: checkpoint(run) for name, run in columns.items()})
     for run in reversed(columns.values()):  # stage 2 may have had a task of its own
         flags.inherit(args, runs.read_config(run), run / "config.json")
     args = flags.settle(p, args)
@@ -293,15 +296,18 @@ def main() -> None:
         if not metrics:
             args.revision = model.revision  # the commit, where a branch was named or none
             prompts = runs.prompt_ids(problems, model, tokenizer, args)
-            out, kept = parallel.first(partial(go_on, args, problems, prompts, model, columns, chosen))
+            out, kept = parallel.from_rank_0(partial(go_on, args, problems, prompts, model, columns, chosen))
             print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, {drawn}; to {out}")
         runs.share_out(policy, args)
         print(f"  {name}: {run or args.model}")
-        for label in ([] if metrics else [BASE]) + ([name] if run else []):
-            base, outcomes = label == BASE, policy.depth_of_outcome.tolist()
+        labels = [name] if run else []
+        if not metrics:  # the base once, by the first run's policy with its adapters off
+            labels.insert(0, BASE)
+        for label in labels:
+            base, depth_of_outcome = label == BASE, policy.depth_of_outcome.tolist()
             rows = answer(policy, problems, prompts, tokenizer, label, kept.get(label, []), out, args)
-            metrics.append({"name": label, "run": None if base else str(run), **measure(rows, outcomes),
-                            "kinds": by_kind(rows, outcomes, tokenizer)})
+            metrics.append({"name": label, "run": None if base else str(run), **measure(rows, depth_of_outcome),
+                            "kinds": by_kind(rows, depth_of_outcome, tokenizer)})
             by_label[label] = rows
             for problem, row in zip(shown, rows, strict=False) if parallel.rank() == 0 else ():
                 problem["runs"][label] = transcript(policy, row, tokenizer, base, args)

@@ -8,7 +8,7 @@ one the full stack. Depths stay on the host, which plans from them who runs whic
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -49,6 +49,11 @@ class LoRALinear(nn.Module):
             A, B = self.rounded or (self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
             y.addmm_(linear(x, A), B.t(), alpha=self.scale)  # in place: y is written once less
         return y
+
+
+def projections(model: Transformer) -> dict[str, nn.Module]:
+    """The linear layers that get an adapter, by their names."""
+    return {name: module for name, module in model.named_modules() if name.endswith(PROJECTIONS)}
 
 
 class ExitHeads(nn.Module):
@@ -119,12 +124,9 @@ class Policy(nn.Module):
         refuse_exits(exits, L)
         self.model = model.requires_grad_(False)
         self.exits, self.n_layers, self.rank, self.alpha = tuple(exits), L, rank, float(alpha or 2 * rank)
-        for block in model.model.layers:
-            for part in (block.self_attn, block.mlp):
-                for name in PROJECTIONS:
-                    if hasattr(part, name):
-                        setattr(part, name, LoRALinear(getattr(part, name), rank, self.alpha))
-        self.adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+        for name, base in projections(model).items():
+            model.set_submodule(name, LoRALinear(base, rank, self.alpha))
+        self.adapters = list(projections(model).values())
         self.device = model.lm_head.weight.device
         self.heads = ExitHeads(len(exits), model.config.hidden_size, head_width, model.config.rms_norm_eps, self.device)
         self.depth_of_outcome = torch.tensor([*exits, L])  # outcome -> depth
@@ -253,10 +255,10 @@ class Response:
     """A response to a prompt, as `sample.generate` draws it: what the training stages score."""
 
     prompt_ids: list[int]
-    token_ids: list[int]  # the eos that ended it is one of them: an action like the others
-    depths: list[int]  # of each token: the layers run, at the position before it, to predict it
-    logp_exit: list[float]  # of each token, when it was drawn
-    logp_token: list[float]
+    token_ids: list[int] = field(default_factory=list)  # the eos that ended it among them: an action like the others
+    depths: list[int] = field(default_factory=list)  # of each: the layers run, at the position before, to predict it
+    logp_exit: list[float] = field(default_factory=list)  # of each, when it was drawn
+    logp_token: list[float] = field(default_factory=list)
     finished: bool = False  # an eos came within max_new_tokens
 
     def __len__(self) -> int:

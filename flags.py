@@ -29,8 +29,8 @@ class Parser(argparse.ArgumentParser):
         self.pairs = {}
 
     def pair(self, name: str, embedded, other, *, help: str, **options) -> None:
-        """A flag with two defaults, for the embedded model and for any other, which help tells where it says {}; None:
-        the script finds it out. `settle` fills them in."""
+        """A flag whose default depends on the model: `embedded`, or `other` for any other; None: the script finds it
+        out. It parses as None until `settle` fills it in. In `help` each {} becomes one of the two."""
         told = [("off", "on")[value] if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
                 for value in (embedded, other)]
         self.pairs[self.add_argument(name, help=help.format(*told), **options).dest] = embedded, other
@@ -117,7 +117,7 @@ def recompute(p: Parser) -> None:
 
 
 def training(doc: str, save_every: tuple[int, int]) -> Parser:
-    """The same, with what every training has."""
+    """`parser`, and what every training has besides."""
     p = parser(doc, "the run's folder (default: runs/STAGE-TIME)")
     micro_batch(p)
     recompute(p)

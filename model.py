@@ -60,8 +60,8 @@ def rope(slots: int, config: Config, like: torch.Tensor) -> tuple[torch.Tensor, 
     """Tables (slots, 1, C) of the rotary cos and sin, computed at least in float32. The first half of sin is negated,
     so that `rotate` need not negate half of every head."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    half = torch.arange(0, config.head_dim, 2, device=like.device, dtype=dtype) / config.head_dim
-    angle = torch.arange(slots, device=like.device, dtype=dtype)[:, None] * (1.0 / config.rope_theta**half)
+    exponent = torch.arange(0, config.head_dim, 2, device=like.device, dtype=dtype) / config.head_dim
+    angle = torch.arange(slots, device=like.device, dtype=dtype)[:, None] * (1.0 / config.rope_theta**exponent)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1)[:, None].to(like.dtype), torch.cat([-sin, sin], -1)[:, None].to(like.dtype)
 

@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 # A rank that waits longer for the others gives up: rollouts of one step may differ by many minutes.
-PATIENCE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 store = None  # a few values that all ranks see
 helper = None  # fast.sharded.Shards, where a rank holds a part of the base, which the others ask it for
 
@@ -46,14 +46,14 @@ def start() -> None:
         gpus = torch.cuda.is_available() and dist.is_nccl_available()
         # Both by name: unasked, torch takes the accelerator's backend alone, which can't add what lies on the CPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank(), world_size=size(),
-                                timeout=PATIENCE)
+                                timeout=TIMEOUT)
         if rank():
             sys.stdout = open(os.devnull, "w")
 
 
 def end() -> None:
     if dist.is_initialized():
-        before_meeting()
+        before_collective()
         dist.destroy_process_group()
 
 
@@ -84,37 +84,37 @@ def share(count: int) -> slice:
     return slice(count * rank() // size(), count * (rank() + 1) // size())
 
 
-def before_meeting() -> None:
+def before_collective() -> None:
     """With a base that is shared out, gives its part to the ranks that still run layers; waiting for them at once would
     leave them waiting for it."""
     if helper is not None:
         helper.finish()
 
 
-def gather(mine: list) -> list:
+def all_gather(mine: list) -> list:
     """The lists of all ranks, one after the other, on every rank."""
     if size() == 1:
         return mine
-    before_meeting()
+    before_collective()
     parts = [None] * size()
     dist.all_gather_object(parts, mine)
     return [item for part in parts for item in part]
 
 
-def first(make: Callable):
+def from_rank_0(make: Callable):
     """What make() gives on rank 0, on every rank; the others don't call it."""
     if size() == 1:
         return make()
     box = [make() if rank() == 0 else None]
-    before_meeting()
+    before_collective()
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def add(*tensors: torch.Tensor) -> None:
+def all_reduce(*tensors: torch.Tensor) -> None:
     """Sums tensors of one dtype and device over the ranks, in place and in one message."""
     if size() > 1:
-        before_meeting()
+        before_collective()
         whole = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(whole)
         for t, total in zip(tensors, whole.split([t.numel() for t in tensors]), strict=True):
@@ -126,28 +126,18 @@ def add_gradients(parameters) -> None:
     if size() > 1:
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        add(*(p.grad for p in parameters))
+        all_reduce(*(p.grad for p in parameters))
 
 
 @torch.no_grad()
-def copy(tensors) -> None:
+def broadcast(tensors) -> None:
     """Rank 0's values into the tensors of all ranks."""
     if size() > 1:
-        before_meeting()
+        before_collective()
         for t in tensors:
             dist.broadcast(t, src=0)
-
-
-def alike(make: Callable) -> bool:
-    """Whether make() gives the same on all ranks."""
-    return size() == 1 or len(set(gather([make()]))) == 1
 
 
 def bar(**about) -> tqdm:
     """A progress bar, of rank 0's work."""
     return tqdm(**about, disable=rank() > 0)
-
-
-def largest(value: int) -> int:
-    """The largest of the ranks' values."""
-    return max(gather([value]))

@@ -28,6 +28,7 @@ from statistics import fmean as mean
 import torch
 
 import flags
+import optim
 import parallel
 import runs
 from checkpoints import load_policy
@@ -103,18 +104,18 @@ def accumulate_gradient(policy: Policy, responses: list[Response], advantages: t
                   per_response(token_kl, batch) / lengths, beta, c, count).backward()
 
 
-def summarise(records: list[dict], drift: torch.Tensor, outcomes: list[int], args) -> dict:
+def summarise(records: list[dict], drift: torch.Tensor, depth_of_outcome: list[int], args) -> dict:
     """A step's metrics from its completions; the three parts of the reward sum to it. Compute is that of all tokens, as
     in every table, while (1) charges each response its own mean."""
     def average(name):
-        return float(torch.tensor([row[name] for row in records], dtype=torch.double).mean())
+        return mean(row[name] for row in records)
 
     task = [row["reward_task"] for row in records]
     groups = [set(task[i : i + args.samples]) for i in range(0, len(task), args.samples)]
     return {
         "reward": average("reward"), "reward_task": average("reward_task"),
         "reward_depth": -args.lam * average("depth_charged"), "reward_kl": -args.beta * average("mean_kl"),
-        **measure(records, outcomes),
+        **measure(records, depth_of_outcome),
         "groups_of_equal_task_reward": sum(len(group) == 1 for group in groups) / len(groups),
         "kl": average("mean_kl"), "drift_max": float(drift.max()), "drift_mean": float(drift.mean()),
     }
@@ -178,7 +179,7 @@ def main() -> None:
         args = run.args
         init = runs.find(field(vars(args), "init", str, run.folder / "config.json"), beside=run.folder)
     else:
-        init = parallel.first(lambda: stage_one(args).resolve())
+        init = parallel.from_rank_0(lambda: stage_one(args).resolve())
         args.init = str(init)
         flags.inherit(args, runs.read_config(init), init / "config.json")
     args = flags.settle(p, args)
@@ -201,19 +202,19 @@ def main() -> None:
         # Roll out: k samples of each problem with stochastic exits, at temperature 1, no top-k, no top-p.
         times = [time.perf_counter()]
         mine = parallel.share(args.prompts_per_step)  # all, but where several processes divide them
-        chosen = runs.pick(len(problems), args.prompts_per_step, step, args.seed)[mine]
+        chosen = optim.pick(len(problems), args.prompts_per_step, step, args.seed)[mine]
         with model.rollout():
             responses = generate(policy, [prompts[i] for i in chosen], samples=args.samples, rows=args.rows,
                                  max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step),
                                  first_response=mine.start * args.samples)
-        asked = [problems[i] for i in chosen for _ in range(args.samples)]
-        records = graded(asked, responses, tokenizer)
+        problem_of = [problems[i] for i in chosen for _ in range(args.samples)]
+        records = graded(problem_of, responses, tokenizer)
         times.append(time.perf_counter())
 
         # Score: the reward needs the KL to the base model.
         base, mean_kl, drift = score_responses(policy, responses, args.micro_batch)
         task = torch.tensor([problem.reward(row["text"], row["finished"], row["correct"])
-                             for problem, row in zip(asked, records, strict=True)], dtype=torch.double)
+                             for problem, row in zip(problem_of, records, strict=True)], dtype=torch.double)
         depth_charged = depth_share(records, policy.n_layers, args.gate_depth_on_correct)
         rewards = reward(task, depth_charged, mean_kl, args.lam, args.beta)
         advantages = leave_one_out(rewards.view(-1, args.samples)).flatten()
@@ -223,16 +224,16 @@ def main() -> None:
         accumulate_gradient(policy, responses, advantages, base, args.micro_batch, args.beta, c=args.max_new_tokens,
                             count=args.prompts_per_step * args.samples)
         del base  # else it is held through the next rollout, where memory is scarcest
-        updated = run.apply_gradients(optimizer, args.lr * runs.schedule(step, args.steps))
+        updated = run.apply_gradients(optimizer, args.lr * optim.schedule(step, args.steps))
         times.append(time.perf_counter())
 
         seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
         found = {"reward_task": task, "depth_charged": depth_charged, "mean_kl": mean_kl, "reward": rewards,
                  "advantage": advantages}
-        records = parallel.gather([{"step": step, "sample": i % args.samples, **row,
+        records = parallel.all_gather([{"step": step, "sample": i % args.samples, **row,
                                     **{name: float(values[i]) for name, values in found.items()}}
                                    for i, row in enumerate(records)])
-        drift = torch.cat(parallel.gather([drift]))
+        drift = torch.cat(parallel.all_gather([drift]))
         metrics = {"step": step, **summarise(records, drift, policy.depth_of_outcome.tolist(), args), **updated}
         metrics |= {f"seconds_{name}": s for name, s in zip(("rollout", "score", "update"), seconds, strict=True)}
         run.log("completions.jsonl", records)

@@ -29,15 +29,15 @@ from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
 
-import numpy as np
 import torch
 
+import optim
 import parallel
 from checkpoints import (
-    adamw,
     checkpoint,
     checkpoints,
     digest,
+    fill,
     fingerprint,
     load_policy,
     moments,
@@ -81,7 +81,7 @@ def on_signal(number: int, _) -> None:
             signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
     if not Run.in_steps:
         raise Stopped(number)
-    Run.asked = number
+    Run.stop_signal = number
     say("\nstopping when this step is done and saved; " + (
         "once more stops at once" if parallel.size() == 1 else "torchrun waits for 30 s (--shutdown-timeout)"))
 
@@ -113,7 +113,7 @@ class Outlasting:
             if not Run.in_steps:
                 raise
             silence([self.stream])
-            Run.asked = Run.asked or signal.SIGPIPE
+            Run.stop_signal = Run.stop_signal or signal.SIGPIPE
 
 
 def say(message: str) -> None:
@@ -125,7 +125,7 @@ def say(message: str) -> None:
 def run_main(main) -> None:
     """Runs a script's main. A bad input ends in one line on stderr and exit code 2, an interrupt of a training in one
     that says how to go on; whatever else goes wrong is a fault of ours and shows its traceback."""
-    Run.current, Run.asked = None, 0
+    Run.current, Run.stop_signal = None, 0
     Run.terminals = [stream for stream in (sys.stdout, sys.stderr) if stream and stream.isatty()]
     nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     before = {number: signal.signal(number, on_signal) for number in STOPPING
@@ -224,7 +224,7 @@ def describe(args, tokenizer: Tokenizer) -> str:
 
 def prompt_ids(problems, model: Transformer, tokenizer: Tokenizer, args) -> list[list[int]]:
     """The problems' prompts. Raises UserError for one that leaves no room for a response."""
-    if not parallel.alike(lambda: (problems_hash(problems), fingerprint(model))):
+    if parallel.size() > 1 and len(set(parallel.all_gather([(problems_hash(problems), fingerprint(model))]))) > 1:
         raise UserError(f"the processes differ in --model {args.model} or in the problems of --task {args.task}: give "
                         f"all machines the same files, and a task of your own no order of chance")
     prompts, context = tasks.prompts(problems, tokenizer, args.thinking), model.config
@@ -244,18 +244,6 @@ def text_of(response: Response, tokenizer: Tokenizer) -> str:
 def grade(problem, response: Response, tokenizer: Tokenizer) -> Grade:
     """The task's grade of a sampled response."""
     return problem.grade(text_of(response, tokenizer), response.finished, tokenizer.think_open(response.prompt_ids))
-
-
-def pick(count: int, size: int, step: int, seed: int) -> list[int]:
-    """The step's `size` indices out of 0..count-1: a fresh shuffle every epoch, without replacement inside one."""
-    wanted = range(step * size, (step + 1) * size)
-    return [int(np.random.default_rng([seed, i // count]).permutation(count)[i % count]) for i in wanted]
-
-
-def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: ten steps of warm-up, times a line that falls to zero. Where --resume moves the
-    end, the line goes to the new one, and the rate jumps to it."""
-    return min(1.0, (step + 1) / 10) * (1 - step / steps)
 
 
 def warn_unfinished(share_finished: float, meaning: str, tokenizer: Tokenizer, args) -> None:
@@ -282,7 +270,7 @@ class Run:
     """One run's folder: what is written there, and how it is picked up again."""
 
     current: Path | None = None  # the folder in which this process writes
-    in_steps, asked = False, 0  # whether steps are under way, and the signal that asked to stop after this one
+    in_steps, stop_signal = False, 0  # whether steps are under way, and what asked to stop after this one
     terminals: list = []  # of its output streams
 
     def __init__(self, folder: Path, args: argparse.Namespace):
@@ -293,10 +281,10 @@ class Run:
     def start(cls, stage: str, args: argparse.Namespace, model: Transformer, about: dict) -> "Run":
         """A new run in a folder of its own."""
         run, args.revision = cls(Path(), args), model.revision
-        run.folder = Run.current = parallel.first(lambda: run.claim(stage, about))
+        run.folder = Run.current = parallel.from_rank_0(lambda: run.create_folder(stage, about))
         return run
 
-    def claim(self, stage: str, about: dict) -> Path:
+    def create_folder(self, stage: str, about: dict) -> Path:
         """The new folder, which this process holds from now on."""
         self.folder = Path(self.args.out) if self.args.out else free_folder(stage)
         if self.folder.exists() and not self.folder.is_dir():
@@ -307,7 +295,8 @@ class Run:
             ours = (self.folder / "metrics.jsonl").exists() or (self.folder / "teacher.jsonl").exists()
             raise UserError(f"{self.folder} exists and is not empty: choose another --out"
                             + (f", or --resume {self.folder}" if ours else ""))
-        self.take()
+        self.lock_folder()
+        self.start_curves()
         self.write_config(stage, about)
         return self.folder
 
@@ -339,7 +328,8 @@ class Run:
             raise UserError(f"{folder} is complete: there is nothing to resume, but --steps above {planned} "
                             f"extends it")
         run = cls(folder, before)
-        parallel.first(run.take)
+        parallel.from_rank_0(run.lock_folder)
+        parallel.from_rank_0(run.start_curves)
         Run.current = folder
         return run
 
@@ -366,7 +356,7 @@ class Run:
         self.write_config(stage, {**kept, **about})
         self.rewind(step)
 
-    def take(self) -> None:
+    def lock_folder(self) -> None:
         """Holds the folder while this process lives."""
         self.lock = open(self.folder / ".lock", "a+", encoding="utf-8", errors="replace")
         try:
@@ -381,6 +371,8 @@ class Run:
         self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.lock.flush()
         Run.current = self.folder
+
+    def start_curves(self) -> None:
         if self.args.trackio:
             try:
                 import trackio
@@ -405,10 +397,10 @@ class Run:
                 Run.in_steps = True
                 for step in self.bar:
                     yield step
-                    stop = parallel.largest(Run.asked)  # by whichever process: all end after the same step
+                    stop = max(parallel.all_gather([Run.stop_signal]))  # whichever has it: all end after the same step
                     if (step + 1) % self.args.save_every == 0 or step + 1 == last or stop:
                         self.save(step + 1, policy, optimizer)
-                        stop = parallel.largest(Run.asked)  # and none before it is saved
+                        stop = max(parallel.all_gather([Run.stop_signal]))  # and none before it is saved
                     if stop:
                         raise Stopped(stop)
             finally:
@@ -480,21 +472,17 @@ class Run:
         state, policy = read_json(where), share_out(load_policy(model, folder), self.args)
         self.skipped, self.skipped_in_a_row = (field(state, name, int, where, 0, 10**7, default=0)
                                                for name in ("skipped", "skipped_in_a_row"))
-        return policy, adamw(policy, folder), field(state, "step", int, where, 0, 10**7)
+        optimizer = optim.adamw(policy)
+        fill(moments(policy, optimizer), folder / "optimizer.safetensors")
+        return policy, optimizer, field(state, "step", int, where, 0, 10**7)
 
     def apply_gradients(self, optimizer, lr: float, head_lr: float | None = None) -> dict:
-        """Clips the gradient to norm 1 (stage 2's, divided by c, stays far below) and steps, adapters at `lr`, heads
-        at `head_lr` (default: the same). One that isn't finite is dropped; a few in a row end the run. Returns what is
+        """optim.take_step, whose steps that were dropped are counted: a few in a row end the run. Returns what is
         logged."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        parallel.add_gradients(params)
-        norm = float(torch.nn.utils.clip_grad_norm_(params, 1.0))
         head_lr = lr if head_lr is None else head_lr
+        norm = optim.take_step(optimizer, lr, head_lr)
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
-            for group, rate in zip(optimizer.param_groups, (lr, head_lr), strict=True):
-                group["lr"] = rate
-            optimizer.step()
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             say(f"\na step is skipped: its gradient is not finite ({self.skipped} so far)")
@@ -502,7 +490,6 @@ class Run:
             saved = checkpoints(self.folder)
             raise UserError(f"{MAX_SKIPPED} gradients in a row were not finite; lower --lr or use --dtype float32"
                             + (f" (the last checkpoint is {saved[-1]})" if saved else ""))
-        optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "lr": lr, "head_lr": head_lr, "skipped": self.skipped}
 
     def complete(self, summary: dict) -> None:
@@ -514,10 +501,13 @@ class Run:
 
 
 def problems_hash(problems) -> str:
-    """Of what the run is about, so that data, or a task's own judgement, that has changed is noticed."""
-    parts = [[p.question, p.gold, p.choices, *([] if p.program else [p.instruction]),
-              *([p.own_hash] if p.own_hash else [])] for p in problems]
-    return hashlib.sha256(as_json(parts).encode()).hexdigest()[:16]
+    """Changes where the task's data, or its own grade() or reward(), has changed since a run began."""
+    return json_hash([[p.question, p.gold, p.choices, *([] if p.program else [p.instruction]),
+                       *([p.own_hash] if p.own_hash else [])] for p in problems])
+
+
+def json_hash(value) -> str:
+    return hashlib.sha256(as_json(value).encode()).hexdigest()[:16]
 
 
 def commit() -> str | None:
@@ -530,11 +520,6 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def prompts_hash(prompts: list[list[int]]) -> str:
-    """The same of prompts: a chat template or a tokenizer that has changed makes other ones of the same problems."""
-    return hashlib.sha256(as_json(prompts).encode()).hexdigest()[:16]
-
-
 def begin(run: Run | None, stage: str, args, model: Transformer, problems, prompts, fresh, init: Path | None = None):
     """The run with its policy, optimizer and next step: a resumed one where it stopped, else a new one of fresh(), the
     weights of `init` where there is one."""
@@ -543,16 +528,16 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, promp
         policy, optimizer, start = run.load(model)
     else:
         policy, start = share_out(fresh(), args), 0
-        optimizer = adamw(policy)
+        optimizer = optim.adamw(policy)
     if start > args.steps:
         raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")
-    parallel.copy(policy.trained().values())  # they differ where GPUs do, or --init got a checkpoint meanwhile
-    about = {"problems": problems_hash(problems), "prompts": prompts_hash(prompts)}
+    parallel.broadcast(policy.trained().values())  # they differ where GPUs do, or --init got a checkpoint meanwhile
+    about = {"problems": problems_hash(problems), "prompts": json_hash(prompts)}
     if init and not (run and checkpoints(run.folder)):
         about["start"] = digest(checkpoint(init))
     if run is None:
         return Run.start(stage, args, model, about), policy, optimizer, start
-    parallel.first(lambda: run.reopen(stage, about, start))
+    parallel.from_rank_0(lambda: run.reopen(stage, about, start))
     return run, policy, optimizer, start
 
 

@@ -80,9 +80,10 @@ def prefill(policy: Policy, prompts: list[list[int]], cache: Cache, rows: torch.
     cache.admit(rows, length)
 
 
-def together(samples: int, prompts: int, rows: int) -> int:
-    """How many of a prompt's samples enter the cache at a time, by one pass: all, but where rows are few; for all of a
-    group's rows have to be free, and would wait for the slowest."""
+def samples_per_prefill(samples: int, prompts: int, rows: int) -> int:
+    """How many samples of a prompt share the pass that fills the cache with it: all, where every response has a row;
+    else a divisor of `samples` of at most an eighth of the rows, since a group's rows must be free at once, and a
+    large group would wait for its slowest response."""
     if samples * prompts <= rows:
         return samples
     return max(d for d in range(1, samples + 1) if samples % d == 0 and (8 * d <= rows or d == 1))
@@ -109,7 +110,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
                             f"--max-new-tokens {max_new_tokens} in a context of {context}; shorten either")
     if not prompts:  # as where a step has fewer of them than there are processes
         return []
-    responses = [Response(prompt, [], [], [], []) for prompt in prompts for _ in range(samples)]
+    responses = [Response(prompt) for prompt in prompts for _ in range(samples)]
     if depths is not None:
         depths = torch.as_tensor(depths).expand(len(responses), max_new_tokens)
         if not torch.isin(depths, policy.depth_of_outcome).all():
@@ -118,7 +119,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     slots = max(len(prompt) for prompt in prompts) - 1 + max_new_tokens
     weight = policy.model.lm_head.weight
     rows = rows or fitting_rows(policy.model.config, slots, weight)
-    group = together(samples, len(prompts), rows)
+    group = samples_per_prefill(samples, len(prompts), rows)
     prompts = [prompt for prompt in prompts for _ in range(samples // group)]
     R = group * min(len(prompts), max(1, rows // group))
     cache = Cache(policy.model.config, R, slots, E + 1, weight, Graphs() if policy.model.graphs else None)
@@ -179,7 +180,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     return responses
 
 
-def stride(rows: int | None) -> int:
+def responses_per_write(rows: int | None) -> int:
     """Responses to sample before they are written down: a kill loses those under way, and each part ends on a nearly
     empty cache."""
     return 4 * (rows or 64) * parallel.size()
@@ -192,4 +193,4 @@ def generate_shared(policy: Policy, prompts: list[list[int]], *, samples: int = 
     with policy.model.rollout():
         drawn = generate(policy, prompts[mine], samples=samples,
                          first_response=first_response + samples * mine.start, **options)
-    return parallel.gather(drawn)
+    return parallel.all_gather(drawn)

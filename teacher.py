@@ -12,7 +12,7 @@ from checkpoints import fingerprint
 from data.hub import UserError, as_json, field, parse_object, read_text, write_text
 from data.text import Tokenizer
 from exits import Policy, Response, adapters_off
-from sample import generate_shared, stride
+from sample import generate_shared, responses_per_write
 
 RESPONSES = 0  # a purpose of random numbers; distill.py has the others
 
@@ -50,24 +50,24 @@ def read_responses(path, model, args) -> dict[str, list[Response]]:
         if split not in kept or not prompt or not tokens or length > config.max_position_embeddings:
             raise UserError(f"{where}: the split must be train or test, and the lists of ids neither empty nor longer "
                             f"than the model's context")
-        kept[split].append(Response(prompt, tokens, [config.num_hidden_layers] * len(tokens), [], [],
-                                    field(row, "finished", bool, where)))
+        kept[split].append(Response(prompt, tokens, [config.num_hidden_layers] * len(tokens),
+                                    finished=field(row, "finished", bool, where)))
     return kept
 
 
-def checked_responses(path, model, asked: dict, args) -> dict[str, list[Response]]:
+def checked_responses(path, model, prompts: dict, args) -> dict[str, list[Response]]:
     """What a teacher.jsonl holds: with --teacher as many responses as asked for, else those to these very prompts."""
     kept = read_responses(path, model, args)
-    for split, prompts in asked.items():
-        if args.teacher and len(kept[split]) < len(prompts):
+    for split, wanted in prompts.items():
+        if args.teacher and len(kept[split]) < len(wanted):
             raise UserError(f"--teacher {args.teacher} holds {len(kept[split])} responses of split {split}, of "
-                            f"{len(prompts)} asked for: lower --responses or --held-out")
+                            f"{len(wanted)} asked for: lower --responses or --held-out")
         if args.teacher:
-            kept[split] = kept[split][: len(prompts)]
-            theirs, ours = {tuple(r.prompt_ids) for r in kept[split]}, set(map(tuple, prompts))
+            kept[split] = kept[split][: len(wanted)]
+            theirs, ours = {tuple(r.prompt_ids) for r in kept[split]}, set(map(tuple, wanted))
             if (args.data or "." in Path(args.task).name) and not theirs & ours:  # the task's name says little of files
                 raise UserError(f"--teacher {args.teacher} holds responses to none of these prompts: start without it")
-        elif [r.prompt_ids for r in kept[split]] != prompts[: len(kept[split])]:
+        elif [r.prompt_ids for r in kept[split]] != wanted[: len(kept[split])]:
             raise UserError(f"{path} holds responses to other prompts: the task's data or the chat template has "
                             f"changed; start a new run")
     return kept
@@ -82,23 +82,23 @@ def source_of(folder: Path | None, args) -> Path | None:
     return Path(args.teacher) if args.teacher else None
 
 
-def kept_responses(run, policy: Policy, asked: dict, args) -> dict[str, list[Response]]:
+def kept_responses(run, policy: Policy, prompts: dict, args) -> dict[str, list[Response]]:
     """Begins the run's teacher.jsonl, with what there is already, and returns that."""
     path, source = run.folder / "teacher.jsonl", source_of(run.folder, args)
     whole = "".join(read_text(source).rpartition("\n")[:2]) if source else ""
     write_text(path, whole or as_json(origin(policy.model, args)))
-    return checked_responses(path, policy.model, asked, args)
+    return checked_responses(path, policy.model, prompts, args)
 
 
 def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict, args) -> dict[str, list[Response]]:
     """The responses to each split's prompts, those that are missing sampled now."""
-    kept = parallel.first(lambda: kept_responses(run, policy, prompts, args))
-    for split, asked in prompts.items():
+    kept = parallel.from_rank_0(lambda: kept_responses(run, policy, prompts, args))
+    for split, wanted in prompts.items():
         done = kept[split]
-        with parallel.bar(total=len(asked), initial=len(done), desc=f"base, {split}") as bar, adapters_off(policy):
-            part = stride(args.rows)
-            for i in range(len(done), len(asked), part):
-                new = generate_shared(policy, asked[i : i + part], max_new_tokens=args.max_new_tokens,
+        with parallel.bar(total=len(wanted), initial=len(done), desc=f"base, {split}") as bar, adapters_off(policy):
+            part = responses_per_write(args.rows)
+            for i in range(len(done), len(wanted), part):
+                new = generate_shared(policy, wanted[i : i + part], max_new_tokens=args.max_new_tokens,
                                       eos_ids=tokenizer.eos_ids, depths=policy.n_layers, rows=args.rows, progress=bar,
                                       seed=(args.seed, RESPONSES, split == "test"), first_response=i)
                 run.log("teacher.jsonl", [

@@ -79,9 +79,9 @@ def arms_of(policy: Policy, theirs, prompts: torch.Tensor, depths: dict) -> dict
 def measure(policy: Policy, theirs, batch: int, context: int, new: int, args) -> dict:
     model, L = policy.model, policy.n_layers
     prompts = torch.randint(5, model.config.vocab_size, (batch, context), device=args.device)
-    outcomes = policy.depth_of_outcome.tolist()
-    fixed = [min(outcomes[:-1], key=lambda d, share=share: abs(d - share * L)) for share in (0.25, 0.5, 0.75)]
-    mix = torch.tensor(outcomes)[torch.randint(len(outcomes), (batch, new + 1))]
+    depth_of_outcome = policy.depth_of_outcome.tolist()
+    fixed = [min(depth_of_outcome[:-1], key=lambda d, share=share: abs(d - share * L)) for share in (0.25, 0.5, 0.75)]
+    mix = torch.tensor(depth_of_outcome)[torch.randint(len(depth_of_outcome), (batch, new + 1))]
     mix[:, 0] = L  # not counted: it meets, and captures, every segment
     Graphs.SLOTS = 2**20  # so that no capture is due later
     depths = {"never firing": None, "depths = L": L} | {f"all at {d} of {L}": d for d in sorted(set(fixed))}

@@ -17,8 +17,8 @@ from common import SHAPES, peak_gib, random_model, synchronise  # which puts the
 import distill
 import rloo
 import runs
-from checkpoints import adamw
 from exits import Policy
+from optim import adamw
 from sample import generate
 
 

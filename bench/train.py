@@ -77,13 +77,13 @@ def steps(policy: Policy, args) -> None:
     V, D, T, B = model.config.vocab_size, model.config.hidden_size, args.length, args.batch
     prompts = torch.randint(5, V, (B, 2)).tolist()
     tokens = torch.randint(5, V, (B, T - 1)).tolist()
-    outcomes = policy.depth_of_outcome.tolist()
+    depth_of_outcome = policy.depth_of_outcome.tolist()
 
     def responses(depths):
         return [Response(p, t, depths, [], []) for p, t in zip(prompts, tokens, strict=True)]
 
     full, mixed = (collate(responses(depths), L, args.device)
-                   for depths in ([L] * (T - 1), [outcomes[i % (E + 1)] for i in range(T - 1)]))
+                   for depths in ([L] * (T - 1), [depth_of_outcome[i % (E + 1)] for i in range(T - 1)]))
     losses = {}
 
     def ours():

@@ -25,14 +25,14 @@ PHRASES = {
     "*": ["{name} doubles the {things}"],
 }
 ORDINALS = ["First", "Second", "Third", "Fourth", "Fifth", "Sixth"]
-KINDS = [2, 3, 4]  # number of steps
-TEST_SHARE = 10  # one problem in ten is held out
+STEPS = [2, 3, 4]
+TEST_ONE_IN = 10  # problems
 
 
 def split_of(key) -> str:
     """Split of a problem from its canonical key: a stable hash, so it never moves between runs."""
     digest = hashlib.sha256(json.dumps(key).encode()).digest()
-    return "test" if digest[0] * 256 + digest[1] < 65536 // TEST_SHARE else "train"
+    return "test" if digest[0] * 256 + digest[1] < 65536 // TEST_ONE_IN else "train"
 
 
 def apply(value: int, op: str, n: int) -> int:
@@ -55,7 +55,7 @@ def draw(rng: random.Random, steps: int) -> dict:
 
 def make(rng: random.Random, split: str) -> dict:
     """One problem of the split: {question, cot, answer, program, kind}. Line i of the cot is step i."""
-    steps = rng.choice(KINDS)
+    steps = rng.choice(STEPS)
     program = draw(rng, steps)
     while split_of([program["start"], program["ops"]]) != split:
         program = draw(rng, steps)

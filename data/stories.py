@@ -23,9 +23,10 @@ things up.
 
 No shortcut pays: whether "first mentioned", "last mentioned" and "most mentioned container" (and, unless it
 is the question, "where it really is") hit the answer is drawn before the story, each with a chance of 1 in 3,
-and stories are drawn until one fits. A story's split is decided by its events and question with people and
-containers numbered in order of appearance: the test set holds stories new in structure, not in names; but for the
-order in which a swap names its two: nearly every test story is one of the other split's with some of these turned.
+and stories are drawn until one fits. A story's split is a hash of its events and question, people and containers
+numbered in order of appearance, so that names never tell train from test. The order in which a swap names its two does:
+"swaps box and bag" and "swaps bag and box" mean the same and count as two, so that 95% of the test stories have a twin
+in the train split, and 47% one among its first 24,000.
 """
 
 import random

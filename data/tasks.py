@@ -7,14 +7,14 @@ stories     generated Sally-Anne stories, answered with ANSWER: box
 FILE.jsonl  your own: a line a problem, with question, answer and, for a choice, choices
 FILE.py     your own: problems(split, n, seed), and grade or reward where the built-in ones won't do
 
-Train and test are disjoint: generators and single files are divided by a hash of what a problem is about.
+Train and test are disjoint: generators and single files are divided by a hash of what a problem is about (stories: but
+for the order in which a swap names its two).
 """
 
 import csv
 import hashlib
 import importlib.util
 import io
-import json
 import math
 import os
 import re
@@ -29,7 +29,7 @@ from pathlib import Path
 
 from data import arithmetic, stories
 from data.grade import MAX_DIGITS, Grade, after_thinking, grade, normalise, number, plain
-from data.hub import UserError, is_text, resolve
+from data.hub import UserError, is_text, parse_object, resolve
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 ANSWER = 'Think step by step, then end with a line "ANSWER: " followed by {}.'
@@ -311,15 +311,8 @@ def _choices(question: str) -> tuple[str, ...] | None:
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """(file:line, row) of each line that isn't blank."""
     for i, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{i}: malformed JSON ({error}): repair or remove the line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{i}: not a JSON object: repair or remove the line")
-        yield f"{path}:{i}", row
+        if line.strip():
+            yield f"{path}:{i}", parse_object(line, f"{path}:{i}")
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:

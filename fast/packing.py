@@ -1,9 +1,9 @@
 """The parallel pass over whole sequences, without the work that changes nothing.
 
 Only positions that run a layer enter its query, output and MLP products; frozen ones give their keys and values;
-padding gives nothing. And a prompt that several sequences share is run once. Attention itself still goes over all B x
-T, zeros where nothing stands: torch's kernels want a rectangle. The plain way is to run
-all positions and to take `torch.where(running, new, old)` after every layer; tests/reference.py does it so.
+padding gives nothing. And a prompt that several sequences share is run once. Attention itself still goes over all
+B x T, zeros where nothing stands: torch's kernels want a rectangle. The plain way is to run all positions and to take
+`torch.where(running, new, old)` after every layer; tests/reference.py does it so.
 """
 
 import torch

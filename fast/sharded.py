@@ -44,7 +44,7 @@ class Shards:
     """The blocks of a policy's base, shared out."""
 
     def __init__(self, policy, device):
-        parallel.before_meeting()  # with another policy's blocks, which are then let go
+        parallel.before_collective()  # with another policy's blocks, which are then let go
         parallel.helper = None
         model, self.held, self.whole = policy.model, None, False
         device = torch.device(device)
@@ -90,7 +90,7 @@ class Shards:
     def rollout(self):
         """Inside, every rank has all blocks whole and takes no turns, if that fits on all of them."""
         self.finish()
-        self.whole = all(parallel.gather([self.fits()]))
+        self.whole = all(parallel.all_gather([self.fits()]))
         for block in self.blocks if self.whole else ():
             block.set_reshard_after_forward(False)
             block.unshard()

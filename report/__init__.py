@@ -53,9 +53,9 @@ def page(record: dict) -> str:
 
     record: title, subtitle, perhaps headline (one sentence), n_layers, exits (depths in layers run), metrics (one dict
     per model, with the keys of METRICS; exit_histogram is {"depth": share}; and kinds, report.kinds.by_kind's rows),
-    problems (id, question, gold, runs). runs
-    maps a model's name to tokens, depths, correct, finished, value and, for each token, exit_probs (conditional, per
-    exit; [] without heads) and top (per exit and at full depth, [token, probability] pairs).
+    problems (id, question, gold, runs). runs maps a model's name to tokens, depths, correct, finished, value and, for
+    each token, exit_probs (conditional, per exit; [] without heads) and top (per exit and at full depth, [token,
+    probability] pairs).
     """
     frame, css, script = (Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     data = json.dumps(pack(record), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

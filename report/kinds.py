@@ -39,7 +39,7 @@ def kinds_of(pieces: list[str]) -> list[str]:
     return kinds
 
 
-def by_kind(rows: list[dict], outcomes: list[int], tokenizer) -> list[dict]:
+def by_kind(rows: list[dict], depth_of_outcome: list[int], tokenizer) -> list[dict]:
     """Depth by part (thoughts, answer, all) and kind of token, over responses as evaluate.graded has them. A response
     that ends inside its thoughts is all thoughts."""
     found = defaultdict(list)
@@ -52,7 +52,7 @@ def by_kind(rows: list[dict], outcomes: list[int], tokenizer) -> list[dict]:
             for part in ("all", "thoughts" if i < closed else "answer"):
                 found[part, kind].append(depth)
                 found[part, "all"].append(depth)
-    count, L = len(found["all", "all"]), outcomes[-1]
+    count, L = len(found["all", "all"]), depth_of_outcome[-1]
     return [{"part": part, "kind": kind, "share": len(depths) / count, "tokens": len(depths),
              "exit_rate": sum(d < L for d in depths) / len(depths), "average_compute": sum(depths) / len(depths) / L}
             for (part, kind), depths in found.items()]

@@ -20,6 +20,7 @@ every exit, which is not in these figures.
 import hashlib
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean as mean
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from evaluate import measure, paired
 from exits import Policy, token_logits
 from sample import draw
 from study import common
-from study.common import answers, correct, mean, mean_correct, point, thresholded, undrawn
+from study.common import answers, correct, mean_correct, point, thresholded, undrawn
 from study.regimes import closed, random_depths
 
 TAUS = (0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
@@ -89,7 +90,7 @@ def static(depth: int):
 
 
 def histogram_of(answered: common.Answers) -> list[float]:
-    return list(measure(answered.rows, answered.outcomes)["exit_histogram"].values())
+    return list(measure(answered.rows, answered.depth_of_outcome)["exit_histogram"].values())
 
 
 def mark(answered: common.Answers) -> str:
@@ -108,7 +109,7 @@ def by_token(answered: common.Answers):
     read = [([row["prompt_ids"][-1], *row["token_ids"][:-1]], row["depths"]) for row in answered.rows]
 
     def rule(policy: Policy) -> dict:
-        counts = torch.zeros(policy.model.config.vocab_size, len(answered.outcomes))
+        counts = torch.zeros(policy.model.config.vocab_size, len(answered.depth_of_outcome))
         for tokens, depths in read:
             counts.index_put_((torch.tensor(tokens), torch.searchsorted(policy.depth_of_outcome, torch.tensor(depths))),
                               torch.tensor(1.0), accumulate=True)
@@ -150,7 +151,7 @@ def compute_of(answered) -> float:
 
 def excess(answered, compute: float) -> float:
     """Full-depth tokens that the answers ran beyond an average compute."""
-    return sum(d / answered.outcomes[-1] - compute for row in answered.rows for d in row["depths"])
+    return sum(d / answered.depth_of_outcome[-1] - compute for row in answered.rows for d in row["depths"])
 
 
 def at_compute(sweep: list, compute: float) -> list[float] | None:
@@ -213,7 +214,7 @@ def main() -> None:
     comparisons = []
 
     for name, source in {"base": tuple(exits), **{name: found[0] for name, found in trained.items()}}.items():
-        full = base if name == "base" else answers(args, source, "full depth", static(base.outcomes[-1]))
+        full = base if name == "base" else answers(args, source, "full depth", static(base.depth_of_outcome[-1]))
         points.append(point(args, full, rule="full depth", weights=name))
         for rule, make, values in (("static", static, exits), ("confidence", confidence, TAUS),
                                    ("oracle", oracle, EPS),

@@ -24,11 +24,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import exits
 import flags
 import runs
 from data.hub import UserError, field, parse_object, read_json, read_text, write_json
-from exits import Policy, Response, adapters_off, micro_batches
+from exits import Policy, Response, adapters_off, micro_batches, score
 
 N_GRAM = 4
 COLUMNS = ("perplexity", "repetition", "finished", "coherence")
@@ -46,12 +45,12 @@ def each(policy: Policy, rows: list[dict], micro_batch: int = 64) -> list[dict]:
 
     The base reads the response at full depth, adapters off, whatever depths it was written at.
     """
-    responses = [Response(row["prompt_ids"], row["token_ids"], [policy.n_layers] * len(row["token_ids"]), [], [],
-                          row["finished"]) for row in rows]
+    responses = [Response(row["prompt_ids"], row["token_ids"], [policy.n_layers] * len(row["token_ids"]),
+                          finished=row["finished"]) for row in rows]
     nll = torch.zeros(len(rows), dtype=torch.double)
     with adapters_off(policy), tqdm(total=len(rows), desc="read by the base", leave=False) as bar:
         for index, batch in micro_batches(policy, responses, micro_batch):
-            _, logp, _, _ = exits.score(policy, batch)
+            _, logp, _, _ = score(policy, batch)
             nll[index] = torch.zeros(len(index), dtype=torch.double).index_add(0, batch.row, -logp.double().cpu())
             bar.update(len(index))
     found = []
@@ -70,7 +69,7 @@ def pooled(found: list[dict]) -> dict:
                                                     sum(one["length"] for one in found)), **means}
 
 
-def score(policy: Policy, rows: list[dict], micro_batch: int = 64) -> dict:
+def columns(policy: Policy, rows: list[dict], micro_batch: int = 64) -> dict:
     """n and the four columns of the rows of a completions.jsonl."""
     return pooled(each(policy, rows, micro_batch))
 
@@ -234,7 +233,7 @@ def main() -> None:
         lowest = min(found["ranked_below"]["coherence"] for found in record["damaged"].values())
         print(f"of every damage, coherence ranks at least {lowest:.1%} of the responses below their originals")
     else:
-        record["columns"] = {name: score(policy, rows, args.micro_batch) for name, rows in groups.items()}
+        record["columns"] = {name: columns(policy, rows, args.micro_batch) for name, rows in groups.items()}
         print(table(record["columns"]))
     write_json(out, record)
     print(f"wrote {out}")

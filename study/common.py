@@ -43,7 +43,7 @@ from evaluate import Z, graded, measure, paired
 from exits import Policy, adapters_off
 from model import Transformer
 from sample import generate
-from study.coherence import COLUMNS, score
+from study.coherence import COLUMNS, columns
 
 ROOT = Path(__file__).parent.parent
 # The record on the embedded model; other models take the scripts' own defaults.
@@ -97,7 +97,7 @@ def on_task(args, task: str):
 
 def with_problems(args):
     args.problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
-    args.asked = None  # as the model will be asked them
+    args.prompts_hash = None
     return args
 
 
@@ -209,7 +209,7 @@ def lower_kappa(args) -> tuple[float, Path | None, list[Path]]:
 
 class Answers(NamedTuple):
     rows: list[dict]  # one answer to each held-out problem: evaluate.py's completions without log-probabilities
-    outcomes: list[int]  # the depths that were open to it, the last one all layers
+    depth_of_outcome: list[int]  # the depths that were open to it, the last one all layers
     path: Path
 
 
@@ -219,14 +219,14 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
     source is the folder of a run or checkpoint or, for the base's weights, a tuple of exits; rule(policy) may change
     how it exits and gives further arguments of sample.generate. `how` names the rule.
     """
-    if args.asked is None:
+    if args.prompts_hash is None:
         tokenizer = Tokenizer.from_pretrained(flags.location(args.model), args.revision)
-        args.asked = runs.prompts_hash(tasks.prompts(args.problems, tokenizer, args.thinking))
+        args.prompts_hash = runs.json_hash(tasks.prompts(args.problems, tokenizer, args.thinking))
     base = isinstance(source, tuple)
     folder = None if base else checkpoint(source)
     label = "base" if base else folder.parent.name + f"-{folder.name}"
     head = {"weights": list(source) if base else digest(folder), "how": how, "n": args.n, "delta": delta,
-            "temperature": args.temperature, "problems": runs.problems_hash(args.problems), "prompts": args.asked,
+            "temperature": args.temperature, "problems": runs.problems_hash(args.problems), "prompts": args.prompts_hash,
             "base": base_mark(args.model, args.revision), **{name: getattr(args, name) for name in (
                 "model", "revision", "dtype", "thinking", "max_new_tokens", "seed")}}
     name = f"{label}.{how}.{Path(args.task).stem}.n{args.n}.t{args.temperature:g}.d{delta:g}.jsonl"
@@ -244,11 +244,11 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
                              **(rule(policy) if rule else {}))
     rows = [{key: value for key, value in row.items() if not key.startswith("logp_")}
             for row in graded(args.problems, responses, tokenizer)]
-    outcomes = policy.depth_of_outcome.tolist()
+    depth_of_outcome = policy.depth_of_outcome.tolist()
     path.parent.mkdir(parents=True, exist_ok=True)
-    judgement(path).unlink(missing_ok=True)  # of what stood there before
-    write_text(path, "".join(map(as_json, [{**head, "outcomes": outcomes}, *rows])))
-    return Answers(rows, outcomes, path)
+    coherence_file(path).unlink(missing_ok=True)  # of what stood there before
+    write_text(path, "".join(map(as_json, [{**head, "outcomes": depth_of_outcome}, *rows])))
+    return Answers(rows, depth_of_outcome, path)
 
 
 def thresholded(p: float):
@@ -279,9 +279,9 @@ def total(row: dict, layers: int) -> float:
 def point(args, answered, **about) -> dict:
     """A row of the tables: the README's metrics, and the differences from the base over the same problems, each with
     half of its 95% interval."""
-    rows, outcomes, _ = answered
-    base, L = base_answers(args).rows, outcomes[-1]
-    metrics = {**about, **measure(rows, outcomes)}
+    rows, depth_of_outcome, _ = answered
+    base, L = base_answers(args).rows, depth_of_outcome[-1]
+    metrics = {**about, **measure(rows, depth_of_outcome)}
     compute, tokens = metrics["average_compute"], sum(len(row["depths"]) for row in rows)
     spread = sum((total(row, L) - compute * len(row["depths"])) ** 2 for row in rows)  # of a ratio of sums
     metrics["average_compute_half"] = Z * math.sqrt(spread) / tokens
@@ -301,17 +301,17 @@ def mean_correct(answered: list) -> list[float]:
     return [mean(values) for values in zip(*map(correct, answered), strict=True)]
 
 
-def judged(args, answered: Answers) -> dict:
+def coherence_of(args, answered: Answers) -> dict:
     """The columns of study/coherence.py, for which the base model reads the answers; kept beside them."""
-    path = judgement(answered.path)
+    path = coherence_file(answered.path)
     if not path.exists():
         model, _ = runs.load_model(args)
         policy = Policy(model)
-        write_json(path, score(policy, answered.rows, args.micro_batch))
+        write_json(path, columns(policy, answered.rows, args.micro_batch))
     return {name: read_json(path)[name] for name in COLUMNS}
 
 
-def judgement(path: Path) -> Path:
+def coherence_file(path: Path) -> Path:
     return path.with_suffix(".coherence.json")
 
 

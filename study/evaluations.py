@@ -10,12 +10,12 @@ import shlex
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean as mean
 
 import flags
 import runs
 from data.hub import UserError, field, parse_object, read_json, read_text, write_json
 from evaluate import BASE, paired
-from study.common import mean
 
 SETTING = {"model": str, "task": str, "thinking": bool, "max_new_tokens": int, "n": int, "seed": int,
            "temperature": float, "threshold": float, "delta": float}

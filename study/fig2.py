@@ -6,12 +6,14 @@ are fig2-kl-F.json and so on, of stage 2 from that calibration.
     python -m study.fig2
 """
 
+from statistics import fmean as mean
+
 import flags
 import runs
 from checkpoints import checkpoint, checkpoints
 from evaluate import paired
 from study import common
-from study.common import answers, base_answers, correct, mean, mean_correct, point
+from study.common import answers, base_answers, correct, mean_correct, point
 
 SHOWN = {"accuracy": "accuracy (%)", "average_compute": "average compute (% of layers)",
          "total_compute": "total compute (full-depth tokens)", "coherence": "coherence (0 to 1)"}
@@ -35,7 +37,7 @@ def main() -> None:
     steps = sorted(set.intersection(*map(set, found)))
 
     def measured(answered, **about):
-        return point(args, answered, **about, **common.judged(args, answered))
+        return point(args, answered, **about, **common.coherence_of(args, answered))
 
     base = measured(base_answers(args))
     seeds = [{"run": run.name, "steps": [measured(answers(args, of[step]), step=step) for step in steps]}

@@ -9,12 +9,13 @@ study.baselines, where these have run), verbosity.png (does a price on depth mak
 
 import sys
 from pathlib import Path
+from statistics import fmean as mean
 
 import runs
 from data.hub import parse_object, read_json, read_text
 from evaluate import BASE, paired
 from study import common
-from study.common import answers, correct, mean, mean_correct, point, undrawn
+from study.common import answers, correct, mean_correct, point, undrawn
 
 LAMBDAS = (0, 0.03, 0.1, 0.3, 1, 3)
 DELTAS = (-4, -2, -1, 0, 1, 2)

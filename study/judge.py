@@ -11,6 +11,7 @@ judge reads text that a model wrote, and may be told in it what to answer: so th
 can't foresee, control tokens in it are broken, and only a reply of exactly four whole numbers counts.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -250,7 +251,7 @@ def table(models: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    p = flags.Parser(description=__doc__, formatter_class=flags.argparse.RawDescriptionHelpFormatter)
+    p = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path, help="what evaluate.py wrote, or a stage-2 run")
     p.add_argument("--judge-url", required=True, help="of the endpoint, up to /chat/completions")
     p.add_argument("--judge-model", required=True, help="its name there")

@@ -32,14 +32,14 @@ def main() -> None:
     rows, distributions = [], []
     for name, run in (found | {BASE: None}).items():
         answered, held_out = (answers(args, run), read_json(run / "complete.json")) if run else (base, {})
-        rows.append(point(args, answered, name=name, paper=PAPER.get(name), **common.judged(args, answered),
+        rows.append(point(args, answered, name=name, paper=PAPER.get(name), **common.coherence_of(args, answered),
                           **{key: held_out.get(key) for key in ("token_kl", "token_kl_at_own_exits")}))
         if run:
             at_half = undrawn(args, run)
             rows[-1] |= {"thresholded": point(args, at_half),
                          "thresholded_change": paired(correct(answered), correct(at_half))}
             target, learned = (held_out[which]["distribution"] for which in ("target", "learned"))
-            distributions.append({"name": name, "depths": answered.outcomes, "target": target, "learned": learned,
+            distributions.append({"name": name, "depths": answered.depth_of_outcome, "target": target, "learned": learned,
                                   "positions": held_out["positions"],
                                   "total_variation": total_variation(target, learned)})
     common.save(args, "table1", "table1", rows=rows)

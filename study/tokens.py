@@ -19,7 +19,7 @@ def main() -> None:
     if not found:
         return
     common.save(args, "tokens", "tokens", meaning=MEANING, runs={
-        name: {"run": run.name, "kinds": by_kind(answered.rows, answered.outcomes, tokenizer)}
+        name: {"run": run.name, "kinds": by_kind(answered.rows, answered.depth_of_outcome, tokenizer)}
         for name, (run, answered) in found.items()})
 
 

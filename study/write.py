@@ -12,13 +12,14 @@ import argparse
 import re
 import textwrap
 from pathlib import Path
+from statistics import fmean as mean
 
 import runs
 from data.hub import UserError, read_json, read_text, write_text
 from evaluate import BASE
 from monitor import claim, half_depth, standing, verdicts_on
 from study.baselines import start_of
-from study.common import figure, mean
+from study.common import figure
 from study.fig2 import draw as draw_fig2
 from study.fronts import draw as draw_fronts
 from study.table1 import draw as draw_fig4

@@ -18,6 +18,7 @@ simcuda.install()
 
 import checkpoints  # noqa: E402
 import distill  # noqa: E402
+import optim  # noqa: E402
 import rloo  # noqa: E402
 import runs  # noqa: E402
 import sample  # noqa: E402
@@ -295,7 +296,7 @@ def test_training_steps(stage, recompute, tmp_path):
         policy = on(device)
         policy.model.recompute = recompute
         (tmp_path / device).mkdir()
-        run, optimizer, logged = runs.Run(tmp_path / device, FLAGS), checkpoints.adamw(policy), []
+        run, optimizer, logged = runs.Run(tmp_path / device, FLAGS), optim.adamw(policy), []
         for step in range(2):
             logged += [stage(policy, responses, step), run.apply_gradients(optimizer, 1e-3)]
         return logged, dict(policy.trained())
@@ -309,7 +310,7 @@ def test_held_out():
 
 def test_save_and_load(tmp_path):
     policy = on("cuda")
-    run, optimizer = runs.Run(tmp_path, FLAGS), checkpoints.adamw(policy)
+    run, optimizer = runs.Run(tmp_path, FLAGS), optim.adamw(policy)
     stage_1(policy, some_responses(), 0)
     run.apply_gradients(optimizer, 1e-3)
     run.save(1, policy, optimizer)
@@ -358,7 +359,7 @@ def test_waits_of_training(tmp_path):
     """Stage 1 waits for the depths that each pass draws; else a step waits for what it logs, once, and for the
     gradient's norm. Stage 2 waits for the two things that it scores."""
     policy, responses = on("cuda"), some_responses()
-    run, optimizer, passes = runs.Run(tmp_path, FLAGS), checkpoints.adamw(policy), 2
+    run, optimizer, passes = runs.Run(tmp_path, FLAGS), optim.adamw(policy), 2
     assert len(responses) == 5 and FLAGS.micro_batch == 3
     for stage, budget in ((stage_1, passes + 1), (stage_2, 2)):
         assert waits_of(lambda stage=stage: stage(policy, responses, 0)) == budget, simcuda.waits()

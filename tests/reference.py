@@ -13,7 +13,7 @@ HEAD = ("up", "up_bias", "weight", "bias")  # of an exit
 class Reference:
     def __init__(self, weights, config, exits=(), lora_scale=0.0):  # at scale 0 it is the base model
         self.w, self.config, self.exits, self.lora_scale = weights, config, exits, lora_scale
-        self.L, self.outcomes = config.num_hidden_layers, (*exits, config.num_hidden_layers)
+        self.L, self.depth_of_outcome = config.num_hidden_layers, (*exits, config.num_hidden_layers)
 
     def streams(self, ids, depths):
         """The residual streams (T, D) of a text after 0, 1, .. L layers, when its tokens run `depths` of them. From
@@ -29,7 +29,7 @@ class Reference:
         once it is there, and that of the next token (E + 1, V), a row for each depth at which the last may stop."""
         h = [streams[-1] for streams in self.streams(ids, [*depths, self.L])]  # of the last token, on its way up
         z = [self.exit_logit(h[e], i) for i, e in enumerate(self.exits)]
-        logits = self.read_out(torch.stack([h[depth] for depth in self.outcomes]))
+        logits = self.read_out(torch.stack([h[depth] for depth in self.depth_of_outcome]))
         return torch.sigmoid(torch.stack(z) + delta), (logits / temperature).softmax(-1)
 
     def exit_logit(self, h, i):
@@ -49,7 +49,7 @@ class Reference:
             p_exit, p_token = self.policy(ids, depths)
             die, *coins = dice(t)
             i = [*(coin < p for coin, p in zip(coins, p_exit, strict=True)), True].index(True)  # the first to say stop
-            depths.append(self.outcomes[i])
+            depths.append(self.depth_of_outcome[i])
             ids.append(int((p_token[i].cumsum(0) <= die).sum()))  # the first at which the sum is above the die
         return ids[len(prompt) :], depths[len(prompt) - 1 :]
 
@@ -60,7 +60,7 @@ class Reference:
         scores, base = [], Reference(self.w, self.config, self.exits)
         for t, (token, depth) in enumerate(zip(response, depths, strict=True)):
             ids, before = [*prompt, *response[:t]], [self.L] * (len(prompt) - 1) + list(depths[:t])
-            (p_exit, p_token), i = self.policy(ids, before, **options), self.outcomes.index(depth)
+            (p_exit, p_token), i = self.policy(ids, before, **options), self.depth_of_outcome.index(depth)
             p, p_base = p_token[i], base.policy(ids, [self.L] * len(before), **options)[1][-1]  # -1: at full depth
             kl = (p * (p / p_base).log()).sum()
             scores.append(torch.stack([stick_breaking(p_exit)[i].log(), p[token].log(), kl]))

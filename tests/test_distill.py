@@ -7,8 +7,8 @@ import torch
 
 import distill
 import runs
-from checkpoints import adamw
 from exits import base_pass, collate
+from optim import adamw
 from tests.chance import splitmix
 from tests.reference import Reference
 from tests.toys import EXITS, L, assert_close, reference, responses, set_heads, toy_policy
@@ -133,7 +133,7 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
     for i, r in enumerate(ANSWERS):
         kls = [slow_kls(policy, ids) for _, ids in predicting(r)]
         q = [slow_target(row, kappa) for row in kls]
-        depths = [slow.outcomes[pick(odds, splitmix(seed, distill.DEPTHS, step, i, t, 0))]
+        depths = [slow.depth_of_outcome[pick(odds, splitmix(seed, distill.DEPTHS, step, i, t, 0))]
                   for odds, (t, _) in zip(q, predicting(r), strict=True)]
         scores.append(slow.score(r.prompt_ids, r.token_ids, depths))
         targets += q
@@ -178,7 +178,7 @@ def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, mon
             sure.append(next((e for e, p in zip(EXITS, p_exit, strict=True) if p > 0.5), L))
             kls, before = slow_kls(policy, ids), [L] * (len(r.prompt_ids) - 1) + depths
             targets.append(slow_target(kls, kappa))
-            depths.append(slow.outcomes[pick(targets[-1], die)])
+            depths.append(slow.depth_of_outcome[pick(targets[-1], die)])
             exit_loss -= sum(s * math.log(p) + (1 - s) * math.log(1 - p)
                              for e, p, s in zip(EXITS, slow.policy(ids, before)[0].tolist(), slow_safe(kls, kappa),
                                                 strict=True) if depths[-1] >= e)

@@ -136,7 +136,7 @@ def test_story_thoughts_carry_the_program_values_and_end_in_the_answer(tales):
 
 def test_kinds_are_balanced(sums, tales):
     """7 counts within 4 standard errors: a right generator fails for one seed in 2,000."""
-    for made, kinds in ((sums, [f"{k} steps" for k in arithmetic.KINDS]), (tales, stories.KINDS)):
+    for made, kinds in ((sums, [f"{k} steps" for k in arithmetic.STEPS]), (tales, stories.KINDS)):
         counts = Counter(p["kind"] for p in made["train"])
         assert set(counts) == set(kinds)
         assert all(deviation(n, N, 1 / len(kinds)) < 4 for n in counts.values()), counts

@@ -121,7 +121,7 @@ def main() -> None:
     share = parallel.share(len(PROMPTS))
     mean_kl = stage_2(policy, drawn[2 * share.start : 2 * share.stop], share, micro_batch=2)
     gradient("stage 2")
-    results["kl"] = torch.tensor(parallel.gather(mean_kl.tolist()), dtype=torch.double)
+    results["kl"] = torch.tensor(parallel.all_gather(mean_kl.tolist()), dtype=torch.double)
     if parallel.rank() == 0:
         save_file(results, sys.argv[1])
 
@@ -215,7 +215,7 @@ def test_what_lies_on_the_cpu_is_summed_beside_gpus_too(monkeypatch):
     try:
         parallel.start()
         assert set(map(str, dist.group.WORLD._device_types)) == {"cpu", "cuda"}
-        parallel.add(value := torch.ones(3))
+        parallel.all_reduce(value := torch.ones(3))
         assert value.tolist() == [1, 1, 1]
     finally:
         dist.destroy_process_group()

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import optim
 import runs
 from data import tasks
 from data.text import Tokenizer
@@ -295,7 +296,7 @@ def test_the_rates_of_a_run_are_recorded(home):
     for name, rates in (("one", ("lr", "head_lr")), ("two", ("lr",))):
         logged = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()][0]
         for rate in rates:
-            assert config(home / name)[rate] * runs.schedule(0, config(home / name)["steps"]) == pytest.approx(
+            assert config(home / name)[rate] * optim.schedule(0, config(home / name)["steps"]) == pytest.approx(
                 logged[rate])
     assert config(home / "one")["exit_every"] == 2
 
@@ -494,7 +495,7 @@ def test_a_refused_extension_leaves_the_run_complete(home):
 
 def test_the_rate_warms_up_for_ten_steps_and_falls_to_zero():
     """A first step at the full rate undoes what a run starts from; a rate that stays high never settles."""
-    assert [runs.schedule(step, 100) for step in (0, 4, 9, 50, 99)] == pytest.approx([0.1, 0.48, 0.91, 0.5, 0.01])
+    assert [optim.schedule(step, 100) for step in (0, 4, 9, 50, 99)] == pytest.approx([0.1, 0.48, 0.91, 0.5, 0.01])
 
 
 def test_a_response_is_graded_by_what_it_says_behind_its_thoughts_once_it_has_ended():
@@ -511,7 +512,7 @@ def test_a_response_is_graded_by_what_it_says_behind_its_thoughts_once_it_has_en
 
 def test_every_epoch_is_a_new_shuffle_of_all_problems():
     """Else some problems are never learned from, or all epochs and seeds take them in one order."""
-    epochs = [[i for step in range(10) for i in runs.pick(10, 3, step, seed)] for seed in (0, 1)]
+    epochs = [[i for step in range(10) for i in optim.pick(10, 3, step, seed)] for seed in (0, 1)]
     orders = [tuple(picked[at : at + 10]) for picked in epochs for at in (0, 10, 20)]
     assert all(sorted(order) == list(range(10)) for order in orders) and len(set(orders)) == 6
 

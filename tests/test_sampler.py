@@ -185,7 +185,7 @@ def test_with_a_threshold_exits_are_where_their_probability_says_so():
             before = [L] * (len(r.prompt_ids) - 1) + r.depths[:t]
             p, _ = slow.policy([*r.prompt_ids, *r.token_ids[:t]], before, delta=0.2)
             stop = [*(p > 0.4).tolist(), True].index(True)
-            assert r.depths[t] == slow.outcomes[stop]
+            assert r.depths[t] == slow.depth_of_outcome[stop]
             assert_close(r.logp_exit[t], (1 - p[:stop]).log().sum() + (p[stop].log() if stop < len(p) else 0))
 
 

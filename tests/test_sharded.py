@@ -50,7 +50,7 @@ def main() -> None:
     with policy.model.rollout():
         mine = generate(policy, PROMPTS[share], samples=2, max_new_tokens=6, eos_ids=range(0, 61, 7), seed=(4,),
                         first_response=2 * share.start)
-    drawn = parallel.gather(mine)
+    drawn = parallel.all_gather(mine)
     results["samples"] = samples_of(drawn)
 
     def gradient(name):
@@ -66,7 +66,7 @@ def main() -> None:
     if parallel.rank() == 0:  # alone, as for evaluate.py's page: the others help
         with torch.no_grad():
             results["h"] = policy(torch.tensor(PROMPTS[:1])).h
-    parallel.gather([])
+    parallel.all_gather([])
     assert max(whole) <= 2, whole  # the one that runs, and in a backward pass the one that ran before
     assert parallel.size() == 1 or all(shared_out(block.mlp.up_proj.weight) for block in policy.model.model.layers)
 

@@ -29,8 +29,8 @@ def chosen(policy, rule, wanted):
         before = [L] * (len(r.prompt_ids) - 1)
         for t, token in enumerate(r.token_ids):
             _, p = slow.policy([*r.prompt_ids, *r.token_ids[:t]], before + r.depths[:t])
-            assert r.depths[t] == slow.outcomes[[*wanted(p[:-1], p[-1]), True].index(True)]
-            assert_close(r.logp_token[t], p[slow.outcomes.index(r.depths[t]), token].log())
+            assert r.depths[t] == slow.depth_of_outcome[[*wanted(p[:-1], p[-1]), True].index(True)]
+            assert_close(r.logp_token[t], p[slow.depth_of_outcome.index(r.depths[t]), token].log())
         depths += r.depths
     return depths
 
@@ -166,16 +166,16 @@ def test_answers_are_sampled_once_and_anew_for_other_weights(home, monkeypatch):
     monkeypatch.setattr(common, "generate", lambda *a, **k: made.append(k["delta"]) or generate(*a, **k))
     first = common.answers(args, home / "one")
     assert common.answers(args, home / "one") == first and len(made) == 1
-    assert first.outcomes == [2, 4] and "logp_exit" not in first.rows[0]
+    assert first.depth_of_outcome == [2, 4] and "logp_exit" not in first.rows[0]
     common.answers(args, home / "one", delta=1.5)
     common.answers(args, checkpoint(home / "two"))
     assert made == [0.0, 1.5, 0.0]
-    assert common.judged(args, first) == common.judged(args, first)
-    assert json.loads(common.judgement(first.path).read_text())["n"] == 3
+    assert common.coherence_of(args, first) == common.coherence_of(args, first)
+    assert json.loads(common.coherence_file(first.path).read_text())["n"] == 3
     (head := checkpoint(home / "one") / "exit_heads.safetensors").write_bytes(
         (checkpoint(home / "two") / head.name).read_bytes())
     common.answers(args, home / "one")
-    assert len(made) == 4 and not common.judgement(first.path).exists()
+    assert len(made) == 4 and not common.coherence_file(first.path).exists()
     assert common.about_the_same(args, home / "one")
     with pytest.raises(UserError, match="one has kl_factor 1.0, and this study 4: choose another --runs"):
         common.about_the_same(args, home / "one", kl_factor=4)

@@ -157,9 +157,9 @@ GOOD = json.dumps(ROW).encode() + b"\n"
 @pytest.mark.parametrize("content, named", [
     (b"", r"train\.jsonl is empty"),
     (b" \n\n", r"train\.jsonl is empty"),
-    (GOOD + b'{"question": ', r"train\.jsonl:2: malformed JSON"),
-    (GOOD + b"\n" + b"[" * 100_000, r"train\.jsonl:3: malformed JSON"),
-    (GOOD + b'["a"]\n', r"train\.jsonl:2: not a JSON object"),
+    (GOOD + b'{"question": ', r"train\.jsonl:2 can.t be read as JSON"),
+    (GOOD + b"\n" + b"[" * 100_000, r"train\.jsonl:3 can.t be read as JSON"),
+    (GOOD + b'["a"]\n', r"train\.jsonl:2 does not hold a JSON object"),
     (GOOD + b'{"question": "a", "solution": "b"}',
      r"train\.jsonl:2: column 'answer' is missing \(found: question, solution\)"),
     (GOOD + b"{}", r"train\.jsonl:2: column 'question' is missing \(found: none\)"),

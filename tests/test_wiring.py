@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import distill
+import optim
 import rloo
-import runs
 from checkpoints import load_policy
 from data import tasks
 from data.text import Tokenizer
@@ -55,7 +55,7 @@ def test_stage_1_learns_from_the_base_at_full_depth_and_is_checked_at_its_own_ka
         kept[split] = sampled(made, base, split, n, 3, depths=4, seed=(3, RESPONSES, split == "test"))
         assert [row["token_ids"] for row in rows if row["split"] == split] == [r.token_ids for r in kept[split]]
     for step, metrics in enumerate(lines(made.home / "wired-1" / "metrics.jsonl")):
-        assert metrics["tokens"] == sum(len(kept["train"][i]) for i in runs.pick(12, 5, step, 3))
+        assert metrics["tokens"] == sum(len(kept["train"][i]) for i in optim.pick(12, 5, step, 3))
     policy, done = load_policy(fresh_model(made), made.home / "wired-1"), made.home / "wired-1" / "complete.json"
     args = SimpleNamespace(**json.loads((made.home / "wired-1" / "config.json").read_text())["args"])
     test = read_responses(made.home / "wired-1" / "teacher.jsonl", policy.model, args)["test"]
@@ -71,7 +71,7 @@ def test_stage_2_draws_new_samples_of_its_training_problems_and_sums_their_gradi
     for step, start in ((0, "wired-1"), (1, "wired-2/step-000001")):
         policy = load_policy(fresh_model(made), made.home / start)
         rows = [row for row in lines(made.home / "wired-2" / "completions.jsonl") if row["step"] == step]
-        responses = sampled(made, policy, "train", 20, 5, runs.pick(20, 2, step, 5), samples=2, seed=(5, step))
+        responses = sampled(made, policy, "train", 20, 5, optim.pick(20, 2, step, 5), samples=2, seed=(5, step))
         assert_drawn(rows, responses)
         base, mean_kl, _ = rloo.score_responses(policy, responses, 8)
         assert [row["mean_kl"] for row in rows] == pytest.approx(mean_kl.tolist(), abs=1e-5)
