@@ -141,21 +141,23 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
 
         token_kl, exit_cross_entropy  the two terms of (5) at depths drawn from q
         learned, target               the exits that the student draws itself, and the mean of q
+        at_half                       the exits it takes where p_e > 1/2 decides in place of a draw
         token_kl_at_own_exits         above token_kl: q knows the final layer, and the heads have to guess
         intact_whole                  mean of exp(-K), K a response's sum of the KL at the student's own exits: about
                                       the share of responses that stay as they were
         intact                        the same for STRETCH tokens of a longer one
-        intact_at_half                the same where p_e > 1/2 decides in place of a draw, and heads guess best
+        intact_at_half                the same by at_half, where heads guess best
     """
     E, depth_of_outcome = len(policy.exits), policy.depth_of_outcome
-    drawn, target = torch.zeros(E + 1), policy.heads.bias.new_zeros(E + 1)
+    drawn, at_half, target = torch.zeros(E + 1), torch.zeros(E + 1), policy.heads.bias.new_zeros(E + 1)
     totals, count = torch.zeros(6, dtype=torch.double, device=policy.device), sum(map(len, responses))
     for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
         base_h, lens_h = base_pass(policy, batch)
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
         own, kl_own = at_own_exits(policy, batch, base_h, u[:, :E])
         drawn += (own[:, None] == depth_of_outcome).sum(0)
-        kl_half = at_own_exits(policy, batch, base_h, torch.full_like(u[:, :E], 0.5))[1]
+        own, kl_half = at_own_exits(policy, batch, base_h, torch.full_like(u[:, :E], 0.5))
+        at_half += (own[:, None] == depth_of_outcome).sum(0)
         # Only now: at_own_exits starts from depth L.
         log_q, p_safe, depths = draw_target(policy, batch, base_h, lens_h, kappa, u[:, E])
         target += log_q.exp().sum(0)
@@ -166,13 +168,13 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         lost *= send(torch.tensor([[min(1, STRETCH / len(responses[i]))] for i in index]), policy.device)
         exit_loss = exit_cross_entropy(exit_logits, p_safe, depths, policy.exits)
         totals += torch.stack([kl_t.sum(), exit_loss.sum(), kl_own.sum(), whole, *torch.exp(-lost).sum(0)])
-    for sums in (drawn, target, totals):
+    for sums in (drawn, at_half, target, totals):
         parallel.all_reduce(sums)  # over the processes, each of which has seen its share of the responses
     token_kl, cross_entropy, own_kl, whole, intact, intact_at_half = totals.tolist()
     return {"positions": count, "token_kl": token_kl / count, "exit_cross_entropy": cross_entropy / count,
             "token_kl_at_own_exits": own_kl / count, "intact": intact / len(responses),
             "intact_whole": whole / len(responses), "intact_at_half": intact_at_half / len(responses),
-            "learned": summary(drawn / count, depth_of_outcome),
+            "learned": summary(drawn / count, depth_of_outcome), "at_half": summary(at_half / count, depth_of_outcome),
             "target": summary(target.cpu() / count, depth_of_outcome)}
 
 
@@ -200,7 +202,9 @@ def verdict(measured: dict, training_kl: float) -> str | None:
     else:
         cure = longer
     problem = f"at {at_own:.4f} nats a token only {measured['intact']:.0%} of the responses stay as they were; {cure}"
-    if measured["intact_at_half"] > 0.8:
+    # Heads that never say more than 1/2 leave everything as it was, at full depth.
+    saved, to_save = (measured[name]["layer_savings"] for name in ("at_half", "target"))
+    if measured["intact_at_half"] > 0.8 and 2 * saved > to_save:
         return (f"it is the draw that costs: {problem}. evaluate.py --threshold 0.5, without one, leaves "
                 f"{measured['intact_at_half']:.0%}, and stage 2 learns to draw better")
     return f"not converged: {problem}"
@@ -299,7 +303,7 @@ def main() -> None:
           f"({measured['token_kl_at_own_exits']:.4f} where the student itself exits), exit CE "
           f"{measured['exit_cross_entropy']:.3f}; about {measured['intact']:.0%} of the base's responses, or "
           f"of stretches of {STRETCH} tokens, stay as they were{long}; {measured['intact_at_half']:.0%} with exits at "
-          f"p > 1/2, not drawn")
+          f"p > 1/2, not drawn, which saves {measured['at_half']['layer_savings']:.1%} of the layers")
     for name in ("target", "learned"):
         s = measured[name]
         shares = "  ".join(f"{d}: {x:.1%}"

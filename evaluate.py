@@ -92,10 +92,14 @@ def graded(problems, responses: list[Response], tokenizer) -> list[dict]:
     return rows
 
 
+def response_of(row: dict) -> Response:
+    return Response(**{part.name: row[part.name] for part in fields(Response)})
+
+
 @torch.no_grad()
 def transcript(policy: Policy, row: dict, tokenizer, base: bool, args) -> dict:
     """A response as the page shows it: every token's depth, exit probabilities and the top tokens of each lens."""
-    response = Response(**{part.name: row[part.name] for part in fields(Response)})
+    response = response_of(row)
     batch = collate([response], policy.n_layers, policy.device)
     with adapters_off(policy) if base else nullcontext():
         out = policy(batch.ids, batch.depths, place=batch.place)
@@ -136,13 +140,22 @@ def paired(before, after, shares: bool = True) -> tuple[float, float]:
     return float(gain.mean()), Z * spread / math.sqrt(n) if spread or not shares else min(1.0, 3 / n)
 
 
+def sign_test(before: list[bool], after: list[bool]) -> float:
+    """The chance of so uneven a split, or a more uneven one, of the problems that only one of two models solves, if
+    neither were better (exact, two-sided: McNemar's test). An interval is too narrow where there are a few of these."""
+    lost, won = (sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((before, after), (after, before)))
+    n = lost + won
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(lost, won) + 1)) / 2**n)
+
+
 def headline(base: dict, before: dict, other: dict, rows: dict[str, list[dict]]) -> str:
     """What happened, in one sentence; in another, what a run changed on the one `before` it."""
     def change(of: dict) -> tuple[float, float]:
         return paired(*([row["correct"] for row in rows[m["name"]]] for m in (of, other)))
 
     gain, half = change(base)
-    inside = "no significant difference" if abs(gain) <= half else "a significant difference"
+    by_chance = sign_test(*([row["correct"] for row in rows[m["name"]]] for m in (base, other)))
+    inside = "a significant difference" if abs(gain) > half and by_chance < 0.05 else "no significant difference"
     finished = ("" if abs(other["finished"] - base["finished"]) < 0.01 else  # what is cut off counts as wrong
                 f"; finished are {other['finished']:.1%} against {base['finished']:.1%}")
     beside = "" if before is base else "; {:+.1f} ± {:.1f} points from {}, which runs {:.0f}%".format(
@@ -164,7 +177,12 @@ def chosen_runs(args) -> dict[str, Path]:
         config = runs.read_config(newest)
         if init := field(config["args"], "init", str, newest / "config.json", default=None):
             first = runs.find(init, beside=newest)
-            folders = ([as_it_was(first, config.get("start"))] if first.is_dir() else []) + [newest]
+            if first.is_dir():
+                first = as_it_was(first, config.get("start"))
+                if exits_of(checkpoint(first)) == exits_of(checkpoint(newest)):
+                    folders.insert(0, first)
+                else:
+                    runs.say(f"{first} has other exits by now, and is left out")
     configs = refuse_unlike(folders, args) if args.runs else [runs.read_config(folder) for folder in folders]
     stages = [{"distill": "stage 1", "rloo": "stage 2"}[config["stage"]] for config in configs]
     columns = {}
@@ -206,9 +224,10 @@ def refuse_unlike(folders: list[Path], args) -> list[dict]:
     return configs
 
 
-def go_on(args, problems, prompts, model: Transformer, columns: dict[str, Path], chosen: dict[str, Path]):
-    """The folder to write, and what the same command left there when it was stopped: a model's rows by its label. Of a
-    run that has got on meanwhile, nothing."""
+def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[str, Path], chosen: dict[str, Path]):
+    """The folder to write, and what the same command left there when it was stopped: a model's rows by its label,
+    graded anew, for a grade() of one's own may have failed and been mended. Of a run that has got on meanwhile,
+    nothing."""
     weights = {BASE: fingerprint(model)} | {name: digest(folder) for name, folder in chosen.items()}
     about = {"args": {name: value for name, value in vars(args).items()
                       if name not in (*runs.FREE_ON_RESUME, "runs", "out", "show")},
@@ -226,6 +245,8 @@ def go_on(args, problems, prompts, model: Transformer, columns: dict[str, Path],
     if not same or any([row["prompt_ids"] for row in rows] != prompts[: len(rows)] for rows in kept.values()):
         raise UserError(f"--out {out} holds an evaluation of other runs or problems, or under other flags: choose "
                         f"another folder, or delete it")
+    kept = {label: graded(problems[: len(rows)], [response_of(row) for row in rows], tokenizer)
+            for label, rows in kept.items()}
     # First: the other way round a kill between would leave rows that pass for the new weights'.
     write_text(done, "".join(as_json({"model": label, **row}) for label, rows in kept.items() for row in rows))
     write_json(begun, about)
@@ -296,7 +317,7 @@ def main() -> None:
         if not metrics:
             args.revision = model.revision  # the commit, where a branch was named or none
             prompts = runs.prompt_ids(problems, model, tokenizer, args)
-            out, kept = parallel.from_rank_0(partial(go_on, args, problems, prompts, model, columns, chosen))
+            out, kept = parallel.from_rank_0(partial(go_on, args, problems, prompts, model, tokenizer, columns, chosen))
             print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, {drawn}; to {out}")
         runs.share_out(policy, args)
         print(f"  {name}: {run or args.model}")

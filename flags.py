@@ -125,7 +125,7 @@ def training(doc: str, save_every: tuple[int, int]) -> Parser:
     p.add_argument("--keep", type=whole(1), default=2, help="checkpoints that stay, the newest (default: 2)")
     p.add_argument("--trackio", metavar="PROJECT", help="metrics also as live curves: trackio show --project PROJECT")
     p.add_argument("--resume", help="folder of an interrupted run, which goes on under its own flags; --steps moves "
-                   "its end, and with that the rate, which falls to 0 there")
+                   "its end, and with that the rate, which falls to 0 there; --lr sets another")
     return p
 
 

@@ -115,7 +115,8 @@ def summarise(records: list[dict], drift: torch.Tensor, depth_of_outcome: list[i
     return {
         "reward": average("reward"), "reward_task": average("reward_task"),
         "reward_depth": -args.lam * average("depth_charged"), "reward_kl": -args.beta * average("mean_kl"),
-        **measure(records, depth_of_outcome),
+        **{name: value for name, value in measure(records, depth_of_outcome).items()
+           if name not in ("accuracy_low", "accuracy_high")},  # a prompt's samples are alike: they'd be too narrow
         "groups_of_equal_task_reward": sum(len(group) == 1 for group in groups) / len(groups),
         "kl": average("mean_kl"), "drift_max": float(drift.max()), "drift_mean": float(drift.mean()),
     }
@@ -186,6 +187,8 @@ def main() -> None:
 
     runs.warn_idle("--prompts-per-step", args.prompts_per_step)
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)
+    if args.task.endswith(".py"):
+        tasks.refuse_shared({"train": problems, "test": tasks.load(args.task, "test", n=200, seed=args.seed)})
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(problems, model, tokenizer, args)
     # Recorded, so that a resumed run keeps it. A tenth of stage 1's, to be careful: on the embedded model 0.0015, twice

@@ -58,8 +58,8 @@ OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_F
 ROTATE = 2**28  # bytes of completions.jsonl
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What --resume may change: the end, where things lie by now (a hash tells whether they are the same), this machine.
-FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "shard",
-                  "save_every", "keep", "trackio", "resume")
+FREE_ON_RESUME = ("steps", "lr", "head_lr", "model", "data", "device", "rows", "micro_batch", "recompute",
+                  "cuda_graphs", "shard", "save_every", "keep", "trackio", "resume")
 
 
 # ------------------------------------------------------------------------------------------------ starting, stopping
@@ -248,7 +248,8 @@ def grade(problem, response: Response, tokenizer: Tokenizer) -> Grade:
 
 def warn_unfinished(share_finished: float, meaning: str, tokenizer: Tokenizer, args) -> None:
     if share_finished < 0.8:
-        bar, shorter = "!" * 100, ", or pass --no-thinking for shorter ones" if tokenizer.can_think else ""
+        bar = "!" * 100
+        shorter = ", or pass --no-thinking for shorter ones" if args.thinking and tokenizer.can_think else ""
         say(f"{bar}\n{1 - share_finished:.0%} of the responses are unfinished at --max-new-tokens "
             f"{args.max_new_tokens}: {meaning}.\nRaise it{shorter}.\n{bar}")
 
@@ -340,7 +341,7 @@ class Run:
         for name, value in recorded["args"].items():
             if value is None and name not in FREE_ON_RESUME and getattr(self.args, name) is not None:
                 raise UserError(f"{where}: {name} is null, and every run records it: restore it, or start a new run")
-        for name, what in (("problems", f"the problems of --task {self.args.task}, or its grade() or reward(),"),
+        for name, what in (("problems", f"the problems of --task {self.args.task}"),
                            ("prompts", f"the prompts of --task {self.args.task}, by the model's chat template,"),
                            ("start", "the weights of the run that it starts from")):
             if name in about and field(recorded, name, str, where, default=about[name]) != about[name]:
@@ -350,10 +351,13 @@ class Run:
             shutil.rmtree(partial)
         # Before the new --steps: a kill between leaves it resumable.
         (self.folder / "complete.json").unlink(missing_ok=True)
-        kept = {name: recorded[name] for name in ("start", "commit") if name in recorded}
-        if (now := commit()) != kept.get("commit", now):  # from here on it is other code
-            kept["resumed_commit"] = now
-        self.write_config(stage, {**kept, **about})
+        kept = {name: recorded[name] for name in ("start", "commit", "judge") if name in recorded}
+        for name, now in (("commit", commit()), ("judge", about["judge"])):
+            if now != kept.get(name, now):  # from here on it is other code
+                kept[f"resumed_{name}"] = now
+        if "resumed_judge" in kept:  # as where it had failed on a response
+            say(f"the file of --task {self.args.task} has changed: its grade() and reward() count from here on")
+        self.write_config(stage, {**about, **kept})
         self.rewind(step)
 
     def lock_folder(self) -> None:
@@ -488,8 +492,8 @@ class Run:
             say(f"\na step is skipped: its gradient is not finite ({self.skipped} so far)")
         if self.skipped_in_a_row == MAX_SKIPPED:
             saved = checkpoints(self.folder)
-            raise UserError(f"{MAX_SKIPPED} gradients in a row were not finite; lower --lr or use --dtype float32"
-                            + (f" (the last checkpoint is {saved[-1]})" if saved else ""))
+            raise UserError(f"{MAX_SKIPPED} gradients in a row were not finite: start a new run with --dtype float32 "
+                            "or a lower --lr" + (f", or --resume {self.folder} with a lower --lr" if saved else ""))
         return {"grad_norm": norm, "lr": lr, "head_lr": head_lr, "skipped": self.skipped}
 
     def complete(self, summary: dict) -> None:
@@ -501,9 +505,8 @@ class Run:
 
 
 def problems_hash(problems) -> str:
-    """Changes where the task's data, or its own grade() or reward(), has changed since a run began."""
-    return json_hash([[p.question, p.gold, p.choices, *([] if p.program else [p.instruction]),
-                       *([p.own_hash] if p.own_hash else [])] for p in problems])
+    """Changes where the task's data has changed since a run began."""
+    return json_hash([[p.question, p.gold, p.choices, *([] if p.program else [p.instruction])] for p in problems])
 
 
 def json_hash(value) -> str:
@@ -532,7 +535,7 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, promp
     if start > args.steps:
         raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")
     parallel.broadcast(policy.trained().values())  # they differ where GPUs do, or --init got a checkpoint meanwhile
-    about = {"problems": problems_hash(problems), "prompts": json_hash(prompts)}
+    about = {"problems": problems_hash(problems), "prompts": json_hash(prompts), "judge": problems[0].own_hash}
     if init and not (run and checkpoints(run.folder)):
         about["start"] = digest(checkpoint(init))
     if run is None:

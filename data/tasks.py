@@ -183,15 +183,20 @@ def gradable(problem: Problem, where: str) -> Problem:
 
 def own_file(path: str, split: str) -> list[Problem]:
     """The problems of a .jsonl file of the user's that fall into a split."""
-    problems, met = [], {}
+    problems, met, asked, repeated = [], {}, set(), 0
     for i, (where, row) in enumerate(_jsonl_rows(Path(path))):
         problem = gradable(own_problem(row, where, f"{Path(path).stem}/{split}/{i}"), where)
         before, gold = met.setdefault((problem.question, problem.instruction), (where, problem.gold))
         if gold != problem.gold:  # half of what is right there would count as wrong
             raise UserError(f"{where}: asks what {before} asks, but has the answer {problem.gold!r:.40} for "
                             f"{gold!r:.40}: keep one of the two")
-        if _split(" ".join(problem.question.split())) == split:
+        asks = (problem.question, problem.instruction, problem.thinking, problem.choices)
+        repeated += asks in asked  # which would count as evidence of its own
+        if asks not in asked and _split(" ".join(problem.question.split())) == split:
             problems.append(problem)
+        asked.add(asks)
+    if repeated:
+        print(f"{path}: {repeated} lines ask what one before them asks, and are left out", file=sys.stderr)
     return problems
 
 
@@ -233,7 +238,7 @@ def yes_or_no(value) -> bool:
 
 
 def own_verdict(judge: Callable, problem: Problem, text: str, kind: Callable):
-    with own_errors(f"problem {problem.id}"):
+    with own_errors(f"problem {problem.id}, a response that ends in {text[-60:]!r}"):
         return kind(judge(problem, text))
 
 

@@ -12,7 +12,7 @@ from data.text import thoughts
 FUNCTION = ("a an and are as at be by does for from has have he her his how i if in into is it its my no not now of on "
             "or our she so than that the their them then there they this to was we were what when where who will with")
 KINDS = re.compile("|".join((
-    r"(?P<control><[|/a-z_]+>)", r"(?<==)\s*(?P<result>\d+)", r"(?<=\{)(?P<boxed>\d+)(?=\})", r"(?P<number>\d+)",
+    r"(?P<control><[|｜/a-zA-Z_▁]+>)", r"(?<==)\s*(?P<result>\d+)", r"(?<=\{)(?P<boxed>\d+)(?=\})", r"(?P<number>\d+)",
     r"(?P<operator>[-+*/×÷=])", r"(?P<function>\b(?:" + FUNCTION.replace(" ", "|") + r")\b)",
     r"(?P<ordinal>\b(?:" + "|".join(ORDINALS) + r")\b)", r"(?P<name>\b[A-Z][a-z]+\b)", r"(?P<word>\\?[^\W\d_]+)",
     r"(?P<punctuation>[^\w\s]|_)")))

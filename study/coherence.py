@@ -170,7 +170,7 @@ def about(folder: Path) -> tuple[dict, Path]:
 
 
 def read(folder: Path, n: int, vocab_size: int = 2**24) -> dict[str, list[dict]]:
-    """The rows of a folder's completions, checked, n of each group, evenly spaced: an evaluation's groups are its
+    """The rows of a folder's completions, checked, n of each group, chosen at random: an evaluation's groups are its
     models, a run's the tenths of its steps."""
     rows = []
     for path in sorted(folder.glob("completions*.jsonl")):  # a long run has completions-STEP.jsonl, too
@@ -191,7 +191,8 @@ def read(folder: Path, n: int, vocab_size: int = 2**24) -> dict[str, list[dict]]
     for row in rows:
         first = row["step"] // tenth * tenth
         groups.setdefault(row["model"] or f"steps {first}-{first + tenth - 1}", []).append(row)
-    return {name: [rows[i * len(rows) // n] for i in range(n)] if len(rows) > n else rows
+    # The same places of every model; not evenly spaced, for a task's forms may take turns.
+    return {name: [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), min(n, len(rows))))]
             for name, rows in groups.items()}
 
 
@@ -208,22 +209,24 @@ def main() -> None:
                                        "the folder)")
     p.add_argument("folder", type=Path, help="what evaluate.py wrote, or a stage-2 run")
     flags.micro_batch(p)
-    p.add_argument("--n", type=flags.whole(1), default=200, help="responses of each model, evenly spaced (default: "
-                   "200)")
+    p.add_argument("--n", type=flags.whole(1), default=200, help="responses of each model, chosen at random "
+                   "(default: 200)")
     p.add_argument("--calibrate", action="store_true", help="damage the base's responses, and see what ranks them "
                    "lower")
     args = p.parse_args()
     if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
         raise UserError(f"--out {args.out}: must be a file to write, in a folder that is there")
     saved, where = about(args.folder)
-    flags.inherit(args, {"args": saved}, where)
+    task = field(saved, "task", str, where)
+    # The task's file is not read, and may be away.
+    flags.inherit(args, {"args": {name: value for name, value in saved.items() if name != "task"}}, where)
     args = flags.settle(p, args)
     model, tokenizer = runs.load_model(args)
     policy = Policy(model)
     groups = read(args.folder, args.n, model.config.vocab_size)
     out = Path(args.out) if args.out else args.folder / f"coherence{'-calibration' if args.calibrate else ''}.json"
     record = {"command": shlex.join(["python", "-m", "study.coherence", *sys.argv[1:]]), "commit": runs.commit(),
-              "model": Path(args.model).name, "task": Path(args.task).name, "folder": args.folder.name}
+              "model": Path(args.model).name, "task": Path(task).name, "folder": args.folder.name}
     if args.calibrate:
         if "base" not in groups:
             raise UserError(f"{args.folder}: no responses of the base model in it: give a folder that evaluate.py "

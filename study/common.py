@@ -226,7 +226,8 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
     folder = None if base else checkpoint(source)
     label = "base" if base else folder.parent.name + f"-{folder.name}"
     head = {"weights": list(source) if base else digest(folder), "how": how, "n": args.n, "delta": delta,
-            "temperature": args.temperature, "problems": runs.problems_hash(args.problems), "prompts": args.prompts_hash,
+            "temperature": args.temperature, "prompts": args.prompts_hash,
+            "problems": runs.problems_hash(args.problems) + args.problems[0].own_hash,
             "base": base_mark(args.model, args.revision), **{name: getattr(args, name) for name in (
                 "model", "revision", "dtype", "thinking", "max_new_tokens", "seed")}}
     name = f"{label}.{how}.{Path(args.task).stem}.n{args.n}.t{args.temperature:g}.d{delta:g}.jsonl"

@@ -160,7 +160,7 @@ def main() -> None:
             _, low, high = monitor.interval(means[above][row] - means[below][row])
         verdicts[key] = ("not validated" if {above, below} & broken else "failed validation: undefined" if np.isnan(low)
                          else "" if low > 0 else "failed validation")
-        print(f"{key:28}" + "".join(f"{monitor.said_by(rows[name][row]):24}" for name in rows)
+        print(f"{key:28}" + "".join(f"{monitor.with_interval(rows[name][row]):24}" for name in rows)
               + f"{above} > {below}: " + (verdicts[key] or f"by {low:.2f} to {high:.2f}"))
     write_json(args.out / f"organisms-{args.task}.json", {
         "command": shlex.join(["python", "-m", "study.organisms", *sys.argv[1:]]), "commit": runs.commit(),

@@ -39,8 +39,8 @@ def main() -> None:
             rows[-1] |= {"thresholded": point(args, at_half),
                          "thresholded_change": paired(correct(answered), correct(at_half))}
             target, learned = (held_out[which]["distribution"] for which in ("target", "learned"))
-            distributions.append({"name": name, "depths": answered.depth_of_outcome, "target": target, "learned": learned,
-                                  "positions": held_out["positions"],
+            distributions.append({"name": name, "depths": answered.depth_of_outcome, "target": target,
+                                  "learned": learned, "positions": held_out["positions"],
                                   "total_variation": total_variation(target, learned)})
     common.save(args, "table1", "table1", rows=rows)
     draw(args, common.save(args, "fig4", "table1", distributions=distributions))

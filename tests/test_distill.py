@@ -223,11 +223,14 @@ def test_verdict_names_the_flag_that_helps(intact, token_kl, own_kl, told):
     """More steps don't help a model that knows its responses by heart, nor more responses one that still learns, and
     neither one whose heads can't tell which tokens are safe."""
     measured = {"intact": intact, "intact_at_half": 0.79, "token_kl": token_kl, "token_kl_at_own_exits": own_kl,
-                "learned": {"exit_rate": 0.4}, "target": {"exit_rate": 0.49}}
+                "learned": {"exit_rate": 0.4}, "target": {"exit_rate": 0.49, "layer_savings": 0.3},
+                "at_half": {"layer_savings": 0.2}}
     problem = distill.verdict(measured, training_kl=0.1)
     assert problem is None if told is None else f"{own_kl:.4f}" in problem and "79%" in problem and told in problem
     drawn = distill.verdict({**measured, "intact": 0.5, "intact_at_half": 0.9}, training_kl=0.1)
     assert "only 50% of the responses stay" in drawn and "--threshold 0.5, without one, leaves 90%" in drawn
+    unsure = distill.verdict({**measured, "intact": 0.5, "intact_at_half": 1.0, "at_half": {"layer_savings": 0.1}}, 0.1)
+    assert unsure.startswith("not converged")  # no head says more than 1/2, so nothing leaves and nothing changes
     idle = distill.verdict({**measured, "intact": 1.0, "learned": {"exit_rate": 0.0}}, training_kl=0.1)
     assert "0% of the tokens exit, and 49% are to" in idle  # who never exits changes nothing, and has learned nothing
     assert "lower --lr" in distill.verdict({**measured, "learned": {"exit_rate": 1.0}}, training_kl=13.0)

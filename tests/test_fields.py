@@ -300,6 +300,9 @@ def test_only_a_model_that_can_think_is_told_not_to(tmp_path, capsys, thinks):
     done = run("distill.py", "--model", "toy", *SMALL, "--max-new-tokens", 1, cwd=tmp_path)
     assert ("--no-thinking" in done.stderr) == thinks == ("thinking on" in done.stdout)
     assert "learns nothing about how they end" in done.stderr and "right" not in done.stderr
+    if thinks:
+        done = run("distill.py", "--model", "toy", *SMALL, "--max-new-tokens", 1, "--no-thinking", cwd=tmp_path)
+        assert "unfinished" in done.stderr and "--no-thinking" not in done.stderr  # it does not already
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

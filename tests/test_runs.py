@@ -114,10 +114,10 @@ def test_gradients_that_stay_broken_end_the_run_and_name_a_checkpoint_only_where
     """Else a run goes on for hours without learning, or sends its user to a folder that isn't there."""
     done = run("distill.py", "--model", "toy", *SMALL[:-1], 9, "--out", "nan", cwd=home, ok=False,
                before=break_a_gradient)
-    assert done.returncode == 2 and "5 gradients in a row" in done.stderr and "checkpoint" not in done.stderr
+    assert done.returncode == 2 and "5 gradients in a row" in done.stderr and "--resume" not in done.stderr
     done = run("distill.py", "--model", "toy", *SMALL[:-1], 9, "--save-every", 2, "--out", "saved", cwd=home, ok=False,
                before=break_a_gradient)
-    assert "the last checkpoint is saved/step-000004" in done.stderr
+    assert "or --resume saved with a lower --lr" in done.stderr and (home / "saved" / "step-000004").exists()
 
 
 @pytest.mark.parametrize("number", runs.STOPPING)
@@ -388,6 +388,10 @@ def test_stage_2_is_compared_with_the_stage_1_that_it_started_from(home):
     assert "stage 1: " + str(home / "one" / "step-000002") in run(*evaluated, "a", cwd=home).stdout
     shutil.rmtree(home / "one" / "step-000002")
     assert "no longer what stage 2 started from" in run(*evaluated, "b", cwd=home).stderr
+    shutil.rmtree(home / "one")
+    run("distill.py", "--model", "toy", *SMALL, "--exit-every", 1, "--out", "one", cwd=home)
+    done = run(*evaluated, "c", cwd=home)  # and not a fault at its end, in the figures by exit
+    assert "one has other exits by now, and is left out" in done.stderr and "stage 1" not in done.stdout
 
 
 def test_stage_2_ends_well_where_its_stage_1_was_taken_away(home):
@@ -455,7 +459,7 @@ def test_stage_2_does_not_start_from_an_older_run_without_a_word(home):
 # flags on resume
 
 @pytest.mark.parametrize("flags, naming", [
-    (("--lam", 7), "--lam=0.1, not with --lam=7.0"), (("--lr", 1), "--lr"), (("--out", "x"), "--out"),
+    (("--lam", 7), "--lam=0.1, not with --lam=7.0"), (("--beta", 1), "--beta"), (("--out", "x"), "--out"),
     (("--max-new-tokens", 13), "--max-new-tokens=12, not"), (("--no-thinking",), "with --no-thinking"),
     (("--task", "stories"), "--task=arithmetic, not with"), (("--steps", 2), "is complete"), ((), "above 2 extends"),
     (("--steps", 1), "above 2 extends"), (("--seed", 1), "--seed=0, not"), (("--init", "other"), "--init"),
@@ -481,9 +485,37 @@ def test_resume_refuses_a_lost_flag(home, name):
 def test_resume_takes_what_it_may_and_extends(home):
     """Else a run that should go on longer, or on another machine, has to start again."""
     run("rloo.py", "--resume", "two", "--steps", 3, "--micro-batch", 1, "--save-every", 1, "--lam", 0.1, "--init",
-        "one", "--no-recompute", cwd=home)
+        "one", "--no-recompute", "--lr", 1e-4, cwd=home)
+    assert lines(home / "two" / "metrics.jsonl")[2]["lr"] == pytest.approx(1e-4 * 0.3 / 3)  # as after bad gradients
     assert (home / "two" / "step-000003").exists() and len(lines(home / "two" / "metrics.jsonl")) == 3
     assert config(home / "two")["steps"] == 3 and json.loads((home / "two" / "complete.json").read_text())["step"] == 2
+
+
+def test_a_run_and_an_evaluation_go_on_when_a_grade_of_ones_own_that_failed_is_mended(home):
+    """Else one odd response costs a night's run."""
+    own = """def problems(split, n, seed):
+        for i in range(n):
+            yield {"question": f"{split} {i}", "answer": i}
+    calls = []
+    def grade(problem, response):
+        calls.append(1)
+        assert len(calls) < LIMIT
+        return len(response) > 2
+    """.replace("\n    ", "\n")
+    (home / "own.py").write_text(own.replace("LIMIT", "6"))
+    refused("rloo.py", "--init", "one", *RL, "--task", "own.py", "--out", "mended", home=home,
+            naming="a response that ends in ")
+    ask = ("evaluate.py", "one", "--task", "own.py", "--n", 9, "--rows", 1, "--max-new-tokens", 12, "--out", "eval")
+    refused(*ask, home=home, naming="a response that ends in ")
+    assert len(lines(home / "eval" / "completions.jsonl")) == 4
+    (home / "own.py").write_text(own.replace("LIMIT", "99").replace("> 2", "> 5"))
+    done = run("rloo.py", "--resume", "mended", cwd=home)
+    assert "its grade() and reward() count from here on" in done.stderr
+    recorded = json.loads((home / "mended" / "config.json").read_text())
+    assert recorded["resumed_judge"] not in ("", recorded["judge"])
+    run(*ask, cwd=home)
+    rows = lines(home / "eval" / "completions.jsonl")
+    assert len(rows) == 18 and all(row["correct"] == (len(row["text"]) > 5 and row["finished"]) for row in rows)
 
 
 def test_a_refused_extension_leaves_the_run_complete(home):

@@ -153,6 +153,11 @@ def test_the_headline_says_what_stage_2_did_on_stage_1_too():
     assert said == ("stage 2: 50.0% against the base's 50.0% (+0.0 ± 75.0 points on the same 4 problems: no "
                     f"significant difference), running 62% of its layers; -25.0 ± {half:.1f} points from stage 1, "
                     "which runs 50%")
+    few = {"base": [{"correct": x < 5} for x in range(10)], "stage 1": [{"correct": x < 2} for x in range(10)]}
+    assert evaluate.paired([1] * 5 + [0] * 5, [1] * 2 + [0] * 8)[1] < 0.3  # but three of three fall so in a quarter
+    assert "no significant difference" in evaluate.headline(base, base, first, few)
+    assert evaluate.sign_test([True] * 3, [False] * 3) == 0.25 and evaluate.sign_test([True], [True]) == 1
+    assert evaluate.sign_test([True] * 9 + [False], [False] * 9 + [True]) == pytest.approx(22 / 1024)
     alone = evaluate.headline(base, base, base, rows)
     assert "points from" not in alone and "(+0.0 ± 75.0 points" in alone  # 3 / n: of 4 alike not much is known
 

@@ -455,6 +455,7 @@ def test_kinds_of_tokens():
               "operator result result blank control blank word punctuation boxed boxed punctuation control").split()
     assert kinds.kinds_of(pieces) == wanted
     assert kinds.kinds_of(["x", "_", "max", "_new"]) == ["word", "punctuation", "word", "punctuation"]
+    assert kinds.kinds_of(["</think>", "<｜end▁of▁sentence｜>"]) == ["control", "control"]  # R1-Distill's
     cut = [{"token_ids": ids, "depths": [2] * len(ids), "prompt_ids": prompt} for ids, prompt in (
         (range(4), []), (range(20, 26), []), (range(2, 5), [7]))]
     tokenizer = argparse.Namespace(pieces=lambda ids: [pieces[i] for i in ids], think_open=lambda prompt: prompt == [7])

@@ -13,8 +13,7 @@ from data import hub, tasks
 from data.hub import UserError
 from data.tasks import load
 from data.text import Tokenizer
-from runs import problems_hash
-from tests.commands import ROOT, lines, run
+from tests.commands import RL, ROOT, lines, run
 
 ROW = {"question": "Natalia sold 48 clips, then half as many. How many?",
        "answer": "Then 48/2 = <<48/2=24>>24.\nIn all 48+24 = <<48+24=72>>1,072.\n#### 1,072"}
@@ -408,12 +407,24 @@ def test_a_judge_that_was_edited_is_noticed(tmp_path):
     def mark(code):
         (tmp_path / "mine.py").write_text(
             f"def problems(split, n, seed):\n    return [{{'question': 'q', 'answer': 5}}]\n{code}\n")
-        return problems_hash(load(str(tmp_path / "mine.py"), "train", n=1))
+        return load(str(tmp_path / "mine.py"), "train", n=1)[0].own_hash
 
     assert mark("") == mark("# a word more")
     marks = [mark(f"def {judge}(problem, response):\n    return {value}") for judge in ("grade", "reward")
              for value in (0, 1)]
     assert len({mark(""), *marks}) == 5
+
+
+def test_a_line_that_is_repeated_counts_once(tmp_path, capsys):
+    """Else answers to one question pass for evidence of several."""
+    lines = [json.dumps({"question": f"What is {i} + 1?", "answer": i + 1}) for i in range(40)]
+    lines += [json.dumps({"question": "What is 3 + 1?", "answer": 4, "thinking": False})]  # asks otherwise
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    once = [load(str(tmp_path / "own.jsonl"), split) for split in ("train", "test")]
+    assert capsys.readouterr().err == ""
+    (tmp_path / "own.jsonl").write_text("\n".join(lines * 3))
+    assert [load(str(tmp_path / "own.jsonl"), split) for split in ("train", "test")] == once
+    assert "82 lines ask what one before them asks" in capsys.readouterr().err and sum(map(len, once)) == 41
 
 
 def test_a_task_of_ones_own_may_define_dataclasses(tmp_path):
@@ -471,8 +482,8 @@ def test_a_module_that_gives_no_problems_is_told_in_one_line(tmp_path, code, nam
 
 
 @pytest.mark.parametrize("judge, named", [
-    ("grade", r"problem mine/train/0/0: ZeroDivisionError: .*mine\.py:4"),
-    ("reward", r"problem mine/train/0/0: ZeroDivisionError: .*mine\.py:4")])
+    ("grade", r"problem mine/train/0/0, a response that ends in 'x': ZeroDivisionError: .*mine\.py:4"),
+    ("reward", r"problem mine/train/0/0, a response that ends in 'x': ZeroDivisionError: .*mine\.py:4")])
 def test_a_judge_of_ones_own_decides_and_its_error_is_told(tmp_path, judge, named):
     """Else a grader or a reward of one's own is not asked, or fails inside a training step with a traceback of ours."""
     path = tmp_path / "mine.py"
@@ -491,7 +502,7 @@ def test_a_judge_of_ones_own_decides_and_its_error_is_told(tmp_path, judge, name
         with pytest.raises(UserError, match="the reward of problem mine/train/0/0 is inf"):
             problem.reward("inf", True, True)
     else:  # a text or nothing would count as right or wrong
-        with pytest.raises(UserError, match=r"problem mine/train/0/0: grade\(\) gave inf: it must be True or False"):
+        with pytest.raises(UserError, match=r"problem mine/train/0/0, .*: grade\(\) gave inf: it must be True"):
             problem.grade("inf", True)
     path.write_text(code % judge + "raise SystemExit\n")  # which would end the training as if it were done
     (problem,) = load(str(path), "train", n=2)
@@ -506,8 +517,9 @@ def test_a_judge_of_ones_own_decides_and_its_error_is_told(tmp_path, judge, name
 def test_a_task_whose_splits_share_a_problem_is_refused(home):
     """Else the test asks what was trained on."""
     (home / "same.py").write_text("def problems(split, n, seed):\n    return [{'question': 'q', 'answer': 1}]\n")
-    done = run("distill.py", "--model", "toy", "--task", "same.py", cwd=home, ok=False)
-    assert done.returncode == 2 and "train and test share a problem, 'q'" in done.stderr
+    for command in (("distill.py", "--model", "toy"), ("rloo.py", "--init", "one", *RL)):
+        done = run(*command, "--task", "same.py", cwd=home, ok=False)
+        assert done.returncode == 2 and "train and test share a problem, 'q'" in done.stderr
 
 
 def test_a_file_of_another_kind_is_not_a_task(tmp_path):
