@@ -22,7 +22,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def adamw(policy: Policy) -> torch.optim.AdamW:
-    """The optimizer over adapters and heads, which `step` gives its rates."""
+    """The optimizer over adapters and heads; `take_step` sets its rates."""
     heads = list(policy.heads.parameters())  # a group of their own, since stage 1 gives them a rate of their own
     adapters = [p for name, p in policy.trained().items() if not name.startswith("heads.")]
     # eps far below any gradient: stage 2's is divided by c, thousands of tokens, and spread over millions of values.

@@ -234,8 +234,8 @@ def main() -> None:
         found = {"reward_task": task, "depth_charged": depth_charged, "mean_kl": mean_kl, "reward": rewards,
                  "advantage": advantages}
         records = parallel.all_gather([{"step": step, "sample": i % args.samples, **row,
-                                    **{name: float(values[i]) for name, values in found.items()}}
-                                   for i, row in enumerate(records)])
+                                        **{name: float(values[i]) for name, values in found.items()}}
+                                       for i, row in enumerate(records)])
         drift = torch.cat(parallel.all_gather([drift]))
         metrics = {"step": step, **summarise(records, drift, policy.depth_of_outcome.tolist(), args), **updated}
         metrics |= {f"seconds_{name}": s for name, s in zip(("rollout", "score", "update"), seconds, strict=True)}
