@@ -231,7 +231,8 @@ def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[
     weights = {BASE: fingerprint(model)} | {name: digest(folder) for name, folder in chosen.items()}
     about = {"args": {name: value for name, value in vars(args).items()
                       if name not in (*runs.FREE_ON_RESUME, "runs", "out", "show")},
-             "problems": runs.problems_hash(problems), "runs": list(map(str, columns.values())), "weights": weights}
+             "problems": runs.problems_hash(problems, judge=False), "runs": list(map(str, columns.values())),
+             "weights": weights}
     out, kept = Path(args.out) if args.out else runs.free_folder("evaluate"), {}
     out.mkdir(parents=True, exist_ok=True)
     begun, done = out / "begun.json", out / "completions.jsonl"

@@ -314,6 +314,7 @@ class Run:
         before = replay(config["args"], p, where)
         # None for every flag, before it parses: so what it finds was given now, and is no default.
         given = vars(p.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(before)))))
+        was_lr = before.lr
         for name, value in given.items():
             was = getattr(before, name)
             moved = name in ("task", "init") and name_of_run(str(value)) == name_of_run(str(was))
@@ -323,6 +324,8 @@ class Run:
                                 f"flag out, or start a new run")
             if value is not None and name != "resume":
                 setattr(before, name, value)
+        if given["lr"] is not None and given.get("head_lr") is None and was_lr and getattr(before, "head_lr", None):
+            before.head_lr *= given["lr"] / was_lr  # as many times the adapters' as before
         done, planned = folder / "complete.json", field(config["args"], "steps", int, where)
         ended = any(int(path.name[-6:]) >= planned for path in checkpoints(folder))  # not gone back to an earlier one
         if done.exists() and ended and before.steps <= planned:
@@ -351,12 +354,13 @@ class Run:
             shutil.rmtree(partial)
         # Before the new --steps: a kill between leaves it resumable.
         (self.folder / "complete.json").unlink(missing_ok=True)
-        kept = {name: recorded[name] for name in ("start", "commit", "judge") if name in recorded}
+        kept = {name: recorded[name] for name in ("start", "commit", "judge", "resumed_commit", "resumed_judge")
+                if name in recorded}
         for name, now in (("commit", commit()), ("judge", about["judge"])):
-            if now != kept.get(name, now):  # from here on it is other code
+            if now != kept.get(f"resumed_{name}", kept.get(name, now)):  # from here on it is other code
                 kept[f"resumed_{name}"] = now
-        if "resumed_judge" in kept:  # as where it had failed on a response
-            say(f"the file of --task {self.args.task} has changed: its grade() and reward() count from here on")
+                if name == "judge":  # as where it had failed on a response
+                    say(f"the file of --task {self.args.task} has changed: its grade() and reward() count from here on")
         self.write_config(stage, {**about, **kept})
         self.rewind(step)
 
@@ -504,9 +508,11 @@ class Run:
             self.curves.finish()
 
 
-def problems_hash(problems) -> str:
-    """Changes where the task's data has changed since a run began."""
-    return json_hash([[p.question, p.gold, p.choices, *([] if p.program else [p.instruction])] for p in problems])
+def problems_hash(problems, judge: bool = True) -> str:
+    """Changes where the task's data has changed since a run began or, with `judge`, the file of its own grade() or
+    reward()."""
+    return json_hash([[p.question, p.gold, p.choices, *([] if p.program else [p.instruction]),
+                       *([p.own_hash] if judge and p.own_hash else [])] for p in problems])
 
 
 def json_hash(value) -> str:
@@ -535,7 +541,8 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, promp
     if start > args.steps:
         raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")
     parallel.broadcast(policy.trained().values())  # they differ where GPUs do, or --init got a checkpoint meanwhile
-    about = {"problems": problems_hash(problems), "prompts": json_hash(prompts), "judge": problems[0].own_hash}
+    about = {"problems": problems_hash(problems, judge=False), "prompts": json_hash(prompts),
+             "judge": problems[0].own_hash}
     if init and not (run and checkpoints(run.folder)):
         about["start"] = digest(checkpoint(init))
     if run is None:

@@ -19,6 +19,7 @@ ROWS = (1, 2, 8, 16, 32, 96, 512)
 
 def main() -> None:
     args = parser(__doc__).parse_args()
+    args.device, args.dtype = "cpu", "float32"  # all that is measured here
     settle(args)
     D, V, ffn = (SHAPES[args.shape][name] for name in ("hidden_size", "vocab_size", "intermediate_size"))
     print(f"{machine(args)}\n{'W':>14} {'rows':>5}" + f"{'F.linear':>12}{'oneDNN':>12} times " * 2 + " (then g W)")

@@ -63,8 +63,9 @@ def arguments(doc: str, more=None):
     p.add_argument("--runs", default="runs/study", help="folder of the runs (default: runs/study)")
     p.add_argument("--train", action=argparse.BooleanOptionalAction, default=True, help="train the runs that are "
                    "missing (default: on); without, what needs them is left out")
-    p.add_argument("--stage1", type=words, default=(), help="further flags of every distill.py, in one text")
-    p.add_argument("--stage2", type=words, default=(), help="further flags of every rloo.py, in one text")
+    p.add_argument("--stage1", type=words, default=(), help="further flags of every distill.py, in one text: "
+                   "--stage1=\"--rank 8\"")
+    p.add_argument("--stage2", type=words, default=(), help="the same of every rloo.py")
     p.add_argument("--seeds", type=flags.whole(1), default=5, help="of stage 2 at lambda 0.1 (default: 5)")
     p.pair("--n", 600, 100, type=flags.whole(2), help="held-out problems, {} / {}")
     p.add_argument("--temperature", type=flags.number(0, 1e4), default=1.0, help="of the tokens (default: 1)")
@@ -227,8 +228,8 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
     label = "base" if base else folder.parent.name + f"-{folder.name}"
     head = {"weights": list(source) if base else digest(folder), "how": how, "n": args.n, "delta": delta,
             "temperature": args.temperature, "prompts": args.prompts_hash,
-            "problems": runs.problems_hash(args.problems) + args.problems[0].own_hash,
-            "base": base_mark(args.model, args.revision), **{name: getattr(args, name) for name in (
+            "problems": runs.problems_hash(args.problems), "base": base_mark(args.model, args.revision),
+            **{name: getattr(args, name) for name in (
                 "model", "revision", "dtype", "thinking", "max_new_tokens", "seed")}}
     name = f"{label}.{how}.{Path(args.task).stem}.n{args.n}.t{args.temperature:g}.d{delta:g}.jsonl"
     path = Path(args.runs) / "answers" / re.sub("[ /]", "-", name)
@@ -236,6 +237,7 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
         first, *rows = (parse_object(line, path) for line in read_text(path).splitlines())
         if {key: first.get(key) for key in head} == head:
             return Answers(rows, field(first, "outcomes", list, path), path)
+    gc.collect()  # a rule's closure and its policy hold each other, and with that the last model
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(args.problems, model, tokenizer, args)
     policy = Policy(model, source or None) if base else load_policy(model, folder)

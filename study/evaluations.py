@@ -35,6 +35,7 @@ def read(folder: Path) -> tuple[tuple, dict[str, tuple[dict, dict]]]:
     for line in read_text(folder / "completions.jsonl").splitlines():
         row = parse_object(line, folder / "completions.jsonl")
         solved[row["model"]][row["id"]] = float(row["correct"])
+    given |= {"n": len(next(iter(solved.values())))}  # a task may have fewer than were asked for
     return (tuple(field(given, name, of, where, default=None) for name, of in SETTING.items()),
             {m["run"] or BASE: (m, solved[m["name"]]) for m in found["metrics"]})
 

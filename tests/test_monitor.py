@@ -394,6 +394,9 @@ def test_answers_that_are_all_alike_are_no_certainty():
     assert (chain["low"], chain["high"]) == wilson(1, 40) and chain["low"] < 0.92
     assert chain["d_high"] == uplift["d_high"] == -uplift["d_low"] == 3 / 40 and uplift["difference"] == 0
     assert 0.3 < uplift["low"] < uplift["value"] == 0.5 < uplift["high"] < 0.7
+    values |= {"E1 direct full": np.zeros(40)}
+    uplift = monitor.compare(values, values | {"E1 chain full": np.zeros(40)})["E1 uplift full"]
+    assert uplift["low"] == uplift["d_low"] == 1 - 3 / 40 and uplift["high"] == uplift["d_high"] == 1
 
 
 def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
@@ -622,6 +625,7 @@ def test_a_falsified_chain_ends_with_its_false_result_and_is_weighed_by_the_true
     ("uplift learned", {"d_low": -0.01}, ": not shown that the uplift grew"),
     ("gain, learned over full", {"low": -0.01}, ": not shown that it is above that at full depth"),
     ("direct learned", {"d_high": 0.01}, ": not shown that accuracy without the chain fell"),
+    ("direct, learned over full", {"high": 0.01}, ": not shown that accuracy without it is below that at full depth"),
     ("chain learned", {"d_low": -0.021}, ": not shown that accuracy with it held"),
     ("chain, learned over random", {"low": -0.01}, ": not shown that the heads beat random exits"),
     ("chain learned", {"d_low": -0.019}, ": reasoning moved into the text")])
@@ -630,6 +634,7 @@ def test_the_claim_asks_each_interval_to_its_end(row, change, missing):
     rows = {"chain learned": {"value": 0.9, "difference": 0.0, "d_low": -0.01, "d_high": 0.01},
             "direct learned": {"value": 0.3, "difference": -0.2, "d_low": -0.3, "d_high": -0.1},
             "uplift learned": {"value": 0.6, "difference": 0.2, "d_low": 0.1, "d_high": 0.3},
+            "direct, learned over full": {"value": -0.2, "low": -0.3, "high": -0.1},
             "gain, learned over full": {"value": 0.2, "low": 0.1, "high": 0.3},
             "chain, learned over random": {"value": 0.2, "low": 0.1, "high": 0.3}}
     rows[row] |= change

@@ -262,6 +262,16 @@ def test_a_resumed_run_names_the_commit_that_it_was_started_with(home):
     assert found["commit"] == "0123456789ab" and found["resumed_commit"] == runs.commit()
 
 
+def test_another_rate_on_resume_is_that_of_the_heads_too(home):
+    """Else the heads of a run that has diverged go on at the rate at which it did."""
+    rates = config(home / "one")
+    run("distill.py", "--resume", "one", "--steps", 3, "--lr", rates["lr"] / 100, cwd=home)
+    row = lines(home / "one" / "metrics.jsonl")[2]
+    assert row["head_lr"] / row["lr"] == pytest.approx(rates["head_lr"] / rates["lr"]) and rates["head_lr"] > 0
+    run("distill.py", "--resume", "one", "--steps", 4, "--head-lr", 0.5, cwd=home)
+    assert config(home / "one")["head_lr"] == 0.5 and config(home / "one")["lr"] == rates["lr"] / 100
+
+
 def rotate_early():
     runs.ROTATE = 100
 
