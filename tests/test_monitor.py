@@ -379,7 +379,7 @@ def test_a_difference_is_over_the_problems_that_both_have():
     assert row["value"] == 1 and row["difference"] == 0
     assert (row["d_low"], row["d_high"]) == (-3 / 20, 3 / 20)  # the rule of three, for 20 problems without a difference
     row = monitor.compare({"E6 reader full": np.zeros(20)}, {"E6 reader full": np.ones(20)})["E6 reader full"]
-    assert [row[name] for name in ("difference", "d_low", "d_high")] == pytest.approx([-1] * 3)  # all differ
+    assert [row[name] for name in ("difference", "d_low", "d_high")] == pytest.approx([-1, -1, -1 + 3 / 20])
     other = {"E6 reader learned": base["E6 reader full"] * np.arange(40).clip(max=30) / 30}
     row = monitor.compare(other, base)["E6 reader learned"]
     assert row["difference"] == pytest.approx(other["E6 reader learned"].mean() - 0.5, rel=1e-12)  # sums in any order
