@@ -303,8 +303,8 @@ class Run:
 
     @classmethod
     def resume(cls, args: argparse.Namespace, p: argparse.ArgumentParser, stage: str) -> "Run":
-        """The run in args.resume, under the flags it was started with. Of those given again, --steps may move its end,
-        what only concerns this machine may change, and all else must be as it was."""
+        """The run in args.resume, under the flags it was started with. Of those given again, --steps may move its end
+        and --lr its rate, what only concerns this machine may change, and all else must be as it was."""
         folder = Path(args.resume)
         if run_of(folder) != folder:
             raise UserError(f"--resume {folder}: give {run_of(folder)}, which goes on from its newest checkpoint; to "
