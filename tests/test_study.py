@@ -576,6 +576,8 @@ def test_evaluations_are_paired_and_seeds_averaged(tmp_path):
         ("runs/rl-0.1-*-kl-4", 1, None)]
     assert (rows[3]["accuracy_change"], rows[3]["accuracy_change_half"]) == paired(solved["base"], (1, 0.5, 1, 0))
     assert rows[3]["accuracy"] == 0.625 and rows[4]["accuracy_change"] == -0.5
+    more, = (row["n"] for row in evaluations.rows([wrote("z", ("base",), n=5000)]))
+    assert more == 4  # all that there are, where more were asked for
     text = "\n".join(write.evaluations({"rows": rows}))
     assert "| 4, seed 0 | 1 | drawn | runs/rl-0.1-* | 2 | 62.5% | +12.5 ± " in text
     assert "| p > 0.5 | base | 1 | 50.0% |  |" in text
