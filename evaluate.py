@@ -150,16 +150,14 @@ def sign_test(before: list[bool], after: list[bool]) -> float:
 
 def headline(base: dict, before: dict, other: dict, rows: dict[str, list[dict]]) -> str:
     """What happened, in one sentence; in another, what a run changed on the one `before` it."""
-    def change(of: dict) -> tuple[float, float]:
-        return paired(*([row["correct"] for row in rows[m["name"]]] for m in (of, other)))
-
-    gain, half = change(base)
-    by_chance = sign_test(*([row["correct"] for row in rows[m["name"]]] for m in (base, other)))
-    inside = "a significant difference" if abs(gain) > half and by_chance < 0.05 else "no significant difference"
+    of_base, of_before, of_other = ([row["correct"] for row in rows[m["name"]]] for m in (base, before, other))
+    gain, half = paired(of_base, of_other)
+    unlike = abs(gain) > half and sign_test(of_base, of_other) < 0.05
+    inside = "a significant difference" if unlike else "no significant difference"
     finished = ("" if abs(other["finished"] - base["finished"]) < 0.01 else  # what is cut off counts as wrong
                 f"; finished are {other['finished']:.1%} against {base['finished']:.1%}")
     beside = "" if before is base else "; {:+.1f} ± {:.1f} points from {}, which runs {:.0f}%".format(
-        *(100 * x for x in change(before)), before["name"], 100 * before["average_compute"])
+        *(100 * x for x in paired(of_before, of_other)), before["name"], 100 * before["average_compute"])
     return (f"{other['name']}: {other['accuracy']:.1%} against the base's {base['accuracy']:.1%} "
             f"({100 * gain:+.1f} ± {100 * half:.1f} points on the same {len(rows[BASE])} problems: {inside}), "
             f"running {other['average_compute']:.0%} of its layers{finished}{beside}")

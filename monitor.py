@@ -312,6 +312,11 @@ def answers_behind(values: dict[str, np.ndarray], name: str) -> int:
     return len(row) if np.isin(row, (0, 1)).all() else 0
 
 
+def rule_of_three(value: float, n: int) -> tuple[float, float]:
+    """The interval of a difference of -1, 0 or 1 that n answers all have: 3 / n to either side, but not beyond 1."""
+    return value - 3 / n * (value > -1), value + 3 / n * (value < 1)
+
+
 def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
     """Of `monitor`'s numbers: name -> value and, beside the base's, difference, with their intervals. Resamples of
     answers that are all alike are, too: of a share of 0 or 1 it is Wilson's interval, and of a difference that of the
@@ -322,7 +327,7 @@ def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
         if low == high in (0, 1) and name in values and (n := answers_behind(values, name)):
             low, high = wilson(value, n)
         elif low == high in (-1, 0, 1) and name not in values and (n := answers_behind(values, name)):
-            low, high = low - 3 / n * (low > -1), high + 3 / n * (high < 1)
+            low, high = rule_of_three(value, n)
         rows[name] = {"value": value, "low": low, "high": high}
     if base is None:
         return rows
@@ -331,7 +336,7 @@ def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
     for name in mine.keys() & rows.keys():
         gain, low, high = interval(mine[name] - other[name])
         if low == high in (-1, 0, 1) and (n := min(answers_behind(them, name) for them in pair)):
-            low, high = low - 3 / n * (low > -1), high + 3 / n * (high < 1)
+            low, high = rule_of_three(gain, n)
         rows[name] |= {"difference": gain, "d_low": low, "d_high": high}
     return rows
 

@@ -57,9 +57,11 @@ MAX_SKIPPED = 5  # steps in a row with a gradient that isn't finite before a run
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED")  # CPU, driver, cuBLAS
 ROTATE = 2**28  # bytes of completions.jsonl
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# What --resume may change: the end, where things lie by now (a hash tells whether they are the same), this machine.
-FREE_ON_RESUME = ("steps", "lr", "head_lr", "model", "data", "device", "rows", "micro_batch", "recompute",
-                  "cuda_graphs", "shard", "save_every", "keep", "trackio", "resume")
+# What --resume may change: the end, where things lie by now (a hash tells whether they are the same), this machine; and
+# the rates, which every run records.
+FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "shard",
+                  "save_every", "keep", "trackio", "resume")
+RATES = ("lr", "head_lr")
 
 
 # ------------------------------------------------------------------------------------------------ starting, stopping
@@ -318,7 +320,7 @@ class Run:
         for name, value in given.items():
             was = getattr(before, name)
             moved = name in ("task", "init") and name_of_run(str(value)) == name_of_run(str(was))
-            if value is not None and name not in FREE_ON_RESUME and value != was and not moved:
+            if value is not None and name not in (*FREE_ON_RESUME, *RATES) and value != was and not moved:
                 so = f"with {typed(name, was)}" if was is not None else f"without --{flag(name)}"
                 raise UserError(f"--resume {folder}: it was started {so}, not with {typed(name, value)}: leave the "
                                 f"flag out, or start a new run")

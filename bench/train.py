@@ -80,7 +80,7 @@ def steps(policy: Policy, args) -> None:
     depth_of_outcome = policy.depth_of_outcome.tolist()
 
     def responses(depths):
-        return [Response(p, t, depths, [], []) for p, t in zip(prompts, tokens, strict=True)]
+        return [Response(p, t, depths) for p, t in zip(prompts, tokens, strict=True)]
 
     full, mixed = (collate(responses(depths), L, args.device)
                    for depths in ([L] * (T - 1), [depth_of_outcome[i % (E + 1)] for i in range(T - 1)]))

@@ -3,8 +3,8 @@ r"""Did a response give the right answer?
 A number is taken from the last \boxed{...}, else the last `#### x`, else from "answer is x", else it is the last
 number. A choice is taken from the last ANSWER:, else the last \boxed{...}, else from "answer is x", else it is the
 last line. The strict verdict counts the first two rules of each list, and is what a reward should use; the flexible
-one counts all. A box or an ANSWER: that holds something else is
-wrong: the later rules are not tried. Every step is linear in the text, whatever a model writes.
+one counts all. A box or an ANSWER: that holds something else is wrong: the later rules are not tried. Every step is
+linear in the text, whatever a model writes.
 """
 
 import re

@@ -191,8 +191,9 @@ def own_file(path: str, split: str) -> list[Problem]:
             raise UserError(f"{where}: asks what {before} asks, but has the answer {problem.gold!r:.40} for "
                             f"{gold!r:.40}: keep one of the two")
         asks = (problem.question, problem.instruction, problem.thinking, problem.choices)
-        repeated += asks in asked  # which would count as evidence of its own
-        if asks not in asked and _split(" ".join(problem.question.split())) == split:
+        if asks in asked:
+            repeated += 1  # which would count as evidence of its own
+        elif _split(" ".join(problem.question.split())) == split:
             problems.append(problem)
         asked.add(asks)
     if repeated:

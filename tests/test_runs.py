@@ -481,7 +481,7 @@ def test_resume_refuses_what_differs(home, flags, naming):
     assert (home / "two" / "complete.json").exists() and (home / "two" / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["steps", "init", "max_new_tokens", "prompts_per_step"])
+@pytest.mark.parametrize("name", ["steps", "init", "max_new_tokens", "prompts_per_step", "lr"])
 def test_resume_refuses_a_lost_flag(home, name):
     """Else the run goes on under the defaults."""
     (home / "two" / "complete.json").unlink()
