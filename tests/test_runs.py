@@ -517,7 +517,10 @@ def test_a_run_and_an_evaluation_go_on_when_a_grade_of_ones_own_that_failed_is_m
             naming="a response that ends in ")
     ask = ("evaluate.py", "one", "--task", "own.py", "--n", 9, "--rows", 1, "--max-new-tokens", 12, "--out", "eval")
     refused(*ask, home=home, naming="a response that ends in ")
-    assert len(lines(home / "eval" / "completions.jsonl")) == 4
+    before = lines(home / "eval" / "completions.jsonl")
+    assert len(before) == 4 and any(len(row["text"]) <= 5 for row in before)
+    (home / "eval" / "completions.jsonl").write_text(  # as if the grade had been another
+        "".join(json.dumps(row | {"correct": True}) + "\n" for row in before))
     (home / "own.py").write_text(own.replace("LIMIT", "99").replace("> 2", "> 5"))
     done = run("rloo.py", "--resume", "mended", cwd=home)
     assert "its grade() and reward() count from here on" in done.stderr
