@@ -6,13 +6,9 @@ token that stands in a message's text stays text: only the template may write co
 
 import datetime
 import json
-import multiprocessing
-import os
 import re
-import resource
 import secrets
-import signal
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -32,8 +28,7 @@ OURS = (
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
     "{% endif %}{% endif %}"
 )
-SECONDS, MEGABYTES, LENGTH = 10, 512, 2**20  # what a chat template may take: time and memory; a prompt's length
-PART = 5000  # conversations at a time
+LENGTH = 2**20  # bytes of a prompt, at most
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, but for tab and newline
 
 
@@ -59,11 +54,14 @@ class Tokenizer:
         control = [re.escape(content) for content in added if not content.isspace()]  # blanks control nothing
         self._control = re.compile("|".join(control) or r"(?!)")  # (?!) matches nowhere
         self._hf, self._special = hf, special
-        self._template, self._template_file = template, template_file
+        self._template_file = template_file
+        try:
+            self._template = compile_template(template)
+        except Exception as error:  # foreign code: any error is its own
+            raise self._fails(error) from None
         self.taught = template == OURS  # a model that has learned a generator's questions, and how they are answered
         self.eos_ids = eos_ids
         self.size = 1 + max(hf.get_vocab().values(), default=-1)
-        self.render([], True)  # names a template that can't even be compiled
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, revision: str | None = None) -> "Tokenizer":
@@ -116,22 +114,21 @@ class Tokenizer:
         return self.prompt_ids(messages, True) != self.prompt_ids(messages, False)
 
     def render(self, conversations: list[list[dict[str, str]]], enable_thinking: bool) -> list[str]:
-        def work(part: list) -> list[str]:
-            template = compile_template(self._template)
-            texts = []
-            for messages in part:
-                texts.append(template.render(messages=messages, tools=None, documents=None, **self._special,
-                                             add_generation_prompt=True, enable_thinking=enable_thinking))
+        texts = []
+        try:
+            for messages in conversations:
+                texts.append(self._template.render(messages=messages, tools=None, documents=None, **self._special,
+                                                   add_generation_prompt=True, enable_thinking=enable_thinking))
                 if len(texts[-1].encode()) > LENGTH:  # which also fails where it isn't text
                     raise jinja2.TemplateError(f"a prompt of {len(texts[-1])} characters")
-            return texts
+        except Exception as error:  # foreign code: any error is its own
+            raise self._fails(error) from None
+        return texts
 
-        try:
-            parts = [conversations[i : i + PART] for i in range(0, len(conversations), PART)] or [[]]
-            return [text for part in parts for text in in_bounds(partial(work, part), SECONDS + len(part) // 100)]
-        except RuntimeError as error:
-            raise UserError(f"{self._template_file}: the chat template fails ({error}): see what it expects, or "
-                            f"download it again") from None
+    def _fails(self, error: Exception) -> UserError:
+        line = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
+        return UserError(f"{self._template_file}: the chat template fails ({line}{type(error).__name__}: "
+                         f"{str(error)[:500]}): see what it expects, or download it again")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text whose control tokens count as such; nothing is added in front or behind."""
@@ -168,51 +165,6 @@ class Tokenizer:
     def think_open(self, prompt_ids: list[int]) -> bool:
         """Whether the prompt ends inside a think block, so that the response begins in it."""
         return self.decode(prompt_ids[-16:]).rstrip().endswith("<think>")
-
-
-def in_bounds(work, seconds: int) -> list[str]:
-    """work(), which runs foreign code, in a process of its own that may take so much time and MEGABYTES of memory: no
-    check beforehand finds every way to take for ever. Raises RuntimeError with what went wrong in it."""
-    ours, theirs = multiprocessing.get_context("fork").Pipe()
-
-    def run():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        try:
-            limit(resource.RLIMIT_CPU, seconds)
-            if os.path.exists("/proc/self/statm"):
-                pages = int(Path("/proc/self/statm").read_text().split()[0])
-                limit(resource.RLIMIT_AS, pages * resource.getpagesize() + MEGABYTES * 2**20)
-            answer = json.dumps({"texts": work()})
-        except BaseException as error:  # foreign code: any error is its own
-            line = getattr(error, "lineno", None)
-            told = (f"line {line}: " if line else "") + f"{type(error).__name__}: {error}"[:500]
-            answer = json.dumps({"error": told})
-        theirs.send_bytes(answer.encode())
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(6 * seconds):  # by the clock, which runs on while a crowded machine gives it no time
-            raise RuntimeError(f"it takes more than {seconds} seconds")
-        answer = json.loads(ours.recv_bytes())
-    except EOFError:
-        raise RuntimeError(f"it takes more than {seconds} seconds or {MEGABYTES} MB") from None
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
-    if "error" in answer:
-        raise RuntimeError(answer["error"])
-    return answer["texts"]
-
-
-def limit(what: int, most: int) -> None:
-    hard = resource.getrlimit(what)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(what, (most, most))
 
 
 def compile_template(source: str) -> jinja2.Template:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import resource
-import time
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -201,6 +199,7 @@ def test_the_callers_messages_are_not_changed(loaded):
     "{{ messages.append(1) }}",
     "{% for i in range(10000000) %}{% endfor %}",
     "{{ 1 / 0 }}",
+    "{{ 'a' * 10**7 }}",
     "{{ raise_exception('one\ntwo') }}",
     "{% include '/etc/passwd' %}",
 ])
@@ -209,26 +208,6 @@ def test_a_hostile_template_is_refused_in_one_line(tmp_path, template):
     with pytest.raises(UserError) as error:
         text.Tokenizer.from_pretrained(str(build(tmp_path, template=template))).prompt_ids(user("x"))
     assert "tokenizer_config.json" in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("template", [
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ 'a' * 3 * 10**9 }}",
-    "{{ 'a'.center(10**9) }}",
-    "{{ 10 ** (10 ** 8) }}",  # already when compiled
-    "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}{{ n.a }}",
-    "{{ 'a' * 10**7 }}",
-])
-def test_a_template_without_end_is_cut_off(tmp_path, monkeypatch, template):
-    """Else a checkpoint from the hub takes the machine's memory, or hangs for ever."""
-    monkeypatch.setattr(text, "SECONDS", 1)
-    build(tmp_path, template=template)
-    start, most = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    with pytest.raises(UserError, match="tokenizer_config.json: the chat template fails"):
-        text.Tokenizer.from_pretrained(str(tmp_path)).prompt_ids(user("x"))
-    assert time.monotonic() - start < 20
-    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KB; a child starts with as much
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss <= max(most, ours + 2**20)
 
 
 def test_attributes_that_the_sandbox_hides_render_as_nothing(tmp_path):
@@ -322,14 +301,6 @@ def test_pieces_keep_the_blanks_that_a_decoder_takes_from_a_texts_start():
     tokenizer = text.Tokenizer(hf, "", Path("x"), {}, (0,))
     assert tokenizer.decode(tokenizer.encode("a cat")) == "a cat"
     assert tokenizer.pieces(tokenizer.encode("a cat a")) == [" a", " cat", " a"]
-
-
-def test_many_prompts_are_rendered_in_parts(loaded, monkeypatch):
-    """Else a large file of problems outgrows the memory that a template may take, and none is lost or twice there."""
-    chats = [user(str(i)) for i in range(7)]
-    whole = loaded["think"].prompts(chats)
-    monkeypatch.setattr(text, "PART", 3)
-    assert loaded["think"].prompts(chats) == whole and len({*map(tuple, whole)}) == 7
 
 
 def test_a_template_that_asks_for_the_date_gives_the_same_prompt_every_day(tmp_path):
