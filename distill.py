@@ -73,13 +73,13 @@ def log_target(kl_e: torch.Tensor, kappa: float) -> torch.Tensor:
 
 
 def draw_target(policy: Policy, batch, base_h, lens_h, kappa: float, u):
-    """Draws l*_t ~ q of eq. (3) by uniforms u (N,), and lays the batch out at these depths. Returns log q (N, E + 1), s
-    of (4) (N, E) and l* (N,), on the host."""
+    """Draws l*_t ~ q of eq. (3) by uniforms u (N,). Returns log q (N, E + 1), s of (4) (N, E), l* (N,) on the host, and
+    the batch at these depths."""
     kl_e = lens_kl(policy.model, base_h, lens_h)
     log_q = log_target(kl_e, kappa)
     depths = policy.depth_of_outcome[draw(log_q, send(u, policy.device)).cpu()]
-    batch.depths[batch.row, batch.position] = depths
-    return log_q, log_safe(kl_e, kappa)[0].exp(), depths
+    placed = batch.depths.index_put((batch.row, batch.position), depths)
+    return log_q, log_safe(kl_e, kappa)[0].exp(), depths, batch._replace(depths=placed)
 
 
 def exit_cross_entropy(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: torch.Tensor, exits) -> torch.Tensor:
@@ -98,6 +98,32 @@ def exit_cross_entropy(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: 
 def distill_loss(token_kl: torch.Tensor, exit_loss: torch.Tensor, count: int) -> torch.Tensor:
     """Eq. (5): mean over the step's `count` positions of KL(student || base) (N,) and the exit term (N,)."""
     return (token_kl + exit_loss).sum() / count
+
+
+def train_step(policy: Policy, responses: list[Response], step: int, kappa: float, seed: int, micro_batch: int) -> dict:
+    """Accumulates the gradient of eq. (5) over a step's responses and returns what is logged."""
+    count = sum(map(len, responses))
+    E, depth_of_outcome = len(policy.exits), policy.depth_of_outcome
+    sizes = [2, E + 1, E, E]
+    sums = policy.heads.bias.new_zeros(sum(sizes))
+    for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
+        base_h, lens_h = base_pass(policy, batch)
+        u = uniforms((seed, DEPTHS, step), index[batch.row], batch.position, 1)[:, 0]
+        log_q, p_safe, depths, batch = draw_target(policy, batch, base_h, lens_h, kappa, u)
+        # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
+        scores = score(policy, batch, base_h, tokens=False)
+        exit_loss = exit_cross_entropy(scores.exit_logits, p_safe, depths, policy.exits)
+        distill_loss(scores.token_kl, exit_loss, count).backward()
+
+        p_sum, visits = hazards(scores.exit_logits.detach().sigmoid(), depths, policy.exits)
+        total = torch.stack([scores.token_kl.sum(), exit_loss.sum()]).detach()
+        sums += torch.cat([total, log_q.exp().sum(0), p_sum, visits])
+    parallel.all_reduce(sums)  # over the processes; apply_gradients adds the gradients
+    total, q_sum, p_sum, visits = sums.cpu().split(sizes)  # together, since each copy waits for the device
+    total, hazard = (total / count).tolist(), p_sum / visits.clamp(min=1)
+    return {"loss": sum(total), "token_kl": total[0], "exit_cross_entropy": total[1], "tokens": count,
+            "target": summary(q_sum / count, depth_of_outcome),
+            "learned": summary(from_hazards(hazard), depth_of_outcome)}
 
 
 # ------------------------------------------------------------------------------------------------------- reporting
@@ -156,18 +182,17 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
         own, kl_own = at_own_exits(policy, batch, base_h, u[:, :E])
         drawn += (own[:, None] == depth_of_outcome).sum(0)
-        own, kl_half = at_own_exits(policy, batch, base_h, torch.full_like(u[:, :E], 0.5))
-        at_half += (own[:, None] == depth_of_outcome).sum(0)
-        # Only now: at_own_exits starts from depth L.
-        log_q, p_safe, depths = draw_target(policy, batch, base_h, lens_h, kappa, u[:, E])
+        half, kl_half = at_own_exits(policy, batch, base_h, torch.full_like(u[:, :E], 0.5))
+        at_half += (half[:, None] == depth_of_outcome).sum(0)
+        log_q, p_safe, depths, batch_q = draw_target(policy, batch, base_h, lens_h, kappa, u[:, E])
         target += log_q.exp().sum(0)
-        _, _, kl_t, exit_logits = score(policy, batch, base_h, tokens=False)
+        scores = score(policy, batch_q, base_h, tokens=False)
         lost = torch.stack([kl_own, kl_half], 1).double()
         lost = lost.new_zeros(len(index), 2).index_add(0, batch.predicting[0], lost)
         whole = torch.exp(-lost[:, 0]).sum()
         lost *= send(torch.tensor([[min(1, STRETCH / len(responses[i]))] for i in index]), policy.device)
-        exit_loss = exit_cross_entropy(exit_logits, p_safe, depths, policy.exits)
-        totals += torch.stack([kl_t.sum(), exit_loss.sum(), kl_own.sum(), whole, *torch.exp(-lost).sum(0)])
+        exit_loss = exit_cross_entropy(scores.exit_logits, p_safe, depths, policy.exits)
+        totals += torch.stack([scores.token_kl.sum(), exit_loss.sum(), kl_own.sum(), whole, *torch.exp(-lost).sum(0)])
     for sums in (drawn, at_half, target, totals):
         parallel.all_reduce(sums)  # over the processes, each of which has seen its share of the responses
     token_kl, cross_entropy, own_kl, whole, intact, intact_at_half = totals.tolist()
@@ -194,6 +219,12 @@ def verdict(measured: dict, training_kl: float) -> str | None:
         return f"not converged: {learned:.0%} of the tokens exit, and {target:.0%} are to: {longer}"
     if measured["intact"] > 0.8:
         return None
+    problem = f"at {at_own:.4f} nats a token only {measured['intact']:.0%} of the responses stay as they were"
+    # Heads that never say more than 1/2 leave everything as it was, at full depth.
+    saved, to_save = (measured[name]["layer_savings"] for name in ("at_half", "target"))
+    if measured["intact_at_half"] > 0.8 and 2 * saved > to_save:
+        return (f"it is the draw that costs: {problem}; evaluate.py --threshold 0.5, without one, leaves "
+                f"{measured['intact_at_half']:.0%}, and stage 2 learns to draw better")
     if at_own > 4 * at_target:
         cure = (f"where the target exits it is {at_target:.4f}, so the heads leave at the wrong tokens: raise --steps; "
                 f"or, in a new run, --head-width or --kl-factor")
@@ -201,42 +232,7 @@ def verdict(measured: dict, training_kl: float) -> str | None:
         cure = f"training responses are at {training_kl:.4f}, learned by heart: raise --responses, with more problems"
     else:
         cure = longer
-    problem = f"at {at_own:.4f} nats a token only {measured['intact']:.0%} of the responses stay as they were; {cure}"
-    # Heads that never say more than 1/2 leave everything as it was, at full depth.
-    saved, to_save = (measured[name]["layer_savings"] for name in ("at_half", "target"))
-    if measured["intact_at_half"] > 0.8 and 2 * saved > to_save:
-        return (f"it is the draw that costs: {problem}. evaluate.py --threshold 0.5, without one, leaves "
-                f"{measured['intact_at_half']:.0%}, and stage 2 learns to draw better")
-    return f"not converged: {problem}"
-
-
-# -------------------------------------------------------------------------------------------------------- training
-
-
-def train_step(policy: Policy, responses: list[Response], step: int, kappa: float, seed: int, micro_batch: int) -> dict:
-    """Accumulates the gradient of eq. (5) over a step's responses and returns what is logged."""
-    count = sum(map(len, responses))
-    E, depth_of_outcome = len(policy.exits), policy.depth_of_outcome
-    sizes = [2, E + 1, E, E]
-    sums = policy.heads.bias.new_zeros(sum(sizes))
-    for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
-        base_h, lens_h = base_pass(policy, batch)
-        u = uniforms((seed, DEPTHS, step), index[batch.row], batch.position, 1)[:, 0]
-        log_q, p_safe, depths = draw_target(policy, batch, base_h, lens_h, kappa, u)
-        # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
-        _, _, token_kl, exit_logits = score(policy, batch, base_h, tokens=False)
-        exit_loss = exit_cross_entropy(exit_logits, p_safe, depths, policy.exits)
-        distill_loss(token_kl, exit_loss, count).backward()
-
-        p_sum, visits = hazards(exit_logits.detach().sigmoid(), depths, policy.exits)
-        total = torch.stack([token_kl.sum(), exit_loss.sum()]).detach()
-        sums += torch.cat([total, log_q.exp().sum(0), p_sum, visits])
-    parallel.all_reduce(sums)  # over the processes; apply_gradients adds the gradients
-    total, q_sum, p_sum, visits = sums.cpu().split(sizes)  # together, since each copy waits for the device
-    total, hazard = (total / count).tolist(), p_sum / visits.clamp(min=1)
-    return {"loss": sum(total), "token_kl": total[0], "exit_cross_entropy": total[1], "tokens": count,
-            "target": summary(q_sum / count, depth_of_outcome),
-            "learned": summary(from_hazards(hazard), depth_of_outcome)}
+    return f"not converged: {problem}; {cure}"
 
 
 @parallel.shared

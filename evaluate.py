@@ -187,7 +187,7 @@ def chosen_runs(args) -> dict[str, Path]:
     for folder, stage in zip(folders, stages, strict=True):
         alike = [other for other, its in zip(folders, stages, strict=True) if its == stage]
         name = stage if len(alike) == 1 else f"{stage} {runs.short(folder, alike)}"
-        columns[name + runs.unfinished(folder)] = folder
+        columns[name + runs.incomplete(folder)] = folder
     return columns
 
 

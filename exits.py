@@ -29,7 +29,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained low-rank update: y = W x + (alpha / r) B A x. B starts at zero."""
+    """An untrained linear layer plus a trained low-rank update: y = W x + (alpha / r) B A x. B starts at zero."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float):
         super().__init__()
@@ -111,7 +111,7 @@ class Pass(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A transformer that may exit early: base weights (frozen), LoRA adapters and exit heads (trained).
+    """A transformer that may exit early: base weights (never trained), LoRA adapters and exit heads (trained).
 
     It takes `model` over: projections are replaced where they are, so a model has one policy.
     """
@@ -333,11 +333,19 @@ def base_pass(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Te
     return out.h[batch.predicting], [h[batch.predicting] for h in out.streams]
 
 
-def score(policy: Policy, batch: Batch, base_h: torch.Tensor | None = None, tokens: bool = True):
-    """joint_logp of a batch at its recorded depths, teacher-forced: logp_exit, logp_token, token_kl, each (N,), and
-    the exit logits (N, E). Without `tokens`, logp_token is None."""
+class Scores(NamedTuple):
+    """joint_logp of a batch, and what it was made of."""
+
+    logp_exit: torch.Tensor  # (N,), as the next two
+    logp_token: torch.Tensor | None
+    token_kl: torch.Tensor | None
+    exit_logits: torch.Tensor  # (N, E)
+
+
+def score(policy: Policy, batch: Batch, base_h: torch.Tensor | None = None, tokens: bool = True) -> Scores:
+    """joint_logp of a batch at its recorded depths, teacher-forced. Without `tokens`, logp_token is None."""
     out = policy(batch.ids, batch.depths, place=batch.place)
     exit_logits = out.exit_logits[batch.predicting]
     depths = batch.depths[batch.row, batch.position]
-    return *joint_logp(policy, out.h[batch.predicting], exit_logits, depths, batch.tokens if tokens else None,
-                       base_h), exit_logits
+    return Scores(*joint_logp(policy, out.h[batch.predicting], exit_logits, depths, batch.tokens if tokens else None,
+                              base_h), exit_logits)

@@ -21,6 +21,7 @@ Shapes: P prompts of a step, k samples of each, B responses of a micro-batch, N 
 import argparse
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 from shlex import quote
 from statistics import fmean as mean
@@ -39,28 +40,28 @@ from exits import Policy, Response, base_pass, micro_batches, score
 from fast.packing import send
 from sample import generate
 
-IDLE = 10  # steps that teach nothing about the task before it is said
+FLAT = 10  # steps in a row without a difference in task reward before it is said
 
 
-def reward(task, depth_share, mean_kl, lam: float, beta: float) -> torch.Tensor:
-    """Eq. (1): R_i = r_task,i - lambda mean_t l_t / L - beta mean_t KL_t, all (P k,); depth_share is mean_t l_t / L."""
-    return task - lam * depth_share - beta * mean_kl
+def reward(task, depth, mean_kl, lam: float, beta: float) -> torch.Tensor:
+    """Eq. (1): r_task,i, mean_t l_t / L and mean_t KL_t of each response -> R_i, all (P k,)."""
+    return task - lam * depth - beta * mean_kl
 
 
-def depth_share(records: list[dict], n_layers: int, gated: bool) -> torch.Tensor:
+def depth_charged(records: list[dict], n_layers: int, gated: bool) -> torch.Tensor:
     """mean_t l_t / L of each response, which (1) charges: (P k,); where `gated` 0 for a wrong one."""
     return torch.tensor([sum(r["depths"]) / len(r["depths"]) / n_layers * (r["correct"] or not gated) for r in records],
                         dtype=torch.double)
 
 
 def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:
-    """A_i = R_i - mean_{j != i} R_j inside each prompt's group: (P, k) -> (P, k)."""
+    """A_i, each prompt's samples in a row: (P, k) -> (P, k)."""
     k = rewards.shape[1]
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (k - 1)
 
 
 def rloo_loss(advantage, logp, mean_kl, beta: float, c: int, count: int) -> torch.Tensor:
-    """1 / (c count) sum_i [ -A_i sum_t log pi(l_t, x_t) + beta mean_t KL_t ] over responses (B,) of a step of `count`.
+    """What responses (B,) of a step of `count` add to the loss; logp (B,) is sum_t log pi(l_t, x_t).
 
     mean over prompts of 1/k sum_i is a mean over the step's responses, so micro-batches simply add up.
     """
@@ -72,6 +73,11 @@ def per_response(values: torch.Tensor, batch) -> torch.Tensor:
     return values.new_zeros(len(batch.ids)).index_add(0, batch.predicting[0], values)
 
 
+def response_mean(values: torch.Tensor, batch) -> torch.Tensor:
+    """Their means over each response: (N,) -> (B,)."""
+    return per_response(values, batch) / per_response(torch.ones_like(values), batch)
+
+
 @torch.no_grad()
 def score_responses(policy: Policy, responses: list[Response], micro_batch: int):
     """Before the update: the base's streams by micro-batch, which the update needs again; each response's mean token KL
@@ -81,13 +87,12 @@ def score_responses(policy: Policy, responses: list[Response], micro_batch: int)
     mean_kl = torch.zeros(len(responses), dtype=torch.double, device=policy.device)
     for index, batch in micro_batches(policy, responses, micro_batch):
         base_h, _ = base_pass(policy, batch)
-        logp_exit, logp_token, token_kl, _ = score(policy, batch, base_h)
-        part = [responses[i] for i in index]
-        lengths = torch.tensor([len(r) for r in part])
-        sampled = torch.tensor([[x for r in part for x in getattr(r, name)] for name in ("logp_exit", "logp_token")])
-        index, lengths, sampled = (send(x, policy.device) for x in (index, lengths, sampled))
-        mean_kl[index] = per_response(token_kl, batch).double() / lengths
-        drift.append((torch.stack([logp_exit, logp_token]) - sampled).abs().flatten())
+        scores = score(policy, batch, base_h)
+        sampled = torch.tensor([[x for i in index for x in getattr(responses[i], name)]
+                                for name in ("logp_exit", "logp_token")])
+        index, sampled = (send(x, policy.device) for x in (index, sampled))
+        mean_kl[index] = response_mean(scores.token_kl, batch).double()
+        drift.append((torch.stack([scores.logp_exit, scores.logp_token]) - sampled).abs().flatten())
         base.append(base_h)
     return base, mean_kl.cpu(), torch.cat(drift).cpu()  # copied last, since each copy waits for the device
 
@@ -97,11 +102,10 @@ def accumulate_gradient(policy: Policy, responses: list[Response], advantages: t
     """What these responses add to the gradient of rloo_loss over a step's `count`, micro-batch by micro-batch."""
     parts = micro_batches(policy, responses, micro_batch)  # the same as in score_responses, where base comes from
     for (index, batch), base_h in zip(parts, base, strict=True):
-        logp_exit, logp_token, token_kl, _ = score(policy, batch, base_h)
-        lengths = per_response(torch.ones_like(token_kl), batch)
-        advantage = send(advantages[index].to(token_kl.dtype), policy.device)
-        rloo_loss(advantage, per_response(logp_exit + logp_token, batch),
-                  per_response(token_kl, batch) / lengths, beta, c, count).backward()
+        scores = score(policy, batch, base_h)
+        advantage = send(advantages[index].to(scores.token_kl.dtype), policy.device)
+        rloo_loss(advantage, per_response(scores.logp_exit + scores.logp_token, batch),
+                  response_mean(scores.token_kl, batch), beta, c, count).backward()
 
 
 def summarise(records: list[dict], drift: torch.Tensor, depth_of_outcome: list[int], args) -> dict:
@@ -122,7 +126,7 @@ def summarise(records: list[dict], drift: torch.Tensor, depth_of_outcome: list[i
     }
 
 
-def progress(rows: list[dict], where) -> str:
+def trend(rows: list[dict], where) -> str:
     """What has become of the means that matter, from the first tenth of a run's metrics to the last."""
     tenth, told = math.ceil(len(rows) / 10), []
     for name in ("accuracy", "average_compute", "length", "kl"):
@@ -196,11 +200,11 @@ def main() -> None:
     args.lr = 0.1 / model.config.hidden_size if args.lr is None else args.lr
     run, policy, optimizer, start = runs.begin(
         run, "rloo", args, model, problems, prompts, lambda: load_policy(model, init), init)
-    print(f"stage 1: {init}{runs.unfinished(init)}")
+    print(f"stage 1: {init}{runs.incomplete(init)}")
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers}, lambda {args.lam}, beta "
           f"{args.beta}, {args.prompts_per_step} prompts x {args.samples} samples -> {run.folder}")
 
-    warned, idle = False, 0
+    warned, flat = False, 0
     for step in run.steps(start, policy, optimizer):
         # Roll out: k samples of each problem with stochastic exits, at temperature 1, no top-k, no top-p.
         times = [time.perf_counter()]
@@ -218,8 +222,8 @@ def main() -> None:
         base, mean_kl, drift = score_responses(policy, responses, args.micro_batch)
         task = torch.tensor([problem.reward(row["text"], row["finished"], row["correct"])
                              for problem, row in zip(problem_of, records, strict=True)], dtype=torch.double)
-        depth_charged = depth_share(records, policy.n_layers, args.gate_depth_on_correct)
-        rewards = reward(task, depth_charged, mean_kl, args.lam, args.beta)
+        depth = depth_charged(records, policy.n_layers, args.gate_depth_on_correct)
+        rewards = reward(task, depth, mean_kl, args.lam, args.beta)
         advantages = leave_one_out(rewards.view(-1, args.samples)).flatten()
         times.append(time.perf_counter())
 
@@ -230,8 +234,8 @@ def main() -> None:
         updated = run.apply_gradients(optimizer, args.lr * optim.schedule(step, args.steps))
         times.append(time.perf_counter())
 
-        seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
-        found = {"reward_task": task, "depth_charged": depth_charged, "mean_kl": mean_kl, "reward": rewards,
+        seconds = [end - start for start, end in pairwise(times)]
+        found = {"reward_task": task, "depth_charged": depth, "mean_kl": mean_kl, "reward": rewards,
                  "advantage": advantages}
         records = parallel.all_gather([{"step": step, "sample": i % args.samples, **row,
                                         **{name: float(values[i]) for name, values in found.items()}}
@@ -245,17 +249,17 @@ def main() -> None:
             run.bar.clear()
             runs.warn_unfinished(metrics["finished"], "an unfinished one never counts as right", tokenizer, args)
             warned = True
-        idle = idle + 1 if metrics["groups_of_equal_task_reward"] == 1 else 0  # steps in a row
-        if idle == IDLE:
+        flat = flat + 1 if metrics["groups_of_equal_task_reward"] == 1 else 0
+        if flat == FLAT:
             run.bar.clear()
-            runs.say(f"{IDLE} steps in a row the samples of every prompt earned the same task reward: depth and KL are "
+            runs.say(f"{FLAT} steps in a row the samples of every prompt earned the same task reward: depth and KL are "
                      f"all that is trained. Where accuracy stays at 0%, stop: has stage 1 converged?")
         run.bar.set_postfix_str(f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.0%}  "
                                 f"compute {metrics['average_compute']:.2f}  length {metrics['length']:.0f}  "
                                 f"KL {metrics['kl']:.3f}  drift {metrics['drift_mean']:.0e}  "
                                 f"rollout/score/update {'/'.join(f'{s:.1f}' for s in seconds)} s")
     run.complete(run.last_metrics()[0])
-    print(progress(run.last_metrics(args.steps), run.folder / "metrics.jsonl"))
+    print(trend(run.last_metrics(args.steps), run.folder / "metrics.jsonl"))
     print("next:", next_command(run.folder, init, args))
 
 

@@ -1,13 +1,9 @@
 """Run folders: what is written there, how a run is stopped, killed and picked up again. And the models they are about.
 
-A run is a folder:
-    config.json      all that is needed to run it again: the flags, the model's revision among them, hashes of the
-                     problems and prompts, the versions of Python, of the libraries and of this repository
-    metrics.jsonl    one line a step
-    step-000100/     a checkpoint: adapter and exit heads, optimizer, state.json; renamed into place when whole
-    complete.json    written last: only a run that has it counts as complete
-    teacher.jsonl    stage 1: the base model's responses
-    completions.jsonl  stage 2: what was sampled and rewarded; at 256 MB it becomes completions-STEP.jsonl
+README lists a run's files. config.json has all that is needed to run it again: the flags, the model's revision among
+them, hashes of the problems and prompts, the versions of Python, of the libraries and of this repository. A checkpoint
+is renamed into place when whole. Only a run with complete.json, which is written last, counts as complete. At 256 MB
+completions.jsonl becomes completions-STEP.jsonl.
 Every random number of a step is derived from seed, step, row and position: a resumed run needs no generator state.
 """
 
@@ -57,11 +53,10 @@ MAX_SKIPPED = 5  # steps in a row with a gradient that isn't finite before a run
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_ALLOC_FAILED")  # CPU, driver, cuBLAS
 ROTATE = 2**28  # bytes of completions.jsonl
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# What --resume may change: the end, where things lie by now (a hash tells whether they are the same), this machine; and
-# the rates, which every run records.
+# What --resume may change: the end, where things lie by now (a hash tells whether they are the same), and this machine.
 FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "shard",
                   "save_every", "keep", "trackio", "resume")
-RATES = ("lr", "head_lr")
+RATES = ("lr", "head_lr")  # and these; but a run that doesn't record them can't go on
 
 
 # ------------------------------------------------------------------------------------------------ starting, stopping
@@ -225,16 +220,16 @@ def describe(args, tokenizer: Tokenizer) -> str:
 
 
 def prompt_ids(problems, model: Transformer, tokenizer: Tokenizer, args) -> list[list[int]]:
-    """The problems' prompts. Raises UserError for one that leaves no room for a response."""
+    """The problems' prompts. Raises UserError for one that leaves no room for a response, or where processes differ."""
     if parallel.size() > 1 and len(set(parallel.all_gather([(problems_hash(problems), fingerprint(model))]))) > 1:
         raise UserError(f"the processes differ in --model {args.model} or in the problems of --task {args.task}: give "
                         f"all machines the same files, and a task of your own no order of chance")
-    prompts, context = tasks.prompts(problems, tokenizer, args.thinking), model.config
+    prompts, context = tasks.prompts(problems, tokenizer, args.thinking), model.config.max_position_embeddings
     for problem, prompt in zip(problems, prompts, strict=True):
-        if not 0 < len(prompt) <= context.max_position_embeddings - args.max_new_tokens:
+        if not 0 < len(prompt) <= context - args.max_new_tokens:
             raise UserError(f"problem {problem.id} has a prompt of {len(prompt)} tokens: it must have one at least, "
                             f"and leave room for --max-new-tokens {args.max_new_tokens} in the model's context of "
-                            f"{context.max_position_embeddings}")
+                            f"{context}")
     return prompts
 
 
@@ -590,7 +585,7 @@ def name_of_run(folder: str | Path) -> Path:
     return Path(folder).relative_to(run_of(folder).parent)
 
 
-def unfinished(run: Path) -> str:
+def incomplete(run: Path) -> str:
     """What to say beside the name of a run that is not complete, or nothing."""
     found = checkpoints(run)
     return f" (unfinished, {found[-1].name})" if found and not (run / "complete.json").exists() else ""

@@ -120,24 +120,24 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     weight = policy.model.lm_head.weight
     rows = rows or fitting_rows(policy.model.config, slots, weight)
     group = samples_per_prefill(samples, len(prompts), rows)
-    prompts = [prompt for prompt in prompts for _ in range(samples // group)]
-    R = group * min(len(prompts), max(1, rows // group))
+    groups = [prompt for prompt in prompts for _ in range(samples // group)]
+    R = group * min(len(groups), max(1, rows // group))
     cache = Cache(policy.model.config, R, slots, E + 1, weight, Graphs() if policy.model.graphs else None)
     holds = torch.full((R,), -1)  # which response is in each row of the cache, -1: none
     token = torch.zeros(R, dtype=torch.long)  # its last token
-    admitted = 0  # prompts
+    admitted = 0  # groups
     with adapters_rounded(policy):
-        while admitted < len(prompts) or (holds >= 0).any():
+        while admitted < len(groups) or (holds >= 0).any():
             free = (holds < 0).nonzero()[:, 0]
-            enter = min(len(free) // group, len(prompts) - admitted)
+            enter = min(len(free) // group, len(groups) - admitted)
             # Admit, or compact. Several prompts share a prefill: it waits until an eighth of the rows is free.
-            if enter and (8 * len(free) >= R or enter == len(prompts) - admitted):
+            if enter and (8 * len(free) >= R or enter == len(groups) - admitted):
                 new = free[: enter * group].view(enter, group)
-                prefill(policy, prompts[admitted : admitted + enter], cache, new)
-                token[new] = torch.tensor([prompt[-1] for prompt in prompts[admitted : admitted + enter]])[:, None]
+                prefill(policy, groups[admitted : admitted + enter], cache, new)
+                token[new] = torch.tensor([prompt[-1] for prompt in groups[admitted : admitted + enter]])[:, None]
                 holds[new.flatten()] = torch.arange(admitted * group, (admitted + enter) * group)
                 admitted += enter
-            elif admitted == len(prompts) and 2 * len(free) >= len(holds) and cache.graphs is None:
+            elif admitted == len(groups) and 2 * len(free) >= len(holds) and cache.graphs is None:
                 keep = (holds >= 0).nonzero()[:, 0]
                 cache.select(keep)
                 holds, token = holds[keep], token[keep]

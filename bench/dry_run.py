@@ -7,9 +7,7 @@ Random weights say nothing about quality: only about shapes, memory and the orde
 """
 
 import argparse
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 from common import SHAPES, peak_gib, random_model, synchronise  # which puts the project on the path
@@ -18,7 +16,7 @@ import distill
 import rloo
 import runs
 from exits import Policy
-from optim import adamw
+from optim import adamw, take_step
 from sample import generate
 
 
@@ -36,7 +34,7 @@ def main() -> None:
     model = random_model(args.shape, args.layers, dtype, device)
     model.recompute, model.graphs = True, args.cuda_graphs
     policy = Policy(model, head_width=256)
-    run, optimizer = runs.Run(Path(tempfile.mkdtemp()), args), adamw(policy)  # the run only takes steps
+    optimizer = adamw(policy)
     trained = sum(p.numel() for p in policy.trained().values())
     size = sum(p.numel() for p in policy.parameters())
     print(f"{args.shape}, {policy.n_layers} layers, exits {policy.exits}, {dtype} on {device}: "
@@ -54,12 +52,12 @@ def main() -> None:
         policy, prompts, samples=2, max_new_tokens=args.new, eos_ids=[-1]))
     timed("stage 1, gradient of 4", lambda: distill.train_step(
         policy, responses, step=0, kappa=1.0, seed=0, micro_batch=1))
-    print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5)['grad_norm']:.3g}")
+    print(f"    gradient norm {take_step(optimizer, 1e-5, 1e-5):.3g}")
     base, mean_kl, _ = timed("stage 2, score 4", lambda: rloo.score_responses(policy, responses, 1))
     advantages = rloo.leave_one_out(rloo.reward(torch.tensor([0.0, 1.0] * 2), 0.0, mean_kl, 0.0, 0.02).view(2, 2))
     timed("stage 2, gradient of 4", lambda: rloo.accumulate_gradient(
         policy, responses, advantages.flatten(), base, micro_batch=1, beta=0.02, c=args.new, count=len(responses)))
-    print(f"    gradient norm {run.apply_gradients(optimizer, 1e-5)['grad_norm']:.3g}")
+    print(f"    gradient norm {take_step(optimizer, 1e-5, 1e-5):.3g}")
 
 
 if __name__ == "__main__":

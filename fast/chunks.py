@@ -17,7 +17,7 @@ class PerPosition(torch.autograd.Function):
     gradients by h.
 
     A value (N,) belongs to one position, so its gradient is one row (D,): formed at once while the piece's (n, V)
-    tables are there, it is all that the backward pass needs. Parameters get no gradient: the read-out is frozen.
+    tables are there, it is all that the backward pass needs. Parameters get no gradient: the read-out is not trained.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
 """A base model that does not fit one GPU: every rank keeps a part of each block, and gathers a block to run it.
 
-FSDP2 (`fully_shard`) does the parting and gathering. It is given the frozen base alone: adapters and heads, small
+FSDP2 (`fully_shard`) does the parting and gathering. It is given the untrained base alone: adapters and heads, small
 beside it, stay whole on every rank, so gradients, optimizer and checkpoints are those of parallel.py. Embedding,
 last norm and read-out stay whole, too.
 

@@ -50,7 +50,7 @@ def each(policy: Policy, rows: list[dict], micro_batch: int = 64) -> list[dict]:
     nll = torch.zeros(len(rows), dtype=torch.double)
     with adapters_off(policy), tqdm(total=len(rows), desc="read by the base", leave=False) as bar:
         for index, batch in micro_batches(policy, responses, micro_batch):
-            _, logp, _, _ = score(policy, batch)
+            logp = score(policy, batch).logp_token
             nll[index] = torch.zeros(len(index), dtype=torch.double).index_add(0, batch.row, -logp.double().cpu())
             bar.update(len(index))
     found = []

@@ -35,7 +35,7 @@ def streams(policy: Policy, responses: list[Response], kappa: float, seed: int, 
     found = []
     for index, batch in micro_batches(policy, responses, micro_batch):
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, 1)[:, 0]
-        _, p_safe, depths = draw_target(policy, batch, *base_pass(policy, batch), kappa, u)
+        _, p_safe, depths, batch = draw_target(policy, batch, *base_pass(policy, batch), kappa, u)
         out = policy(batch.ids, batch.depths, place=batch.place)
         found.append((torch.stack([h[batch.predicting] for h in out.streams], 1).cpu(),
                       p_safe.cpu(), depths))

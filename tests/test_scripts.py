@@ -48,7 +48,7 @@ def test_literal_command_on_a_hub_model_offline(tmp_path):
 
 
 def impatient():
-    rloo.IDLE = 1
+    rloo.FLAT = 1
 
 
 def test_rloo_continues_from_the_newest_complete_run(trained):
