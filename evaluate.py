@@ -181,6 +181,8 @@ def chosen_runs(args) -> dict[str, Path]:
                     folders.insert(0, first)
                 else:
                     runs.say(f"{first} has other exits by now, and is left out")
+            else:
+                runs.say(f"{init}, where it started, is not there any more, and is left out")
     configs = refuse_unlike(folders, args) if args.runs else [runs.read_config(folder) for folder in folders]
     stages = [{"distill": "stage 1", "rloo": "stage 2"}[config["stage"]] for config in configs]
     columns = {}

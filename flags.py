@@ -221,7 +221,7 @@ def check_device(args) -> None:
         device = torch.device(args.device)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise UserError(f"--device {args.device}: must be cpu, cuda or cuda:N")
     if parallel.size() > 1 and device.type == "cuda":
         if device.index is not None:

@@ -185,8 +185,8 @@ def main() -> None:
         init = runs.find(field(vars(args), "init", str, run.folder / "config.json"), beside=run.folder)
     else:
         init = parallel.from_rank_0(lambda: stage_one(args).resolve())
-        args.init = str(init)
         flags.inherit(args, runs.read_config(init), init / "config.json")
+    args.init = str(init.resolve())
     args = flags.settle(p, args)
 
     runs.warn_idle("--prompts-per-step", args.prompts_per_step)

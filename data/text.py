@@ -28,7 +28,7 @@ OURS = (
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
     "{% endif %}{% endif %}"
 )
-LENGTH = 2**20  # bytes of a prompt, at most
+LENGTH = 2**20  # characters of a prompt, at most
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters, but for tab and newline
 
 
@@ -119,14 +119,15 @@ class Tokenizer:
             for messages in conversations:
                 texts.append(self._template.render(messages=messages, tools=None, documents=None, **self._special,
                                                    add_generation_prompt=True, enable_thinking=enable_thinking))
-                if len(texts[-1].encode()) > LENGTH:  # which also fails where it isn't text
+                if len(texts[-1]) > LENGTH:
                     raise jinja2.TemplateError(f"a prompt of {len(texts[-1])} characters")
+                texts[-1].encode()  # which fails where it isn't text
         except Exception as error:  # foreign code: any error is its own
             raise self._fails(error) from None
         return texts
 
     def _fails(self, error: Exception) -> UserError:
-        line = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
+        line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
         return UserError(f"{self._template_file}: the chat template fails ({line}{type(error).__name__}: "
                          f"{str(error)[:500]}): see what it expects, or download it again")
 

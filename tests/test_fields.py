@@ -190,8 +190,8 @@ def test_a_missing_gpu_is_said(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("changes, naming", [
     ({"steps": "x"}, "--steps"), ({"steps": [3]}, "steps = "), ({"lam": -1}, "--lam"),
     ({"thinking": "yes"}, "--thinking"),
-    ({"help": True}, "help"), ({"device": "tpu"}, "--device"), ({"task": "gsm"}, "--task"), ({"data": "a\0b"}, "data"),
-    ({"task": "\ud800"}, "task"),
+    ({"help": True}, "help"), ({"device": "tpu"}, "--device"), ({"device": "cpu:0"}, "--device"),
+    ({"task": "gsm"}, "--task"), ({"data": "a\0b"}, "data"), ({"task": "\ud800"}, "task"),
     ({"steps": True}, "steps"), ({"model": {}}, "model"), ({"samples": None}, None),
 ])
 def test_a_runs_recorded_flags_are_checked_like_typed_ones(home, monkeypatch, capsys, changes, naming):

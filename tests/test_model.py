@@ -161,6 +161,8 @@ def test_qwen2_without_head_dim_divides_the_width_among_the_heads():
     ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding"]),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}}, ["rope_parameters", "yarn"]),
     ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}, ["rope_parameters", "linear"]),
+    ({"rope_parameters": "default"}, ["rope_parameters"]),
+    ({"rope_parameters": {"full_attention": "default"}}, ["rope_parameters"]),
     ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_scaling", "dynamic"]),
     ({"hidden_size": None}, ["hidden_size", "missing"]),
     *((changes, [f"{list(changes)[0]} = "]) for changes in (

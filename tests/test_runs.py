@@ -402,6 +402,8 @@ def test_stage_2_is_compared_with_the_stage_1_that_it_started_from(home):
     run("distill.py", "--model", "toy", *SMALL, "--exit-every", 1, "--out", "one", cwd=home)
     done = run(*evaluated, "c", cwd=home)  # and not a fault at its end, in the figures by exit
     assert "one has other exits by now, and is left out" in done.stderr and "stage 1" not in done.stdout
+    shutil.rmtree(home / "one")
+    assert "is not there any more, and is left out" in run(*evaluated, "d", cwd=home).stderr
 
 
 def test_stage_2_ends_well_where_its_stage_1_was_taken_away(home):
@@ -498,6 +500,7 @@ def test_resume_takes_what_it_may_and_extends(home):
         "one", "--no-recompute", "--lr", 1e-4, cwd=home)
     assert lines(home / "two" / "metrics.jsonl")[2]["lr"] == pytest.approx(1e-4 * 0.3 / 3)  # as after bad gradients
     assert (home / "two" / "step-000003").exists() and len(lines(home / "two" / "metrics.jsonl")) == 3
+    assert config(home / "two")["init"] == str(home / "one")  # from any folder, as the first start records it
     assert config(home / "two")["steps"] == 3 and json.loads((home / "two" / "complete.json").read_text())["step"] == 2
 
 
