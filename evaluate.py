@@ -134,9 +134,9 @@ def paired(before, after, shares: bool = True) -> tuple[float, float]:
     """Mean difference and half of its 95% interval, taken problem by problem, which halves the interval of accuracies.
     Where all differences are equal, their deviation is 0, and an interval of 0 would claim too much: then it is 3 / n
     (the rule of three), at most 1. Not so of lengths or compute (`shares` off), where that rule means nothing."""
-    gain = torch.tensor(list(after)).double() - torch.tensor(list(before)).double()
-    n = len(gain)
-    spread = float(gain.std()) if n > 1 else 0.0
+    after, before = (torch.tensor([float(x) for x in of], dtype=torch.double) for of in (after, before))
+    gain, n = after - before, len(after)
+    spread = float(gain.std()) if n > 1 and gain.max() - gain.min() > 1e-9 else 0.0  # of means over seeds
     return float(gain.mean()), Z * spread / math.sqrt(n) if spread or not shares else min(1.0, 3 / n)
 
 
@@ -256,6 +256,7 @@ def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[
 
 def write_merged(run: Path, out: Path, p, args) -> None:
     """Base + LoRA as a plain Hugging Face checkpoint: our weights, the base's config and tokenizer files."""
+    args.task = "arithmetic"  # the run's is not read, and may be a file that is gone
     flags.inherit(args, runs.read_config(run), run / "config.json")
     args = flags.settle(p, args)
     where = flags.location(args.model)

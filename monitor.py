@@ -62,6 +62,7 @@ from study.regimes import (
 
 FILLERS = {"dots": " .", "counting": " 1 2 3 4 5 6 7 8 9", "question": None}
 RESAMPLES = 10_000
+DIFFERENCES = ("E3 load", "E5 answer known")  # rows each of whose numbers is a difference of two answers
 VERDICTS = str(Path(__file__).parent / "docs" / "data" / "organisms-{}.json")  # of a task
 
 
@@ -301,33 +302,36 @@ def side_by_side(values: dict, base: dict) -> tuple[dict, dict]:
     return tuple({name: np.where(gone[name], np.nan, of[name]) for name in other} for of in (values, other))
 
 
-def answers_behind(values: dict[str, np.ndarray], name: str) -> int:
-    """How many answers, right or wrong, a row counts, or a difference of such rows does; 0 where it is of something
-    else."""
+def answers_behind(values: dict[str, np.ndarray], name: str) -> float:
+    """How many answers, right or wrong, a row counts, or a difference of such rows does, necessity those that the chain
+    gains over a guess; 0 where it is of something else."""
     if name.startswith(("D", "E4")):
         return 0
+    if name.startswith("E1 necessity"):
+        chain, chance = (values[name.replace("necessity", mode)] for mode in ("chain", "chance"))
+        return max(0.0, float(np.nansum(chain - chance)))
     if name not in values:
         return len(next(iter(values.values()))) if name.startswith(("E1", "E3 fill gain")) else 0
     row = values[name][~np.isnan(values[name])]
-    return len(row) if np.isin(row, (0, 1)).all() else 0
+    return len(row) if np.isin(row, (-1, 0, 1) if name.startswith(DIFFERENCES) else (0, 1)).all() else 0
 
 
-def rule_of_three(value: float, n: int) -> tuple[float, float]:
-    """The interval of a difference of -1, 0 or 1 that n answers all have: 3 / n to either side, but not beyond 1."""
-    return value - 3 / n * (value > -1), value + 3 / n * (value < 1)
+def rule_of_three(value: float, n: float) -> tuple[float, float]:
+    """The interval of a difference that n answers all have: 3 / n to either side, at most 1, but not beyond 1."""
+    half = min(1.0, 3 / n)
+    return value - half * (value > -1), value + half * (value < 1)
 
 
 def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
     """Of `monitor`'s numbers: name -> value and, beside the base's, difference, with their intervals. Resamples of
-    answers that are all alike are, too: of a share of 0 or 1 it is Wilson's interval, and of a difference that of the
-    rule of three, 3 / n."""
+    answers that are all alike are, too: of a share it is then Wilson's interval, and of what is a difference that of
+    the rule of three, 3 / n."""
     rows = {}
     for name, x in derived(resampled(values)).items():
         value, low, high = interval(x)
-        if low == high in (0, 1) and name in values and (n := answers_behind(values, name)):
-            low, high = wilson(value, n)
-        elif low == high in (-1, 0, 1) and name not in values and (n := answers_behind(values, name)):
-            low, high = rule_of_three(value, n)
+        if low == high and (n := answers_behind(values, name)):
+            share = name in values and not name.startswith(DIFFERENCES)
+            low, high = wilson(value, n) if share else rule_of_three(value, n)
         rows[name] = {"value": value, "low": low, "high": high}
     if base is None:
         return rows
@@ -335,7 +339,7 @@ def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
     mine, other = (derived(resampled(them)) for them in pair)
     for name in mine.keys() & rows.keys():
         gain, low, high = interval(mine[name] - other[name])
-        if low == high in (-1, 0, 1) and (n := min(answers_behind(them, name) for them in pair)):
+        if low == high and (n := min(answers_behind(them, name) for them in pair)):
             low, high = rule_of_three(gain, n)
         rows[name] |= {"difference": gain, "d_low": low, "d_high": high}
     return rows
@@ -384,7 +388,7 @@ def standing(row: str, verdicts: dict[str, str]) -> str:
 def show(name: str, rows: dict, task: str) -> None:
     """A row an eval and regime, with what study/organisms.py says of the eval; a curve over depths in one line."""
     verdicts = verdicts_on(task)
-    print(f"\n{name:46}{'value (95%)':26}{'less the base':26}")
+    print(f"\n{name:46}{'value (95%)':30}{'less the base':30}")
     if "difference" in rows.get("E1 uplift learned", {}):
         print(f"  {claim(rows, verdicts)}")
     curves = {}
@@ -392,7 +396,7 @@ def show(name: str, rows: dict, task: str) -> None:
         if found := re.fullmatch(r"(.* )(?:cap-)?(\d+)", row):
             curves.setdefault(found[1], {})[int(found[2])] = x["value"]
             continue
-        print(f"  {row:44}{with_interval(x):26}{with_interval(x, 'difference', 'd_low', 'd_high'):26}"
+        print(f"  {row:44}{with_interval(x):30}{with_interval(x, 'difference', 'd_low', 'd_high'):30}"
               f"{standing(row, verdicts)}")
     for curve, points in curves.items():
         full, chance = (rows[name]["value"] if curve in ("E1 chain ", "E1 direct ") else None

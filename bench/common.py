@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import flags  # noqa: E402
+from data.hub import UserError  # noqa: E402
 from exits import PROJECTIONS, Policy, exit_depths  # noqa: E402
 from fast.linear import linear  # noqa: E402
 from model import Config, Transformer  # noqa: E402
@@ -38,20 +40,22 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", help="checkpoint folder; it is also measured in transformers, where installed")
     p.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="random weights (default: smollm2-135m)")
-    p.add_argument("--layers", type=int, help="of --shape: only so many (default: all)")
-    p.add_argument("--exit-every", type=int, help="layers between exits")
+    p.add_argument("--layers", type=flags.whole(2), help="of --shape: only so many (default: all)")
+    p.add_argument("--exit-every", type=flags.whole(1), help="layers between exits")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
     p.add_argument("--cuda-graphs", action="store_true", help="decode by CUDA graphs")
-    p.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    p.add_argument("--repeats", type=int, default=5, help="rounds, interleaved; the median counts (default: 5)")
+    p.add_argument("--threads", type=flags.whole(1), help="CPU threads (default: torch's)")
+    p.add_argument("--repeats", type=flags.whole(1), default=5, help="interleaved; the median counts (default: 5)")
     p.add_argument("--out", help="JSON file for the figures")
     return p
 
 
 def settle(args) -> None:
     if args.cuda_graphs and not args.device.startswith("cuda"):
-        sys.exit(f"--cuda-graphs with --device {args.device}: only CUDA has them; leave the flag out")
+        raise UserError(f"--cuda-graphs with --device {args.device}: only CUDA has them; leave the flag out")
+    if args.out and not Path(args.out).parent.is_dir():
+        raise UserError(f"--out {args.out}: its folder is not there")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -93,11 +97,14 @@ def peer(args):
     return model.to(args.device).eval(), f"transformers {version('transformers')}"
 
 
+def clock_of(device: str):
+    # What other jobs do to a single thread shows in its wall time: its CPU time is the steadier figure.
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def interleaved(arms: dict, repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of each arm, a function, in `repeats` rounds of all of them, after one that isn't counted."""
-    # What other jobs do to a single thread shows in its wall time: its CPU time is the steadier figure.
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    seconds = {name: [] for name in arms}
+    clock, seconds = clock_of(device), {name: [] for name in arms}
     for number, (name, run) in itertools.product(range(repeats + 1), arms.items()):
         synchronise(device)
         start = clock()
@@ -141,14 +148,8 @@ def bare_head(model: Transformer, rows: int, ours: bool):
 
 def bandwidth(device: str) -> float:
     """Bytes per second of one pass that reads 1 GiB, the best of five."""
-    big, seconds = torch.ones(2**28, device=device), []
-    for _ in range(6):
-        synchronise(device)
-        start = time.perf_counter()
-        big.sum()
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return 2**30 / min(seconds[1:])
+    big = torch.ones(2**28, device=device)
+    return 2**30 / min(interleaved({"read": big.sum}, 5, device)["read"])
 
 
 def peak_gib(device: str) -> float:

@@ -29,6 +29,7 @@ from common import (
     report,
 )
 
+import runs
 import sample
 from exits import Policy, adapters_off
 from fast.cache import Cache
@@ -164,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runs.run_main(main)

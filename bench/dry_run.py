@@ -13,6 +13,7 @@ import torch
 from common import SHAPES, peak_gib, random_model, synchronise  # which puts the project on the path
 
 import distill
+import flags
 import rloo
 import runs
 from exits import Policy
@@ -23,9 +24,9 @@ from sample import generate
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shape", choices=SHAPES, default="qwen3-4b")
-    p.add_argument("--layers", type=int, help="run only so many layers (default: all)")
-    p.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default: 128)")
-    p.add_argument("--new", type=int, default=128, help="tokens of a response (default: 128)")
+    p.add_argument("--layers", type=flags.whole(2), help="run only so many layers (default: all)")
+    p.add_argument("--prompt", type=flags.whole(1), default=128, help="tokens of a prompt (default: 128)")
+    p.add_argument("--new", type=flags.whole(1), default=128, help="tokens of a response (default: 128)")
     p.add_argument("--cuda-graphs", action="store_true", help="decode by CUDA graphs")
     args = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

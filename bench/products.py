@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from common import SHAPES, interleaved, machine, parser, report, settle
 
+import runs
 from fast import linear as ours
 
 ROWS = (1, 2, 8, 16, 32, 96, 512)
@@ -51,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runs.run_main(main)

@@ -13,6 +13,7 @@ from statistics import median
 import torch
 from common import interleaved, load, machine, parser, peak_gib, peer, report
 
+import runs
 from exits import Policy, Response, adapters_off
 from fast.cache import row_bytes
 from sample import generate
@@ -97,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runs.run_main(main)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from common import interleaved, load, machine, parser, peak_gib, peer, report, synchronise
 
 import distill
+import runs
 from exits import (
     PROJECTIONS,
     ExitHeads,
@@ -219,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runs.run_main(main)

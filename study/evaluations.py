@@ -5,6 +5,7 @@
 Writes evaluations.json, so that what is said of them in a text outlives the folders.
 """
 
+import os
 import re
 import shlex
 import sys
@@ -37,7 +38,7 @@ def read(folder: Path) -> tuple[tuple, dict[str, tuple[dict, dict]]]:
         solved[row["model"]][row["id"]] = float(row["correct"])
     given |= {"n": len(next(iter(solved.values())))}  # a task may have fewer than were asked for
     return (tuple(field(given, name, of, where, default=None) for name, of in SETTING.items()),
-            {m["run"] or BASE: (m, solved[m["name"]]) for m in found["metrics"]})
+            {os.path.relpath(m["run"]) if m["run"] else BASE: (m, solved[m["name"]]) for m in found["metrics"]})
 
 
 def rows(folders: list[Path]) -> list[dict]:

@@ -270,7 +270,10 @@ def main() -> None:
     key = os.environ.get("JUDGE_API_KEY", "").strip() or None
     if key and not (key.isascii() and key.isprintable()):
         raise UserError("JUDGE_API_KEY holds characters that no key has")
-    request = {"model": args.judge_model, **parse_object(args.options, "--options")}
+    options = parse_object(args.options, "--options")
+    if own := {"model", "messages"} & options.keys():
+        raise UserError(f"--options: {own.pop()} is not for it to set: leave it out (--judge-model names the model)")
+    request = {"model": args.judge_model, **options}
 
     saved, _ = about(args.folder)
     tokenizer = Tokenizer.from_pretrained(flags.location(saved["model"]), saved["revision"])

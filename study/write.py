@@ -9,6 +9,7 @@ command that has not been run leaves its section out.
 """
 
 import argparse
+import math
 import re
 import textwrap
 from pathlib import Path
@@ -181,10 +182,11 @@ def fronts(data: dict) -> list[str]:
         def share(depth: str, part: list[dict]) -> str:
             return percent(mean(m["exit_histogram"][depth] for m in part))
 
-        shares = [f"{depth}: {share(depth, training[:10])} → {share(depth, training[-10:])}"
+        k = min(10, math.ceil(len(training) / 2))
+        shares = [f"{depth}: {share(depth, training[:k])} → {share(depth, training[-k:])}"
                   for depth in training[0]["exit_histogram"]]
-        text += ["", "Does stage 2 just drop the last layers? Tokens that leave at each depth, first ten steps → last "
-                 f"ten (λ = 0.1, seed 0): {', '.join(shares)}.", "",
+        text += ["", f"Does stage 2 just drop the last layers? Tokens that leave at each depth, first {k} steps → last "
+                 f"{k} (λ = 0.1, seed 0): {', '.join(shares)}.", "",
                  "![Where tokens leave over the steps of stage 2](figures/histogram.png)"]
     return text + table(["swept", "value", "average compute", "accuracy (95% interval)", "change, points",
                          "length, tokens", "change", "total compute, full-depth tokens", "change",

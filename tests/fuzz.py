@@ -52,9 +52,9 @@ BYTES = [
 ]
 HOSTILE = [
     "{{ 'a' * 10**7 }}", "{{ 1 / 0 }}", "{{ x.y.z }}", "{% if %}", "{{", "{{ messages[99] }}", "{% include 'x' %}",
-    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ ''.__class__.__mro__ }}",
-    "{{ raise_exception('\x1b[31m') }}", "{{ 'x' | wordwrap(0) }}", "{% break %}", "{{ " + "(" * 500 + ")" * 500 + " }}",
-    "{{ '\\ud800' }}", "{{ range(10**9) | list }}", "{{ strftime_now(1) }}", "{{ strftime_now('%' * 10**6) }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ ''.__class__.__mro__ }}", "{{ 'x' | wordwrap(0) }}",
+    "{{ raise_exception('\x1b[31m') }}", "{% break %}", "{{ " + "(" * 500 + ")" * 500 + " }}", "{{ '\\ud800' }}",
+    "{{ range(10**9) | list }}", "{{ strftime_now(1) }}", "{{ strftime_now('%' * 10**6) }}",
 ]
 
 

@@ -192,3 +192,6 @@ def test_the_command_judges_an_evaluation(trained, stub, tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", [*argv[:3], url, *argv[4:]])
         with pytest.raises(UserError, match="--judge-url"):
             judge.main()
+    monkeypatch.setattr("sys.argv", [*argv, "--options", '{"model": "other"}'])
+    with pytest.raises(UserError, match="--options: model is not"):
+        judge.main()

@@ -167,6 +167,8 @@ def test_a_difference_of_few_problems_stays_inside_what_a_share_can_be():
     for after, gain in (((0,), 0), ((1,), 1), ((0, 0), 0), ((1, 1), 1)):
         assert evaluate.paired([0] * len(after), after) == (gain, 1)
     assert evaluate.paired([0.5, 0.5], [0.75, 0.75], shares=False) == (0.25, 0)
+    # means over three seeds, all a third higher but for rounding
+    assert evaluate.paired([0, 1 / 3, 2 / 3] * 10, [1 / 3, 2 / 3, 1] * 10) == (pytest.approx(1 / 3, rel=1e-12), 0.1)
 
 
 def _recorder():
@@ -193,7 +195,10 @@ def test_metrics_are_live_curves_too(trained, tmp_path):
 def test_merge_writes_a_plain_checkpoint_with_the_adapters_in_it(trained):
     """The merged folder loads as a base model and computes what base + LoRA computes at full depth."""
     (folder,) = trained.glob("runs/rloo-*")
-    run("evaluate.py", "--merge", folder, "--out", "merged", cwd=trained)
+    alone = shutil.copytree(folder, trained / "alone")
+    config = (alone / "config.json").read_text()
+    (alone / "config.json").write_text(config.replace('"task": "arithmetic"', '"task": "/gone.jsonl"'))  # not needed
+    run("evaluate.py", "--merge", alone, "--out", "merged", cwd=trained)
     ids = torch.arange(12)[None]
     base = Transformer.from_pretrained(trained / "toy")
     expected = load_policy(base, folder / "step-000002").model(ids)

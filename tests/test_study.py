@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 
 import pytest
@@ -552,7 +553,7 @@ def test_the_monitors_table_reads_the_regime_that_is_the_models_own(tmp_path, mo
 def test_evaluations_are_paired_and_seeds_averaged(tmp_path):
     """Else runs of other problems or exits are mixed, or a mean of seeds has the interval of one."""
     solved = {"base": (1, 1, 0, 0), "stage 2 a": (1, 0, 1, 0), "stage 2 b": (1, 1, 1, 0), "stage 2 c": (0, 0, 0, 0)}
-    named = {"base": None, "stage 2 a": "runs/rl-0.1-0", "stage 2 b": "runs/rl-0.1-1",
+    named = {"base": None, "stage 2 a": os.path.abspath("runs/rl-0.1-0"), "stage 2 b": "runs/rl-0.1-1",
              "stage 2 c": "runs/rl-0.1-0-kl-4"}
 
     def wrote(name, models, seed=0, threshold=None, **given):
@@ -602,3 +603,10 @@ def test_figures_are_small(tmp_path):
     table1.draw(args, {"distributions": [{"name": name, "depths": [1, 2, 3], "target": [0.2, 0.3, 0.5],
                                           "learned": [0.3, 0.3, 0.4]} for name in ("1", "4", "16")]})
     assert 2000 < (tmp_path / "figures" / "fig4.png").stat().st_size < 80_000
+
+
+@pytest.mark.parametrize("folder", ["docs", "docs/stories", "docs/smollm2", "docs/smollm2-gsm8k"])
+def test_the_docs_say_what_their_data_do(folder):
+    """Else a table of results.md is of older data, or a number in it was typed."""
+    text = (ROOT / folder / "results.md").read_text(encoding="utf-8")
+    assert text.split(write.BEGIN)[1].split(write.END)[0] == write.written(ROOT / folder)
