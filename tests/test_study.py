@@ -18,6 +18,7 @@ from report import kinds
 from sample import generate
 from study import baselines, common, crossdomain, evaluations, fig2, fronts, heads, table1, tokens, write
 from tests.chance import assert_frequencies
+from tests.commands import ROOT
 from tests.toys import PROMPTS, L, assert_close, reference, responses, toy_policy
 
 
