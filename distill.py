@@ -105,7 +105,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, kappa: floa
     count = sum(map(len, responses))
     E, depth_of_outcome = len(policy.exits), policy.depth_of_outcome
     sizes = [2, E + 1, E, E]
-    sums = policy.heads.bias.new_zeros(sum(sizes))
+    loss, q_sum, p_sum, visits = (policy.heads.bias.new_zeros(n) for n in sizes)
     for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
         base_h, lens_h = base_pass(policy, batch)
         u = uniforms((seed, DEPTHS, step), index[batch.row], batch.position, 1)[:, 0]
@@ -115,13 +115,15 @@ def train_step(policy: Policy, responses: list[Response], step: int, kappa: floa
         exit_loss = exit_cross_entropy(scores.exit_logits, p_safe, depths, policy.exits)
         distill_loss(scores.token_kl, exit_loss, count).backward()
 
-        p_sum, visits = hazards(scores.exit_logits.detach().sigmoid(), depths, policy.exits)
-        total = torch.stack([scores.token_kl.sum(), exit_loss.sum()]).detach()
-        sums += torch.cat([total, log_q.exp().sum(0), p_sum, visits])
+        loss += torch.stack([scores.token_kl.sum(), exit_loss.sum()]).detach()
+        q_sum += log_q.exp().sum(0)
+        p, reached = hazards(scores.exit_logits.detach().sigmoid(), depths, policy.exits)
+        p_sum, visits = p_sum + p, visits + reached
+    sums = torch.cat([loss, q_sum, p_sum, visits])  # together, since each copy waits for the device
     parallel.all_reduce(sums)  # over the processes; apply_gradients adds the gradients
-    total, q_sum, p_sum, visits = sums.cpu().split(sizes)  # together, since each copy waits for the device
-    total, hazard = (total / count).tolist(), p_sum / visits.clamp(min=1)
-    return {"loss": sum(total), "token_kl": total[0], "exit_cross_entropy": total[1], "tokens": count,
+    loss, q_sum, p_sum, visits = sums.cpu().split(sizes)
+    terms, hazard = (loss / count).tolist(), p_sum / visits.clamp(min=1)
+    return {"loss": sum(terms), "token_kl": terms[0], "exit_cross_entropy": terms[1], "tokens": count,
             "target": summary(q_sum / count, depth_of_outcome),
             "learned": summary(from_hazards(hazard), depth_of_outcome)}
 
