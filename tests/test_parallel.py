@@ -71,7 +71,7 @@ def together(size: int, *command, cwd, codes=(0,), harm=None) -> str:
     logs = [str(Path(cwd) / f"rank{rank}") for rank in range(size)]
     processes = [forked(command, cwd, log, Rank(rank, size, port, harm)) for rank, log in enumerate(logs)]
     for process in processes:
-        process.join(60)
+        process.join(180)
     ended = [process.exitcode for process in processes]  # None: it hangs
     for process in processes:
         process.kill()
