@@ -23,7 +23,7 @@ TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|i
             "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}")
 SMALL = ("--task", "arithmetic", "--responses", 6, "--held-out", 3, "--max-new-tokens", 12, "--micro-batch", 8,
          "--steps", 2)  # stage 1
-RL = ("--samples", 2, "--prompts-per-step", 2, "--problems", 20, "--steps", 2)  # stage 2
+RL = ("--samples", 2, "--prompts-per-step", 2, "--problems", 20, "--micro-batch", 3, "--steps", 2)  # stage 2
 
 
 def toy_checkpoint(folder, layers=4, seed=0):
