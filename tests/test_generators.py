@@ -22,7 +22,7 @@ def sums():
 
 @pytest.fixture(scope="module")
 def tales():
-    return {"train": stories.problems("train", N, SEED), "test": stories.problems("test", 100, SEED)}
+    return {"train": stories.problems("train", N, SEED), "test": stories.problems("test", 50, SEED)}
 
 
 def solve_sum(question: str) -> int:
