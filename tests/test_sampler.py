@@ -75,7 +75,7 @@ def test_cached_sampling_equals_teacher_forced_scoring(kind, tied, used, bias, t
         return torch.stack(parts)
 
     assert_close(logps(drawn), scored(drawn))
-    assert_close(logps(drawn), torch.cat([scored([r]) for r in drawn], 1))
+    assert_close(logps(drawn[::5]), torch.cat([scored([r]) for r in drawn[::5]], 1))
     r = min(drawn, key=lambda r: (len(set(r.depths)) == 1, len(r) < 3, len(r.prompt_ids) + len(r)))
     slow = reference(policy).score(r.prompt_ids, r.token_ids, r.depths, temperature=temperature, delta=delta)
     assert_close([r.logp_exit, r.logp_token], slow[:2])
@@ -100,8 +100,8 @@ def every_way(policy, monkeypatch, prompts, **options):
 
 def test_every_way_to_decode_draws_the_same_sample(monkeypatch):
     """Batching, compaction, late keys and values and fixed shapes are for speed: none may change what is sampled."""
-    options = dict(samples=3, max_new_tokens=24, eos_ids=[7, 30], seed=(2, 7))
-    whole, *others = every_way(toy_policy().double(), monkeypatch, PROMPTS * 2, **options)
+    options = dict(samples=3, max_new_tokens=16, eos_ids=[7, 30], seed=(2, 7))
+    whole, *others = every_way(toy_policy().double(), monkeypatch, PROMPTS, **options)
     for again in others:
         assert actions(again) == actions(whole)
         assert_close(logps(again), logps(whole))
