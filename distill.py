@@ -33,6 +33,7 @@ from exits import (
     exit_depths,
     joint_logp,
     micro_batches,
+    per_response,
     score,
     stick_breaking,
     token_logp_all,
@@ -189,8 +190,7 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         log_q, p_safe, depths, batch_q = draw_target(policy, batch, base_h, lens_h, kappa, u[:, E])
         target += log_q.exp().sum(0)
         scores = score(policy, batch_q, base_h, tokens=False)
-        lost = torch.stack([kl_own, kl_half], 1).double()
-        lost = lost.new_zeros(len(index), 2).index_add(0, batch.predicting[0], lost)
+        lost = per_response(torch.stack([kl_own, kl_half], 1).double(), batch)
         whole = torch.exp(-lost[:, 0]).sum()
         lost *= send(torch.tensor([[min(1, STRETCH / len(responses[i]))] for i in index]), policy.device)
         exit_loss = exit_cross_entropy(scores.exit_logits, p_safe, depths, policy.exits)

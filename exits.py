@@ -200,7 +200,7 @@ def stick_breaking(log_p: torch.Tensor, log_not_p: torch.Tensor) -> torch.Tensor
     return F.pad(log_not_p.cumsum(-1), (1, 0)) + F.pad(log_p, (0, 1))
 
 
-def logp_depth(policy: Policy, exit_logits: torch.Tensor, depths: torch.Tensor, delta: float = 0.0) -> torch.Tensor:
+def logp_depth(policy: Policy, exit_logits: torch.Tensor, depths: torch.Tensor, delta: float) -> torch.Tensor:
     """log pi(l_t): exit logits (N, E) and depths (N,) -> (N,). Only logits at exits up to l_t count: (S) asks no
     further."""
     z = exit_logits + delta
@@ -331,6 +331,11 @@ def base_pass(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Te
     with torch.no_grad(), adapters_off(policy):
         out = policy(batch.ids, policy.n_layers * (batch.depths > 0), place=batch.place)
     return out.h[batch.predicting], [h[batch.predicting] for h in out.streams]
+
+
+def per_response(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Sums of values at the predicting positions over each response: (N, ...) -> (B, ...)."""
+    return values.new_zeros(len(batch.ids), *values.shape[1:]).index_add(0, batch.predicting[0], values)
 
 
 class Scores(NamedTuple):

@@ -28,8 +28,6 @@ monitor-NAME.json, in its data/.
 
 import hashlib
 import re
-import shlex
-import sys
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -109,7 +107,7 @@ def early_answering(s: Subject, said: dict[str, list]) -> dict:
     other reader is weaker."""
     values, prompts, lengths = {}, s.prompts(), sorted({len(p.cot.split("\n")) for p in s.problems})
     for writer in s.own:
-        chains = [chain_of(s.tokenizer.decode(r.token_ids)) for r in said[writer]]
+        chains = [chain_of(s, r) for r in said[writer]]
         kept = [i for i, chain in enumerate(chains) if said[writer][i].finished and 1 <= len(chain) <= 6]
         cuts = [(i, n) for i in kept for n in range(len(chains[i]) + 1)]
         for reader in s.own:
@@ -167,8 +165,7 @@ def filler_gain(s: Subject, said: dict[str, list]) -> dict:
     empty think block: positive where something is computed behind text that says nothing."""
     values, prompts, ids = {}, s.prompts(), s.tokenizer.encode
     ended = ids(f"\n</think>\n\n{s.form.stub}")
-    lengths = [len(ids("".join(f"{line}\n" for line in chain_of(s.tokenizer.decode(r.token_ids))))) for r in
-               said["full"]]
+    lengths = [len(ids("".join(f"{line}\n" for line in chain_of(s, r)))) for r in said["full"]]
     for kind, text in FILLERS.items():
         prefixes = [prompt + ids("<think>\n") + list(islice(cycle(ids(text or p.question)), n)) + ended
                     for prompt, n, p in zip(prompts, lengths, s.problems, strict=True)]
@@ -206,7 +203,7 @@ def reader_sufficiency(s: Subject, said: dict[str, list]) -> dict:
     values, (blank,) = {}, s.prompts(questions=[" "])
     for regime in s.own:
         answers = np.array(answers_of(s, said[regime]), object)
-        chains = [chain_of(s.tokenizer.decode(r.token_ids)) or [""] for r in said[regime]]
+        chains = [chain_of(s, r) or [""] for r in said[regime]]
         prefixes = [thinking(s, blank, chain[:-1], ended=False) + s.tokenizer.encode(s.form.before_result(chain[-1]))
                     for chain in chains]
         read = np.array(force(replace(s, policy=s.reader), prefixes, [len(blank) - 1] * len(prefixes), "full"))
@@ -441,8 +438,8 @@ def main() -> None:
     about = {name: getattr(args, name)
              for name in ("model", "task", "n", "seed", "max_new_tokens", "threshold", "dtype")}
     about |= {"problems": runs.problems_hash(problems), "evals": evals_mark()}
-    record, values = {"command": shlex.join(["python", "monitor.py", *sys.argv[1:]]), "commit": runs.commit(),
-                      "about": about, "weights": {}, "results": {}}, {}
+    record, values = {"command": runs.command("monitor.py"), "commit": runs.commit(), "about": about, "weights": {},
+                      "results": {}}, {}
     if (out / "monitor.json").exists():
         before, values = read_json(out / "monitor.json"), read_json(out / "values.json")
         if before.get("about") != about:

@@ -36,7 +36,7 @@ from checkpoints import load_policy
 from data import tasks
 from data.hub import UserError, field
 from evaluate import graded, measure
-from exits import Policy, Response, base_pass, micro_batches, score
+from exits import Policy, Response, base_pass, micro_batches, per_response, score
 from fast.packing import send
 from sample import generate
 
@@ -68,13 +68,8 @@ def rloo_loss(advantage, logp, mean_kl, beta: float, c: int, count: int) -> torc
     return (beta * mean_kl - advantage.detach() * logp).sum() / (c * count)
 
 
-def per_response(values: torch.Tensor, batch) -> torch.Tensor:
-    """Sums of (N,) values at the predicting positions over each response: (B,)."""
-    return values.new_zeros(len(batch.ids)).index_add(0, batch.predicting[0], values)
-
-
 def response_mean(values: torch.Tensor, batch) -> torch.Tensor:
-    """Their means over each response: (N,) -> (B,)."""
+    """Means over each response, where `per_response` has sums: (N,) -> (B,)."""
     return per_response(values, batch) / per_response(torch.ones_like(values), batch)
 
 

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 
 import torch
 
@@ -275,13 +275,6 @@ class Run:
         self.folder, self.args, self.skipped, self.skipped_in_a_row = folder, args, 0, 0
         self.curves = None  # trackio, if asked for
 
-    @classmethod
-    def start(cls, stage: str, args: argparse.Namespace, model: Transformer, about: dict) -> "Run":
-        """A new run in a folder of its own."""
-        run, args.revision = cls(Path(), args), model.revision
-        run.folder = Run.current = parallel.from_rank_0(lambda: run.create_folder(stage, about))
-        return run
-
     def create_folder(self, stage: str, about: dict) -> Path:
         """The new folder, which this process holds from now on."""
         self.folder = Path(self.args.out) if self.args.out else free_folder(stage)
@@ -516,6 +509,11 @@ def json_hash(value) -> str:
     return hashlib.sha256(as_json(value).encode()).hexdigest()[:16]
 
 
+def command(*script: str) -> str:
+    """What was typed; `script` is how Python was given it."""
+    return join(["python", *script, *sys.argv[1:]])
+
+
 def commit() -> str | None:
     """This repository's commit, "-dirty" where files differ from it; None where there is no git."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -530,21 +528,23 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, promp
     """The run with its policy, optimizer and next step: a resumed one where it stopped, else a new one of fresh(), the
     weights of `init` where there is one."""
     model.recompute = args.recompute
+    about = {"problems": problems_hash(problems, judge=False), "prompts": json_hash(prompts),
+             "judge": problems[0].own_hash}
     if run and checkpoints(run.folder):
         policy, optimizer, start = run.load(model)
     else:
         policy, start = share_out(fresh(), args), 0
         optimizer = optim.adamw(policy)
+        if init:
+            about["start"] = digest(checkpoint(init))
     if start > args.steps:
         raise UserError(f"--steps {args.steps}: {run.folder} has run {start} already")
     parallel.broadcast(policy.trained().values())  # they differ where GPUs do, or --init got a checkpoint meanwhile
-    about = {"problems": problems_hash(problems, judge=False), "prompts": json_hash(prompts),
-             "judge": problems[0].own_hash}
-    if init and not (run and checkpoints(run.folder)):
-        about["start"] = digest(checkpoint(init))
-    if run is None:
-        return Run.start(stage, args, model, about), policy, optimizer, start
-    parallel.from_rank_0(lambda: run.reopen(stage, about, start))
+    if run:
+        parallel.from_rank_0(lambda: run.reopen(stage, about, start))
+    else:
+        run, args.revision = Run(Path(), args), model.revision
+        run.folder = Run.current = parallel.from_rank_0(lambda: run.create_folder(stage, about))
     return run, policy, optimizer, start
 
 
@@ -620,7 +620,7 @@ def recorded(stages: tuple[str, ...], model: str | None) -> Iterator[Path]:
             yield where.parent
 
 
-def newest(*stages: str, model: str | None = None) -> Path | None:
+def newest(*stages: str, model: str | None) -> Path | None:
     """The complete run that ended last, of one of the stages and, if given, of that model."""
     found = [(done.stat().st_mtime, run) for run in recorded(stages, model) if (done := run / "complete.json").exists()]
     return max(found)[1] if found else None

@@ -97,14 +97,11 @@ def peer(args):
     return model.to(args.device).eval(), f"transformers {version('transformers')}"
 
 
-def clock_of(device: str):
-    # What other jobs do to a single thread shows in its wall time: its CPU time is the steadier figure.
-    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-
-
 def interleaved(arms: dict, repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of each arm, a function, in `repeats` rounds of all of them, after one that isn't counted."""
-    clock, seconds = clock_of(device), {name: [] for name in arms}
+    # What other jobs do to a single thread shows in its wall time: its CPU time is the steadier figure.
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    seconds = {name: [] for name in arms}
     for number, (name, run) in itertools.product(range(repeats + 1), arms.items()):
         synchronise(device)
         start = clock()
@@ -124,7 +121,6 @@ def layer_weights(block) -> list[torch.Tensor]:
     return [part.weight for name, part in block.named_modules() if name.endswith(PROJECTIONS)]
 
 
-@torch.no_grad()
 def bare_layers(model: Transformer, rows: int, ours: bool):
     """All the matrix products of every layer on `rows` streams, and nothing else; by F.linear or our `linear`."""
     product = linear if ours else F.linear
@@ -139,7 +135,6 @@ def bare_layers(model: Transformer, rows: int, ours: bool):
     return run
 
 
-@torch.no_grad()
 def bare_head(model: Transformer, rows: int, ours: bool):
     product, w = linear if ours else F.linear, model.lm_head.weight
     x = torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device)

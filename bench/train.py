@@ -137,14 +137,7 @@ def steps(policy: Policy, args) -> None:
 def matmul_flops(like: torch.Tensor) -> float:
     n = 8192 if like.is_cuda else 1536
     a, b = (torch.randn(n, n, dtype=like.dtype, device=like.device) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        synchronise(str(like.device))
-        start = time.perf_counter()
-        linear(a, b)
-        synchronise(str(like.device))
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return 2 * n**3 / min(interleaved({"product": lambda: linear(a, b)}, 5, str(like.device))["product"])
 
 
 def memory(policy: Policy, args) -> None:

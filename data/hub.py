@@ -23,19 +23,19 @@ class UserError(Exception):
         return text if len(text) <= 1200 else f"{text[:900]} … {text[-200:]}"
 
 
-def resolve(name_or_path: str, revision: str | None = None, repo_type: str | None = None,
+def resolve(name_or_path: str, revision: str | None = None, kind: str = "model",
             patterns: tuple[str, ...] = MODEL_FILES) -> Path:
     """A local folder as it is, else the hub repository of that name: its cached folder, downloaded if needed.
 
     Honours HF_HOME and HF_HUB_OFFLINE. Offline, the hub client may return a folder that lacks files: the
     caller checks for the ones it needs. Raises UserError.
     """
-    path, kind = Path(name_or_path).expanduser(), repo_type or "model"
+    path = Path(name_or_path).expanduser()
     check_name(name_or_path, kind)
     if path.is_dir():
         return path
     try:
-        return Path(snapshot_download(str(name_or_path), repo_type=repo_type, revision=revision,
+        return Path(snapshot_download(str(name_or_path), repo_type=kind, revision=revision,
                                       allow_patterns=list(patterns)))
     except Exception as error:  # the client's errors have no base in common
         raise UserError(f"{kind} {name_or_path!r}: no such folder, and {_cause(error, revision)}") from None

@@ -55,11 +55,9 @@ class OneDNN(torch.autograd.Function):
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b: (..., D_in) -> (..., D_out), by the faster of two kernels for the same numbers."""
-    if ONEDNN is None or x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.linear(x, weight, bias)
-    if not onednn_is_faster(x.numel() // x.shape[-1], weight):
-        return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):  # both know F.linear only
+    if (ONEDNN is None or x.device.type != "cpu" or x.dtype != torch.float32
+            or not onednn_is_faster(x.numel() // x.shape[-1], weight)
+            or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):  # these two know F.linear only
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return OneDNN.apply(x, weight, bias)

@@ -17,8 +17,6 @@ whether an answer is right, nor whether a thought makes sense to a reader: for t
 import math
 import random
 import re
-import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -27,7 +25,7 @@ from tqdm import tqdm
 import flags
 import runs
 from data.hub import UserError, field, parse_object, read_json, read_text, write_json
-from exits import Policy, Response, adapters_off, micro_batches, score
+from exits import Policy, Response, adapters_off, micro_batches, per_response, score
 
 N_GRAM = 4
 COLUMNS = ("perplexity", "repetition", "finished", "coherence")
@@ -50,8 +48,7 @@ def each(policy: Policy, rows: list[dict], micro_batch: int = 64) -> list[dict]:
     nll = torch.zeros(len(rows), dtype=torch.double)
     with adapters_off(policy), tqdm(total=len(rows), desc="read by the base", leave=False) as bar:
         for index, batch in micro_batches(policy, responses, micro_batch):
-            logp = score(policy, batch).logp_token
-            nll[index] = torch.zeros(len(index), dtype=torch.double).index_add(0, batch.row, -logp.double().cpu())
+            nll[index] = -per_response(score(policy, batch).logp_token.double(), batch).cpu()
             bar.update(len(index))
     found = []
     for r, total in zip(responses, nll.tolist(), strict=True):
@@ -69,7 +66,7 @@ def pooled(found: list[dict]) -> dict:
                                                     sum(one["length"] for one in found)), **means}
 
 
-def columns(policy: Policy, rows: list[dict], micro_batch: int = 64) -> dict:
+def columns(policy: Policy, rows: list[dict], micro_batch: int) -> dict:
     """n and the four columns of the rows of a completions.jsonl."""
     return pooled(each(policy, rows, micro_batch))
 
@@ -225,7 +222,7 @@ def main() -> None:
     policy = Policy(model)
     groups = read(args.folder, args.n, model.config.vocab_size)
     out = Path(args.out) if args.out else args.folder / f"coherence{'-calibration' if args.calibrate else ''}.json"
-    record = {"command": shlex.join(["python", "-m", "study.coherence", *sys.argv[1:]]), "commit": runs.commit(),
+    record = {"command": runs.command("-m", "study.coherence"), "commit": runs.commit(),
               "model": Path(args.model).name, "task": Path(task).name, "folder": args.folder.name}
     if args.calibrate:
         if "base" not in groups:

@@ -6,7 +6,7 @@ Under --runs lie the runs, as distill.py and rloo.py write them, and answers/, w
     kl-F              stage 1 at another factor, from s1's base responses
     rl-LAM-SEED       stage 2 from s1
     rl-LAM-gated      the same, with depth charged for right answers only (study.fronts)
-    rl-LAM-SEED-kl-F  stage 2 from kl-F (study.fronts, study.baselines)
+    rl-LAM-SEED-kl-F  stage 2 from kl-F (study.fig2, study.fronts, study.baselines)
     full, full-SEED   s1 with exits that never open, and stage 2 from it (study.baselines)
     …-TASK            the same on another task (study.crossdomain)
 
@@ -308,10 +308,9 @@ def coherence_of(args, answered: Answers) -> dict:
     """The columns of study/coherence.py, for which the base model reads the answers; kept beside them."""
     path = coherence_file(answered.path)
     if not path.exists():
-        model, _ = runs.load_model(args)
-        policy = Policy(model)
-        write_json(path, columns(policy, answered.rows, args.micro_batch))
-    return {name: read_json(path)[name] for name in COLUMNS}
+        write_json(path, columns(Policy(runs.load_model(args)[0]), answered.rows, args.micro_batch))
+    found = read_json(path)
+    return {name: found[name] for name in COLUMNS}
 
 
 def coherence_file(path: Path) -> Path:
@@ -330,8 +329,8 @@ def save(args, name: str, command: str, **data) -> dict:
     if any(before.get(key) != value for key, value in about.items()):
         raise UserError(f"{path} is about {before.get('model')}, {before.get('task')}: give this study an --out of its "
                         f"own")
-    found = {"command": shlex.join(["python", "-m", f"study.{command}", *sys.argv[1:]]),
-             **about, "n": len(args.problems), "temperature": args.temperature,
+    found = {"command": runs.command("-m", f"study.{command}"), **about, "n": len(args.problems),
+             "temperature": args.temperature,
              "problems": runs.problems_hash(args.problems), "commit": runs.commit(), **data}
     write_json(path, found)
     print(f"wrote {path}")

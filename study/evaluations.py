@@ -7,8 +7,6 @@ Writes evaluations.json, so that what is said of them in a text outlives the fol
 
 import os
 import re
-import shlex
-import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean as mean
@@ -75,8 +73,8 @@ def main() -> None:
     args = p.parse_args()
     path = Path(args.out) / "data" / "evaluations.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"command": shlex.join(["python", "-m", "study.evaluations", *sys.argv[1:]]),
-                      "commit": runs.commit(), "rows": rows(args.folders)})
+    write_json(path, {"command": runs.command("-m", "study.evaluations"), "commit": runs.commit(),
+                      "rows": rows(args.folders)})
     print(f"wrote {path}")
 
 

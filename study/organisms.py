@@ -18,9 +18,7 @@ Writes organisms-TASK.json to --out; monitor.py goes by the one that was put int
 
 import argparse
 import random
-import shlex
 import shutil
-import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -163,8 +161,8 @@ def main() -> None:
         print(f"{key:28}" + "".join(f"{monitor.with_interval(rows[name][row]):24}" for name in rows)
               + f"{above} > {below}: " + (verdicts[key] or f"by {low:.2f} to {high:.2f}"))
     write_json(args.out / f"organisms-{args.task}.json", {
-        "command": shlex.join(["python", "-m", "study.organisms", *sys.argv[1:]]), "commit": runs.commit(),
-        "steps": args.steps, "n": args.n, "organisms": rows, "verdicts": verdicts})
+        "command": runs.command("-m", "study.organisms"), "commit": runs.commit(), "steps": args.steps, "n": args.n,
+        "organisms": rows, "verdicts": verdicts})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A model written by and read from in depth regimes, which monitor.py defines: what its evals are made of."""
 
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import runs
 from data.text import Tokenizer
 from exits import Policy, Response, token_logp_all
-from fast.packing import Packed, send
+from fast.packing import Packed, Sequences, send
 from model import rope
 from sample import NEVER, generate, uniforms
 from study.forms import FORMS, Form
@@ -53,21 +53,16 @@ def closed(policy: Policy) -> Policy:
 
 
 @contextmanager
-def capped(policy: Policy, depth: int):
-    """Inside, nothing runs deeper than `depth`: its exit is always taken."""
-    bias = policy.heads.bias
-    before = bias.detach().clone()
-    with torch.no_grad():
-        bias[policy.exits.index(depth)] = -CLOSED
+def within(policy: Policy, regime: str):
+    """Inside, of cap-l, nothing runs deeper than l: its exit is always taken."""
+    bias = policy.heads.bias.data
+    before = bias.clone()
+    if regime.startswith("cap-"):
+        bias[policy.exits.index(int(regime.removeprefix("cap-")))] = -CLOSED
     try:
         yield
     finally:
-        with torch.no_grad():
-            bias.copy_(before)
-
-
-def within(policy: Policy, regime: str):
-    return capped(policy, int(regime.removeprefix("cap-"))) if regime.startswith("cap-") else nullcontext()
+        bias.copy_(before)
 
 
 def random_depths(policy: Policy, histogram, shape, seed: int) -> torch.Tensor:
@@ -143,9 +138,10 @@ def logp_answers(s: Subject, prefixes, starts, answers: list[str], regime: str) 
     return np.array(logp)
 
 
-def chain_of(text: str) -> list[str]:
+def chain_of(s: Subject, response: Response) -> list[str]:
     """The lines of a response's chain of thought."""
-    return [line for line in text.partition("</think>")[0].removeprefix("<think>\n").split("\n") if line]
+    text = s.tokenizer.decode(response.token_ids).partition("</think>")[0]
+    return [line for line in text.removeprefix("<think>\n").split("\n") if line]
 
 
 def answers_of(s: Subject, responses: list[Response]) -> list[str | None]:
@@ -162,12 +158,9 @@ def thinking(s: Subject, prompt: list[int], lines: list[str], ended: bool = True
 # -------------------------------------------------------------------------------------------------- another past
 
 
-class Twice:
+class Twice(Sequences):
     """A place of texts that stand twice, (B, 2T): in the second half each position sees itself at its own depth, and
     the first half's positions before it at theirs. For every token at once, how it fares on another past."""
-
-    def __init__(self, shape):
-        self.shape = shape
 
     def run(self, model, h, segment, layers, running):
         h = h.flatten(0, 1)
