@@ -136,7 +136,7 @@ def paired(before, after, shares: bool = True) -> tuple[float, float]:
     (the rule of three), at most 1. Not so of lengths or compute (`shares` off), where that rule means nothing."""
     after, before = (torch.tensor([float(x) for x in of], dtype=torch.double) for of in (after, before))
     gain, n = after - before, len(after)
-    spread = float(gain.std()) if n > 1 and gain.max() - gain.min() > 1e-9 else 0.0  # of means over seeds
+    spread = float(gain.std()) if n > 1 and gain.max() - gain.min() > 1e-9 else 0.0  # means over seeds round
     return float(gain.mean()), Z * spread / math.sqrt(n) if spread or not shares else min(1.0, 3 / n)
 
 

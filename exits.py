@@ -29,7 +29,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 class LoRALinear(nn.Module):
-    """An untrained linear layer plus a trained low-rank update: y = W x + (alpha / r) B A x. B starts at zero."""
+    """A linear layer, not trained, plus a trained low-rank update: y = W x + (alpha / r) B A x. B starts at zero."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float):
         super().__init__()

@@ -313,10 +313,11 @@ def answers_behind(values: dict[str, np.ndarray], name: str) -> float:
     return len(row) if np.isin(row, (-1, 0, 1) if name.startswith(DIFFERENCES) else (0, 1)).all() else 0
 
 
-def rule_of_three(value: float, n: float) -> tuple[float, float]:
-    """The interval of a difference that n answers all have: 3 / n to either side, at most 1, but not beyond 1."""
+def rule_of_three(value: float, n: float, bound: float = 1) -> tuple[float, float]:
+    """The interval of a difference that n answers all have, and which lies within +-bound: 3 / n, at most 1, to either
+    side."""
     half = min(1.0, 3 / n)
-    return value - half * (value > -1), value + half * (value < 1)
+    return value - half * (value > -bound), value + half * (value < bound)
 
 
 def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
@@ -337,7 +338,7 @@ def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
     for name in mine.keys() & rows.keys():
         gain, low, high = interval(mine[name] - other[name])
         if low == high and (n := min(answers_behind(them, name) for them in pair)):
-            low, high = rule_of_three(gain, n)
+            low, high = rule_of_three(gain, n, 2 if name.startswith((*DIFFERENCES, "E1 uplift", "E1 gain")) else 1)
         rows[name] |= {"difference": gain, "d_low": low, "d_high": high}
     return rows
 

@@ -56,7 +56,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What --resume may change: the end, where things lie by now (a hash tells whether they are the same), and this machine.
 FREE_ON_RESUME = ("steps", "model", "data", "device", "rows", "micro_batch", "recompute", "cuda_graphs", "shard",
                   "save_every", "keep", "trackio", "resume")
-RATES = ("lr", "head_lr")  # and these; but a run that doesn't record them can't go on
+RATES = ("lr", "head_lr")  # --resume may change these, too; but a run that has lost its own can't go on
 
 
 # ------------------------------------------------------------------------------------------------ starting, stopping

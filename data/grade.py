@@ -25,8 +25,10 @@ UNIT = re.compile(rf"""[ ]?[%€£¥₹¢]?\.? | [ ]?%?(?:[ ]|(?=[{LETTER}]{{2}}
     (?: [{LETTER}{SIGN} ./'²³-] | (?:(?<=[ms])|(?<=[ms][ ])|(?<=[a-z]{{2}})|(?<=[a-z]{{2}}[ ])) \^\{{?[23]\}}? )*""",
     re.VERBOSE)
 SCALED = re.compile(r"""\s*(?: (?: hundred|thousand|lakh|million|crore|billion|trillion|dozen
-    | (?:and\s+)?(?:an?\s+|one\s+|two\s+|three\s+)?(?:hal(?:f|ve)|third|quarter|fifth|(?:ten|hundred|thousand)th)
-    | plus|minus|times|over | тысяч\w*|миллион\w*|миллиард\w* )s?\b | [十百千万萬亿億만억] )""",
+    | (?:and\s+)?(?:an?\s+|one\s+|two\s+|three\s+)?(?:half|halve|third|quarter) )s?\b
+    | (?:and\s+)?(?:two\s+|three\s+|four\s+)?(?:fifth|tenth|hundredth|thousandth)s\b
+    | (?:plus|minus|times|over)\s+(?:[0-9]|(?:two|three|four|five|six|seven|eight|nine|ten|hundred|thousand)\b)
+    | (?:тысяч[аиу]?|миллион(?:а|ов)?|миллиард(?:а|ов)?)\b | [十百千万萬亿億만억] )""",
     re.IGNORECASE | re.VERBOSE)  # no unit: it multiplies or adds
 MIXED = re.compile(r"""(?<![0-9.,/A-Za-z]) (?P<sign>(?<![)\]}%])[-+])? [$€£¥₹]?
     (?P<whole> [0-9]{1,3}(?:,[0-9]{3})+ | [0-9]{1,9} ) \s+
@@ -139,7 +141,8 @@ def unmixed(text: str) -> str:
 def number(span: str) -> Fraction | None:
     """The exact value of a span that is one number, with at most a currency and a unit; else None."""
     span = re.sub(r"~|°|\^\{?\\circ\}?", " ", plain(span)).strip().strip("$*").strip()
-    span = span.replace(" ", "") if re.fullmatch(r"[0-9]{1,3}(?: [0-9]{3})+", span) else unmixed(span)  # 1 000
+    thousands = re.compile(r"[-+]?[$€£¥₹]?[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])").match(span)  # 1 000
+    span = unmixed(thousands[0].replace(" ", "") + span[thousands.end():] if thousands else span)
     found = NUMBER.match(span)
     unit = found and re.sub(r"\s+", " ", span[found.end():])
     if found is None or not UNIT.fullmatch(unit) or SCALED.match(unit):

@@ -1,8 +1,8 @@
 """A base model that does not fit one GPU: every rank keeps a part of each block, and gathers a block to run it.
 
-FSDP2 (`fully_shard`) does the parting and gathering. It is given the untrained base alone: adapters and heads, small
-beside it, stay whole on every rank, so gradients, optimizer and checkpoints are those of parallel.py. Embedding,
-last norm and read-out stay whole, too.
+FSDP2 (`fully_shard`) does the parting and gathering. It is given the base alone, which is not trained: adapters and
+heads, small beside it, stay whole on every rank, so gradients, optimizer and checkpoints are those of parallel.py.
+Embedding, last norm and read-out stay whole, too.
 
 Gathering needs all ranks at once, and ranks run different layers: their tokens exit at different depths, their
 responses end at different times, they have different numbers of micro-batches. So they take turns. Before a block runs,

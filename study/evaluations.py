@@ -5,7 +5,6 @@
 Writes evaluations.json, so that what is said of them in a text outlives the folders.
 """
 
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -26,6 +25,13 @@ def kind(run: str) -> str:
     return str(Path(run).with_name(re.sub(r"^(rl-[\d.]+(?:e[-+]?\d+)?|full)-\d+", r"\1-*", Path(run).name)))
 
 
+def run_name(run: str | None) -> str:
+    """A run's path, from here where it lies below, however it was given; or BASE."""
+    if run is None:
+        return BASE
+    return str(Path(run).relative_to(Path.cwd()) if Path(run).is_relative_to(Path.cwd()) else run)
+
+
 def read(folder: Path) -> tuple[tuple, dict[str, tuple[dict, dict]]]:
     """The setting of an evaluation; and by run, or BASE, its metrics and which problems it solves."""
     where = folder / "evaluation.json"
@@ -36,7 +42,7 @@ def read(folder: Path) -> tuple[tuple, dict[str, tuple[dict, dict]]]:
         solved[row["model"]][row["id"]] = float(row["correct"])
     given |= {"n": len(next(iter(solved.values())))}  # a task may have fewer than were asked for
     return (tuple(field(given, name, of, where, default=None) for name, of in SETTING.items()),
-            {os.path.relpath(m["run"]) if m["run"] else BASE: (m, solved[m["name"]]) for m in found["metrics"]})
+            {run_name(m["run"]): (m, solved[m["name"]]) for m in found["metrics"]})
 
 
 def rows(folders: list[Path]) -> list[dict]:

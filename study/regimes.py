@@ -56,13 +56,13 @@ def closed(policy: Policy) -> Policy:
 def within(policy: Policy, regime: str):
     """Inside, of cap-l, nothing runs deeper than l: its exit is always taken."""
     bias = policy.heads.bias.data
-    before = bias.clone()
-    if regime.startswith("cap-"):
-        bias[policy.exits.index(int(regime.removeprefix("cap-")))] = -CLOSED
+    at = policy.exits.index(int(regime.removeprefix("cap-"))) if regime.startswith("cap-") else []  # none
+    before = bias[at].clone()
+    bias[at] = -CLOSED
     try:
         yield
     finally:
-        bias.copy_(before)
+        bias[at] = before
 
 
 def random_depths(policy: Policy, histogram, shape, seed: int) -> torch.Tensor:

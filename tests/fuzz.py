@@ -331,7 +331,8 @@ def main() -> None:
             bench = Bench(Path(folder))
         if Path("/proc/self/statm").exists():
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            most = used + GIGABYTES * 2**30
+            most, hard = used + GIGABYTES * 2**30, resource.getrlimit(resource.RLIMIT_AS)[1]
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
         failed = 0
         for name in args.only or bench.formats:

@@ -89,7 +89,7 @@ def test_a_file_is_replaced_only_when_it_is_on_the_disk(tmp_path, monkeypatch):
 
 
 def test_mutated_files_are_refused_in_one_line(tmp_path):
-    """Else a damaged or hostile file ends in a traceback or a hang. python tests/fuzz.py tries thousands."""
+    """Else a damaged file ends in a traceback or a hang. python tests/fuzz.py tries thousands."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         bench = fuzz.Bench(tmp_path)
     faults = {name: fuzz.fuzz(bench, name, 2, 1) for name in bench.formats}

@@ -88,7 +88,7 @@ def test_the_last_line_tells_what_became_of_a_run():
     """Else a run that has got worse ends like any other."""
     rows = [{"accuracy": i / 20, "average_compute": 0.5, "length": 7.0, "kl": None if i else 1.0} for i in range(20)]
     assert rloo.trend(rows, "here") == ("from the first 2 to the last of 20 steps: accuracy 0.025 -> 0.925, "
-                                           "average_compute 0.5 -> 0.5, length 7 -> 7, kl not finite")
+                                        "average_compute 0.5 -> 0.5, length 7 -> 7, kl not finite")
     assert "length not finite" in rloo.trend([{"accuracy": 1.0}], "here")  # of a line that was damaged
     with pytest.raises(UserError, match="here: kl = 'x'"):
         rloo.trend([{"kl": "x"}], "here")
