@@ -16,7 +16,7 @@ from evaluate import paired
 from model import Transformer
 from report import kinds
 from sample import generate
-from study import baselines, common, crossdomain, evaluations, fig2, fronts, heads, table1, tokens, write
+from study import baselines, common, crossdomain, deciding, evaluations, fig2, fronts, heads, table1, tokens, write
 from tests.chance import assert_frequencies
 from tests.commands import ROOT
 from tests.toys import PROMPTS, L, assert_close, reference, responses, toy_policy
@@ -596,6 +596,24 @@ def test_evaluations_are_paired_and_seeds_averaged(tmp_path):
     solved["base"] = (0, 0, 0, 0)
     with pytest.raises(UserError, match="z has other answers of base"):  # of another model of that name, or version
         evaluations.rows([tmp_path / "x", wrote("z", ("base", "stage 2 a"))])
+
+
+def test_the_deciding_token_is_the_one_before_the_eos():
+    """Else the depth of a label, or of the eos, is told as that of the answer; or other problems are compared."""
+    def answers(*found):
+        return {str(i): {"depths": depths, "finished": depths[-1] != 7, "correct": correct}
+                for i, (depths, correct) in enumerate(found)}
+
+    own = {"base": answers(*[([8, 8, 8], True)] * 3, ([8, 8, 8], False), ([8, 8, 8], True)),
+           "m": answers(([8, 1, 3], True), ([8, 1, 3], False), ([1, 4, 8], True), ([1, 8, 1], False),
+                        ([1, 8, 7], True))}
+    full = {"m": answers(*[([8, 8, 8], True)] * 4, ([8, 8, 8], False))}
+    one, half, deep = deciding.rows(own, full)  # the last answer is cut short: no token of it decides
+    assert (one["n"], one["share"], one["own"], one["full"], one["base"]) == (2, 0.5, 0.5, 1, 1)
+    assert (half["n"], half["own"], deep["n"], deep["own"], deep["base"]) == (1, 1, 1, 0, 0)
+    assert one["mean_depth"] == 3.5
+    with pytest.raises(UserError, match="the same problems"):
+        deciding.rows(own, {"m": answers(([8, 8, 8], True))})
 
 
 def test_figures_are_small(tmp_path):
