@@ -224,7 +224,7 @@ def test_logp_of_an_answer_is_that_of_its_tokens(subject):
 
 def test_the_regimes_run_as_deep_as_they_say(subject):
     s = replace(subject, histogram=[0.5, 0.0, 0.0, 0.5], args=Namespace(**{**vars(subject.args), "max_new_tokens": 20}))
-    said = {regime: regimes.respond(s, s.prompts()[:4], regime) for regime in ("full", "learned", "cap-4", "random")}
+    said = {regime: regimes.respond(s, s.prompts()[:4], regime) for regime in ("cap-4", "full", "learned", "random")}
     depths = {regime: {d for r in found for d in r.depths} for regime, found in said.items()}
     assert depths == {"full": {8}, "learned": {8}, "cap-4": {4}, "random": {2, 8}}
     assert all(len(set(r.depths)) == 2 for r in said["random"])  # a depth a token, not one a response
