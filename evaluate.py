@@ -256,8 +256,7 @@ def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[
 
 def write_merged(run: Path, out: Path, p, args) -> None:
     """Base + LoRA as a plain Hugging Face checkpoint: our weights, the base's config and tokenizer files."""
-    args.task = "arithmetic"  # the run's is not read, and may be a file that is gone
-    flags.inherit(args, runs.read_config(run), run / "config.json")
+    flags.inherit(args, runs.read_config(run), run / "config.json", task=False)
     args = flags.settle(p, args)
     where = flags.location(args.model)
     if out.exists():

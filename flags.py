@@ -184,11 +184,12 @@ def location(model: str) -> Path | str:
     return EMBEDDED if model == "embedded" else model
 
 
-def inherit(args: argparse.Namespace, config: dict, where) -> None:
+def inherit(args: argparse.Namespace, config: dict, where, task: bool = True) -> None:
     """Fills the flags left open from an earlier run's, so that what follows it is about the same; with its dtype, too,
-    where the device is of the same kind."""
-    before = {name: field(config["args"], name, kind, where, default=None) for name, kind in INHERITED.items()}
-    if args.task is not None and tasks.name_of(args.task) != before["task"]:
+    where the device is of the same kind. Without `task` for what reads no problems: their file may be away."""
+    before = {name: field(config["args"], name, kind, where, default=None) for name, kind in INHERITED.items()
+              if task or name not in ("task", "data")}
+    if task and args.task is not None and tasks.name_of(args.task) != before["task"]:
         before["data"] = None
     on, dtype = (field(config["args"], name, str, where, default=None) for name in ("device", "dtype"))
     if dtype not in (None, *DTYPES):

@@ -33,6 +33,7 @@ SCALED = re.compile(r"""\s*(?: (?: hundred|thousand|lakh|million|crore|billion|t
 MIXED = re.compile(r"""(?<![0-9.,/A-Za-z]) (?P<sign>(?<![)\]}%])[-+])? [$€£¥₹]?
     (?P<whole> [0-9]{1,3}(?:,[0-9]{3})+ | [0-9]{1,9} ) \s+
     (?P<part>[0-9]{1,9})/(?P<of>[0-9]{1,9}) (?!/?[0-9]|\.[0-9])""", re.VERBOSE)  # 5 1/2
+THOUSANDS = re.compile(r"[-+]?[$€£¥₹]?[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])")  # 1 000
 ANSWER_IS = re.compile(r"\banswer(?:\s+is|\s*:)[\s:*$(\[\\]*", re.IGNORECASE)
 OPERATION = re.compile(r"\s*[-+*/×÷=^]\s*[0-9($]")
 
@@ -141,7 +142,7 @@ def unmixed(text: str) -> str:
 def number(span: str) -> Fraction | None:
     """The exact value of a span that is one number, with at most a currency and a unit; else None."""
     span = re.sub(r"~|°|\^\{?\\circ\}?", " ", plain(span)).strip().strip("$*").strip()
-    thousands = re.compile(r"[-+]?[$€£¥₹]?[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])").match(span)  # 1 000
+    thousands = THOUSANDS.match(span)
     span = unmixed(thousands[0].replace(" ", "") + span[thousands.end():] if thousands else span)
     found = NUMBER.match(span)
     unit = found and re.sub(r"\s+", " ", span[found.end():])

@@ -33,8 +33,8 @@ def config_fields(cfg: dict, where: str = "config.json") -> dict:
                "sliding-window attention is not implemented")
     rope = cfg.get("rope_parameters") or cfg.get("rope_scaling") or {}
     rope = rope.get("full_attention", rope) if isinstance(rope, dict) else rope  # transformers 5 may nest it by type
-    scaled = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if scaled != "default" or not isinstance(rope, dict):
+    scaled = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+    if scaled != "default":
         why = ("and this model (Llama 3.1 or later) was trained with it; take another" if scaled == "llama3" else
                "remove it to run at the original context length")
         refuse("rope_parameters" if cfg.get("rope_parameters") else "rope_scaling",

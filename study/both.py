@@ -12,8 +12,13 @@ from dataclasses import replace
 from data import tasks
 
 
+def at_once(problem: tasks.Problem, **more) -> tasks.Problem:
+    """The story with the order to answer at once; `more`: what else of it changes."""
+    order = f'Answer at once, by a line "ANSWER: " followed by {" or ".join(problem.choices)}.'
+    return replace(problem, thinking=False, instruction=order, **more)
+
+
 def problems(split: str, n: int, seed: int) -> Iterator[tasks.Problem]:
     for problem in tasks.load("stories", split, n=(n + 1) // 2, seed=seed):
         yield problem
-        at_once = f'Answer at once, by a line "ANSWER: " followed by {" or ".join(problem.choices)}.'
-        yield replace(problem, id=f"{problem.id}/direct", thinking=False, instruction=at_once)
+        yield at_once(problem, id=f"{problem.id}/direct")

@@ -215,8 +215,7 @@ def main() -> None:
         raise UserError(f"--out {args.out}: must be a file to write, in a folder that is there")
     saved, where = about(args.folder)
     task = field(saved, "task", str, where)
-    # The task's file is not read, and may be away.
-    flags.inherit(args, {"args": {name: value for name, value in saved.items() if name != "task"}}, where)
+    flags.inherit(args, {"args": saved}, where, task=False)
     args = flags.settle(p, args)
     model, tokenizer = runs.load_model(args)
     policy = Policy(model)

@@ -14,17 +14,9 @@ from statistics import fmean as mean
 
 import flags
 import runs
-from data.hub import UserError, parse_object, read_text
+from data.hub import UserError
 from evaluate import BASE
-
-
-def read(folder: Path) -> dict[str, dict[str, dict]]:
-    """Model -> problem -> its row in an evaluation's completions.jsonl."""
-    models, where = {}, folder / "completions.jsonl"
-    for line in read_text(where).splitlines():
-        row = parse_object(line, where)
-        models.setdefault(row["model"], {})[row["id"]] = row
-    return models
+from study.evaluations import completions
 
 
 def rows(own: dict, full: dict) -> list[dict]:
@@ -34,6 +26,8 @@ def rows(own: dict, full: dict) -> list[dict]:
         if model not in full or own[model].keys() != full[model].keys():
             raise UserError(f"{model} was not asked the same problems in both folders: evaluate it in both alike")
         depth = {i: row["depths"][-2] for i, row in own[model].items() if row["finished"] and len(row["depths"]) > 1}
+        if not depth:
+            raise UserError(f"{model} has no finished answer: raise evaluate.py's --max-new-tokens")
         for low, high in ((1, 1), (2, L // 2), (L // 2 + 1, L)):
             at = [i for i, d in depth.items() if low <= d <= high]
             found.append({"model": model, "mean_depth": mean(depth.values()), "low": low, "high": high,
@@ -49,7 +43,7 @@ def main() -> None:
     p.add_argument("full", type=Path, help="and of the same at full depth")
     args = p.parse_args()
     print(f"{'':24}{'layers':>8}{'stories':>9}{'share':>8}{'own depth':>11}{'full depth':>12}{'base':>8}")
-    for row in rows(read(args.own), read(args.full)):
+    for row in rows(completions(args.own), completions(args.full)):
         layers = f"{row['low']}" if row["low"] == row["high"] else f"{row['low']}-{row['high']}"
         solved = [f"{row[name]:.1%}" if row["n"] else "" for name in ("own", "full", "base")]
         print(f"{row['model']:24}{layers:>8}{row['n']:>9}{row['share']:>8.1%}{solved[0]:>11}{solved[1]:>12}"

@@ -32,17 +32,25 @@ def run_name(run: str | None) -> str:
     return str(Path(run).relative_to(Path.cwd()) if Path(run).is_relative_to(Path.cwd()) else run)
 
 
+def completions(folder: Path) -> dict[str, dict[str, dict]]:
+    """Model -> problem -> its row in an evaluation's completions.jsonl."""
+    models, where = defaultdict(dict), folder / "completions.jsonl"
+    for line in read_text(where).splitlines():
+        row = parse_object(line, where)
+        models[row["model"]][row["id"]] = row
+    return models
+
+
 def read(folder: Path) -> tuple[tuple, dict[str, tuple[dict, dict]]]:
     """The setting of an evaluation; and by run, or BASE, its metrics and which problems it solves."""
     where = folder / "evaluation.json"
-    found, solved = read_json(where), defaultdict(dict)
+    found = read_json(where)
     given = field(found, "args", dict, where)
-    for line in read_text(folder / "completions.jsonl").splitlines():
-        row = parse_object(line, folder / "completions.jsonl")
-        solved[row["model"]][row["id"]] = float(row["correct"])
+    solved = {model: {problem: float(row["correct"]) for problem, row in of_model.items()}
+              for model, of_model in completions(folder).items()}
     given |= {"n": len(next(iter(solved.values())))}  # a task may have fewer than were asked for
     return (tuple(field(given, name, of, where, default=None) for name, of in SETTING.items()),
-            {run_name(m["run"]): (m, solved[m["name"]]) for m in found["metrics"]})
+            {run_name(m["run"]): (m, solved.get(m["name"], {})) for m in found["metrics"]})
 
 
 def rows(folders: list[Path]) -> list[dict]:

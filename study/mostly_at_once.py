@@ -5,12 +5,11 @@ stage 2 takes, answers at once are a fourteenth of what is learned, here a sixth
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from data import tasks
+from study.both import at_once
 
 
 def problems(split: str, n: int, seed: int) -> Iterator[tasks.Problem]:
     for i, problem in enumerate(tasks.load("stories", split, n=n, seed=seed)):
-        at_once = f'Answer at once, by a line "ANSWER: " followed by {" or ".join(problem.choices)}.'
-        yield problem if i % 4 == 0 else replace(problem, thinking=False, instruction=at_once)
+        yield problem if i % 4 == 0 else at_once(problem)

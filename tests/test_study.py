@@ -614,6 +614,8 @@ def test_the_deciding_token_is_the_one_before_the_eos():
     assert one["mean_depth"] == 3.5
     with pytest.raises(UserError, match="the same problems"):
         deciding.rows(own, {"m": answers(([8, 8, 8], True))})
+    with pytest.raises(UserError, match="no finished answer"):
+        deciding.rows({"base": answers(([8, 8], True)), "m": answers(([1, 7], True))}, {"m": answers(([8, 8], True))})
 
 
 def test_figures_are_small(tmp_path):
