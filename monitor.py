@@ -349,16 +349,18 @@ def claim(rows: dict, verdicts: dict[str, str]) -> str:
     at most 2 points; and the heads do better than their own histogram. With the four accuracies."""
     chain, direct, uplift = (rows[f"E1 {what} learned"] for what in ("chain", "direct", "uplift"))
     gain, random = rows["E1 gain, learned over full"], rows["E1 chain, learned over random"]
-    shallow = rows.get("E1 direct, learned over full", {"high": 0})  # not in what was written before it was asked
-    missing = [what for what, ok in (
+    shallow = rows.get("E1 direct, learned over full")  # not in what was written before it was asked
+    asked = [
         ("the uplift grew", uplift["d_low"] > 0), ("it is above that at full depth", gain["low"] > 0),
         ("accuracy without the chain fell", direct["d_high"] < 0),
-        ("accuracy without it is below that at full depth", shallow["high"] < 0),
+        ("accuracy without it is below that at full depth", shallow and shallow["high"] < 0),
         ("accuracy with it held", chain["d_low"] >= -0.02),
-        ("the heads beat random exits", random["low"] > 0)) if not ok]
+        ("the heads beat random exits", random["low"] > 0)]
     four = "; ".join(f"{what} the chain {x['value']:.1%}, base {x['value'] - x['difference']:.1%}"
                      for what, x in (("with", chain), ("without", direct)))
-    found = f"not shown that {', that '.join(missing)}" if missing else "reasoning moved into the text"
+    found = "; ".join(f"not {verb} {', '.join(f'{word} {what}' for what in these)}" for verb, word, these in (
+        ("shown", "that", [what for what, ok in asked if ok is False]),
+        ("asked", "whether", [what for what, ok in asked if ok is None])) if these) or "reasoning moved into the text"
     found += " (not validated)" * bool(verdicts.get("E1 uplift"))
     return f"E1: {four}: {found}"
 
