@@ -131,9 +131,10 @@ def table(metrics: list[dict]) -> str:
 
 
 def paired(before, after, shares: bool = True) -> tuple[float, float]:
-    """Mean difference and half of its 95% interval, taken problem by problem, which halves the interval of accuracies.
-    Where all differences are equal, their deviation is 0, and an interval of 0 would claim too much: then it is 3 / n
-    (the rule of three), at most 1. Not so of lengths or compute (`shares` off), where that rule means nothing."""
+    """Mean difference and half of its 95% interval, taken problem by problem: narrower, where both solve mostly the
+    same ones. Where all differences are equal, their deviation is 0, and an interval of 0 would claim too much: then it
+    is 3 / n (the rule of three), at most 1. Not so of lengths or compute (`shares` off), where that rule means
+    nothing."""
     after, before = (torch.tensor([float(x) for x in of], dtype=torch.double) for of in (after, before))
     gain, n = after - before, len(after)
     spread = float(gain.std()) if n > 1 and gain.max() - gain.min() > 1e-9 else 0.0  # means over seeds round
@@ -263,15 +264,15 @@ def write_merged(run: Path, out: Path, p, args) -> None:
         raise UserError(f"--out {out} exists: choose a new folder")
     model = Transformer.from_pretrained(where, args.revision, getattr(torch, args.dtype), "cpu")
     merge(load_policy(model, run))
-    partial = out.with_name(f".partial-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = out.with_name(f".partial-{out.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     weights = {name: p for name, p in model.named_parameters() if "lora_" not in name}
-    write_tensors(weights, partial / "model.safetensors")
+    write_tensors(weights, unfinished / "model.safetensors")
     for path in resolve(where, args.revision).iterdir():
         if path.suffix in (".json", ".jinja", ".txt") and path.name != "model.safetensors.index.json":
-            shutil.copyfile(path, partial / path.name)
-    os.replace(partial, out)
+            shutil.copyfile(path, unfinished / path.name)
+    os.replace(unfinished, out)
     print(f"wrote {out}: {args.model} + the adapters of {run}; it has no exits and runs at full depth everywhere")
 
 

@@ -164,8 +164,8 @@ class Policy(nn.Module):
 
 @contextmanager
 def adapters_off(policy: Policy):
-    """Inside, and at full depth, the network is the base model bit for bit: the teacher of stage 1, and what the KL of
-    stage 2 is to."""
+    """Inside, and at full depth, the network is the base model bit for bit: the teacher of stage 1, and what both
+    stages' token KL is to."""
     before = [adapter.on for adapter in policy.adapters]
     for adapter in policy.adapters:
         adapter.on = False
@@ -210,7 +210,7 @@ def logp_depth(policy: Policy, exit_logits: torch.Tensor, depths: torch.Tensor, 
 
 
 def token_logits(model: Transformer, h: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """W_U norm(h) / temperature: (N, D) -> (N, V), in float32 at least, though the product is the base's dtype's.
+    """W_U norm(h) / temperature: (N, D) -> (N, V), multiplied in the base's dtype, then raised to float32 at least.
     Temperature 0, which takes the likeliest token, has no distribution to score by: it scores at temperature 1."""
     logits = model.unembed(h)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -229,7 +229,8 @@ def kl(logp_all: torch.Tensor, logq_all: torch.Tensor) -> torch.Tensor:
 
 
 def joint_logp(policy: Policy, h, exit_logits, depths, tokens=None, base_h=None, *, temperature=1.0, delta=0.0):
-    """Eq. (2): log pi(l_t, x_t) = log pi(l_t) + log softmax(W_U norm(h_t) / temperature)[x_t], and the KL of (1), (5).
+    """Eq. (2): log pi(l_t, x_t) = log pi(l_t) + log softmax(W_U norm(h_t) / temperature)[x_t], its two terms apart, and
+    the KL of (1) and (5).
 
     h (N, D) is each position's stream at its own depth, exit_logits (N, E), depths (N,), tokens (N,) the ids
     predicted there; base_h (N, D) is the base model's stream at full depth. Returns, each (N,): logp_exit, logp_token
@@ -318,8 +319,8 @@ def collate(responses: Sequence[Response], n_layers: int, device="cpu") -> Batch
 
 
 def micro_batches(policy: Policy, responses: Sequence[Response], size: int, share: slice = slice(None)):
-    """(index (n,), Batch) of at most `size` responses at a time, those of like length together: of the `share` of them,
-    a slice. `index` are their places in `responses`."""
+    """Yields (index (n,), Batch) of at most `size` responses, those of like length together, so that little is padded;
+    `index` are their places in `responses`. `share`, a slice of `responses`, is this rank's part."""
     order = sorted(range(len(responses))[share], key=lambda i: len(responses[i].prompt_ids) + len(responses[i]))
     for i in range(0, len(order), size):
         part = order[i : i + size]
@@ -339,7 +340,7 @@ def per_response(values: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 class Scores(NamedTuple):
-    """joint_logp of a batch, and what it was made of."""
+    """What joint_logp returns of a batch, and the exit logits that it came from."""
 
     logp_exit: torch.Tensor  # (N,), as the next two
     logp_token: torch.Tensor | None

@@ -185,8 +185,8 @@ def location(model: str) -> Path | str:
 
 
 def inherit(args: argparse.Namespace, config: dict, where, task: bool = True) -> None:
-    """Fills the flags left open from an earlier run's, so that what follows it is about the same; with its dtype, too,
-    where the device is of the same kind. Without `task` for what reads no problems: their file may be away."""
+    """Fills flags left open with an earlier run's, so that what follows is about the same problems and model; its dtype
+    only on a device of the same kind. Without `task`, for what reads no problems: their file may be gone."""
     before = {name: field(config["args"], name, kind, where, default=None) for name, kind in INHERITED.items()
               if task or name not in ("task", "data")}
     if task and args.task is not None and tasks.name_of(args.task) != before["task"]:

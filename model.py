@@ -5,9 +5,10 @@ strict match of names and shapes. Shapes: B sequences, T positions, D width, H q
 C head dim, V vocabulary, L layers; n streams that run a layer, m frozen ones.
 
 Inside the layers streams are packed, (n, D): norms, projections and MLPs don't care which sequence a row belongs to.
-Attention does, and asks its `site`, which knows where each row stands: it has the rotary tables `cos` and `sin`,
-`frozen` streams and `attend`. The plain one, `Causal`, is here: whole sequences, causal attention. Those for frozen
-positions and for the cache are in fast/, made by a `place`, which runs some layers for the streams that need them.
+Attention does, and asks its `site`, which knows where each row stands: it has the rotary tables `cos` and `sin` (n + m,
+1, C), the `frozen` streams (m, D) or None, and `attend`. The plain one, `Causal`, is here: whole sequences, causal
+attention. Those for frozen positions and for the cache are in fast/, made by a `place`, which runs some layers for the
+streams that need them.
 """
 
 from contextlib import nullcontext
@@ -176,7 +177,7 @@ class Transformer(nn.Module):
         self.graphs = False  # CUDA graphs in decoding
         self.shards = None  # fast.sharded.Shards, where every rank keeps a part of each block
         self.name, self.revision = None, None  # where the weights came from
-        self.fingerprint = None  # what tells them apart, once they are in no one place
+        self.fingerprint = None  # checkpoints.fingerprint of them, taken before sharding scatters them
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (B, T) -> streams h^0 (B, T, D)."""

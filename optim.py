@@ -36,7 +36,7 @@ def adamw(policy: Policy) -> torch.optim.AdamW:
 
 def take_step(optimizer, lr: float, head_lr: float) -> float:
     """Adds up the ranks' gradients, clips to norm 1 (stage 2's, divided by c, stays far below) and steps, adapters at
-    `lr`, heads at `head_lr`; one that isn't finite is dropped. Returns its norm."""
+    `lr`, heads at `head_lr`; drops a gradient that isn't finite. Returns its norm before it was clipped."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     parallel.add_gradients(params)
     norm = float(torch.nn.utils.clip_grad_norm_(params, 1.0))

@@ -6,9 +6,10 @@
 
 KL_t is exact, over the vocabulary, from the policy at l_t to the base model at full depth. So R depends on the weights
 in two ways: through what is drawn, and, by KL_t, directly. The gradient of E[R] is E[R grad log pi] + E[grad R]; the
-first term of the loss has the one, the second the other. So the KL in the loss is no second penalty: without it, what
-is maximised would not be (1). 1/c only scales the loss: dividing by each response's own length would weigh short ones
-more.
+first term of the loss has the one, the second the other. A_i may stand for R_i there: what is taken from R_i comes of
+the other samples, which know nothing of sample i, and E[grad log pi] = 0, so the mean stays and the noise shrinks. And
+the KL in the loss is no second penalty: without it, what is maximised would not be (1). 1/c only scales the loss:
+dividing by each response's own length would weigh short ones more.
 Left out of PPO and GRPO on purpose: importance ratios and their clipping (one gradient step per batch of rollouts), the
 division by the standard deviation, a critic, top-k and top-p (the policy that is scored is the one that sampled).
 

@@ -183,6 +183,7 @@ def guarded(main) -> tuple[str | None, int]:
 
 
 def load_model(args) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer by the flags. Seeds torch, too, and sets the embedded model to one thread."""
     torch.manual_seed(args.seed)  # the start of adapters and heads
     if args.model == "embedded":  # its products are so small that threads mostly wait for each other
         torch.set_num_threads(1)

@@ -27,11 +27,12 @@ PREFILL = 2**14  # prompt tokens in one pass: an MLP's activations for all of th
 NEVER = 2.0  # in place of a uniform number: no probability exceeds it, so it never stops
 
 
-def uniforms(seed: Sequence[int], rows, positions, count: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1) that depend only on (seed, row, position, index), never on the batch around them.
+def uniforms(seed: Sequence[int], responses, positions, count: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1) that depend only on (seed, response, position, index), never on the batch around them.
 
-    rows and positions broadcast against each other to some shape; returns float64 of that shape + (count,).
-    SplitMix64's finaliser (Steele et al. 2014), once each for the seed's parts, row, position and index.
+    A response is its number among all of a step's. responses and positions broadcast against each other to some shape;
+    returns float64 of that shape + (count,). SplitMix64's finaliser (Steele et al. 2014), once each for the seed's
+    parts, response, position and index.
     """
     def mix(x):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -39,9 +40,9 @@ def uniforms(seed: Sequence[int], rows, positions, count: int) -> torch.Tensor:
         return x ^ (x >> np.uint64(31))
 
     key = np.uint64(0)
-    rows, positions = np.asarray(rows)[..., None], np.asarray(positions)[..., None]
+    responses, positions = np.asarray(responses)[..., None], np.asarray(positions)[..., None]
     with np.errstate(over="ignore"):
-        for part in (*seed, rows, positions, np.arange(count)):
+        for part in (*seed, responses, positions, np.arange(count)):
             key = mix((key ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
     return torch.from_numpy((key >> np.uint64(11)) * 2.0**-53)
 
@@ -150,14 +151,14 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             u[live] = uniforms(seed, first_response + number, cache.length[live], 1 + E)
             if threshold is not None:
                 u[live, 1:] = threshold  # u < p stops: in u's place it stops wherever p is above
-            depth = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
-            depth[live] = L if depths is None else depths[number, torch.tensor([len(responses[i]) for i in number])]
-            out = policy(send(token[:, None], policy.device), depth[:, None],
+            planned = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
+            planned[live] = L if depths is None else depths[number, torch.tensor([len(responses[i]) for i in number])]
+            out = policy(send(token[:, None], policy.device), planned[:, None],
                          u[:, None, 1:] if depths is None else None, delta, cache)
             cache.end(out.h)
-            at, depth = send(live, policy.device), out.depths[live, 0]
+            at, taken = send(live, policy.device), out.depths[live, 0]
             tokens, logp_token = draw_token(policy, out.h[at, 0], send(u[live, 0], policy.device), temperature)
-            logp_exit = logp_depth(policy, out.exit_logits[at, 0], depth, delta)
+            logp_exit = logp_depth(policy, out.exit_logits[at, 0], taken, delta)
 
             # Record.
             tokens, logp_exit, logp_token = torch.stack(
@@ -166,7 +167,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
                 raise UserError("a token's log-probability is not finite: the weights, or the --dtype, overflow, or "
                                 "--temperature is next to 0: try --dtype float32, or an earlier checkpoint")
             token[live] = tokens.long()
-            drawn = zip(token[live].tolist(), depth.tolist(), logp_exit.tolist(), logp_token.tolist(), strict=True)
+            drawn = zip(token[live].tolist(), taken.tolist(), logp_exit.tolist(), logp_token.tolist(), strict=True)
             ended = []
             for row, i, values in zip(live.tolist(), number.tolist(), drawn, strict=True):
                 response = responses[i]

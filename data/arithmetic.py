@@ -26,7 +26,7 @@ PHRASES = {
 }
 ORDINALS = ["First", "Second", "Third", "Fourth", "Fifth", "Sixth"]
 STEPS = [2, 3, 4]
-TEST_ONE_IN = 10  # problems
+TEST_ONE_IN = 10  # problems is a test problem
 
 
 def split_of(key) -> str:

@@ -1,7 +1,7 @@
 """Teaches a pretrained model one of our generators, by full fine-tuning on responses with a chain of thought.
 
 A small model may solve no task that the two stages could start from; this gives it one. It minimises the cross-entropy
-of the response's tokens, in the format of the embedded model, on problems that are drawn afresh and never seen twice
+of the response's tokens, in the format of the embedded model, on problems drawn afresh for every chunk of steps
 (data/make_tiny.py, whose parts it uses), and writes a checkpoint that every script takes by --model.
 
     python -m data.finetune --model SMOLLM2 --out smollm2-arithmetic        goes on where it was stopped

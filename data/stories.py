@@ -24,9 +24,9 @@ things up.
 No shortcut pays: whether "first mentioned", "last mentioned" and "most mentioned container" (and, unless it
 is the question, "where it really is") hit the answer is drawn before the story, each with a chance of 1 in 3,
 and stories are drawn until one fits. A story's split is a hash of its events and question, people and containers
-numbered in order of appearance, so that names never tell train from test. The order in which a swap names its two does:
-"swaps box and bag" and "swaps bag and box" mean the same and count as two, so that 95% of the test stories have a twin
-in the train split, and 47% one among its first 24,000.
+numbered in order of appearance, so that stories which differ in names alone share a split. Not so those that differ in
+the order of a swap: "swaps box and bag" and "swaps bag and box" mean the same and count as two, so that 95% of the test
+stories have a twin in the train split, and 47% one among its first 24,000.
 """
 
 import random
@@ -51,7 +51,7 @@ def trace(program: dict, false: dict[int, int] | None = None) -> list[tuple[list
     """Replay of the story, or of what matters to a memory question: [(present, value)] event by event.
 
     `present` tells for each person asked about whether they are in the room, `value` is the answer so far; `false`
-    puts another in its place after an event, from which the later ones follow.
+    {event: value} puts another value in its place after that event, from which the later ones go on.
     """
     kind, asked = program["kind"], program["asked"]
     watchers = set(asked) if kind in ("first", "second") else set()  # whose absence makes the value stale
