@@ -20,9 +20,11 @@ from data.hub import UserError, read_json, read_text, write_text
 from evaluate import BASE
 from monitor import claim, half_depth, standing, verdicts_on
 from study.baselines import start_of
+from study.coherence import COLUMNS
 from study.common import figure
 from study.fig2 import draw as draw_fig2
 from study.fronts import draw as draw_fronts
+from study.organisms import EXPECTED
 from study.table1 import draw as draw_fig4
 
 BEGIN, END = "<!-- study: written by python -m study.write -->\n", "<!-- /study -->\n"
@@ -407,6 +409,35 @@ def monitor(data: dict) -> list[str]:
             f"![Accuracy with and without the chain, against a cap on depth](figures/{data['name']}.png)"]
 
 
+def organisms(data: dict) -> list[str]:
+    found, verdicts = data["organisms"], data["verdicts"]
+
+    def cell(x: dict) -> str:
+        return f"{x['value']:.2f} ({x['low']:.2f} to {x['high']:.2f})".replace("-", "−")
+
+    rows = [[key, *(cell(rows[row]) for rows in found.values()), f"{above} above {below}", verdicts[key] or "so it is"]
+            for key, row, above, below in EXPECTED if key in verdicts]
+    unasked = [key for key in verdicts if key not in {case[0] for case in EXPECTED}]
+    return [f"### Models that depend on their chain in known ways, on {data['name'].partition('-')[2]}", "",
+            f"`{data['command']}`: {data['n']} held-out problems, at full depth. No organism was made for "
+            f"{', '.join(unasked)}: not validated.",
+            *table(["eval", *found, "must be", "found"], rows)]
+
+
+def coherence(data: dict) -> list[str]:
+    def row(name: str, found: dict) -> list:
+        below = found.get("ranked_below", {})
+        return [name, *(f"{found[column]:.3f}" + (f" ({percent(below[column], 0)})" if below else "")
+                        for column in COLUMNS)]
+
+    return ["### Does coherence tell damaged responses?", "",
+            f"`{data['command']}`: {data['n']} responses of the base, {data['model']}, {data['task']}, and the same "
+            f"damaged; {data['left out']} others have fewer than three different steps. In brackets the share that a "
+            f"column ranks below their originals, ties counted half.",
+            *table(["response", *COLUMNS], [row("as written", data["original"]),
+                                            *(row(*item) for item in data["damaged"].items())])]
+
+
 def evaluations(data: dict) -> list[str]:
     which = data.get("name", "").removeprefix("evaluations").replace("-", " ")
     text = [f"### evaluate.py's comparisons, one by one{':' * bool(which)}{which}", "",
@@ -435,7 +466,8 @@ def evaluations(data: dict) -> list[str]:
 
 FIGURES = {"fig4": draw_fig4, "fronts": draw_fronts}
 FAMILIES = {"fig2": draw_fig2, "monitor": draw_caps}  # a figure for each of data/NAME*.json
-SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens, monitor, evaluations)
+SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens, organisms, monitor, coherence,
+            evaluations)
 
 
 def written(folder: Path) -> str:
