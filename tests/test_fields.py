@@ -257,15 +257,6 @@ class Closed:
         os.dup2(writing, self.stream)
 
 
-def test_without_memory_the_flags_to_lower_are_named(tmp_path, monkeypatch, capsys):
-    """Else the commonest failure on a GPU is forty lines long."""
-    def greedy():
-        torch.empty(2**60)
-
-    monkeypatch.setitem(SCRIPTS, "distill.py", type("script", (), {"main": staticmethod(greedy)}))
-    assert "--rows" in said(monkeypatch, capsys, "distill.py")
-
-
 def test_faults_of_ours_show_their_traceback(monkeypatch):
     """Else a bug is taken for the user's mistake."""
     def broken():
