@@ -622,7 +622,7 @@ def test_figures_are_small(tmp_path):
     """Pages that load at once, and a repository that stays light."""
     args = argparse.Namespace(out=tmp_path)
     table1.draw(args, {"distributions": [{"name": name, "depths": [1, 2, 3], "target": [0.2, 0.3, 0.5],
-                                          "learned": [0.3, 0.3, 0.4]} for name in ("1", "4", "16")]})
+                                          "learned": [0.3, 0.3, 0.4]} for name in ("1", "4", "16")]}, "fig4")
     assert 2000 < (tmp_path / "figures" / "fig4.png").stat().st_size < 80_000
 
 
