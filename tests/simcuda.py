@@ -277,8 +277,8 @@ def use(stream):
         streams.pop()
 
 
-def install(free: int = 2**30) -> None:
-    """From here on this process has a GPU with `free` bytes."""
+def install() -> None:
+    """From here on this process has a GPU with 1 GiB free."""
     library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libc10.so"))
     guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     cuda, lazy = 1, 17  # of c10::DeviceType
@@ -293,7 +293,7 @@ def install(free: int = 2**30) -> None:
              "reset_peak_memory_stats", nothing), ("Stream", Stream), ("stream StreamContext", use),
             ("current_device _exchange_device _maybe_exchange_device memory_allocated memory_reserved "
              "max_memory_allocated", zero), ("get_rng_state", lambda *a: torch.get_rng_state()),
-            ("mem_get_info", lambda *a: (free, 2 * free)), ("get_device_name", lambda *a: "simulated device"),
+            ("mem_get_info", lambda *a: (2**30, 2**31)), ("get_device_name", lambda *a: "simulated device"),
             ("synchronize", lambda *a: sync("synchronize")), ("current_stream", lambda *a: streams[-1]),
             ("default_stream", lambda *a: streams[0]), ("CUDAGraph", CUDAGraph), ("graph_pool_handle", lambda: (0, 1)),
             ("is_current_stream_capturing", lambda: capture is not None)):
