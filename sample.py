@@ -187,7 +187,7 @@ def responses_per_write(rows: int | None) -> int:
     return 4 * (rows or 64) * parallel.size()
 
 
-def generate_shared(policy: Policy, prompts: list[list[int]], *, samples: int = 1, first_response: int = 0,
+def generate_shared(policy: Policy, prompts: list[list[int]], *, samples: int = 1, first_response: int,
                     **options) -> list[Response]:
     """generate, the prompts divided among the ranks: every rank gets all responses."""
     mine = parallel.share(len(prompts))

@@ -164,6 +164,8 @@ def machine(args) -> str:
 
 
 def report(args, record: dict) -> None:
+    record = {"args": vars(args), "machine": machine(args), "peak_gib": peak_gib(args.device)} | record
+    print(f"peak memory {record['peak_gib']:.2f} GiB")
     if args.out:
-        Path(args.out).write_text(json.dumps({"args": vars(args), "machine": machine(args)} | record, indent=1) + "\n")
+        Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
         print(f"wrote {args.out}")

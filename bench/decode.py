@@ -24,7 +24,6 @@ from common import (
     load,
     machine,
     parser,
-    peak_gib,
     peer,
     report,
 )
@@ -160,8 +159,7 @@ def main() -> None:
         result = measure(policy, theirs, batch, context, args.new, args)
         record[f"batch {batch}, context {context}"] = result
         show(f"batch {batch}, context {context}, {args.new} tokens, {args.repeats} repeats", result)
-    print(f"\npeak memory {peak_gib(args.device):.2f} GiB")
-    report(args, {"results": record, "peak_gib": peak_gib(args.device)})
+    report(args, {"results": record})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from statistics import median
 
 import torch
-from common import interleaved, load, machine, parser, peak_gib, peer, report
+from common import interleaved, load, machine, parser, peer, report
 
 import runs
 from exits import Policy, Response, adapters_off
@@ -93,8 +93,7 @@ def main() -> None:
         tokens, depth = produced[name]
         record[name] = {"tokens": tokens, "mean_depth": depth, "tokens_per_s": tokens / median(values)}
         print(f"  {name:28}{tokens:>7} tokens, depth {depth:>5.1f}{tokens / median(values):>9.1f} tokens/s")
-    print(f"peak memory {peak_gib(args.device):.2f} GiB")
-    report(args, {"results": record, "peak_gib": peak_gib(args.device)})
+    report(args, {"results": record})
 
 
 if __name__ == "__main__":

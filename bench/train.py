@@ -17,7 +17,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, load, machine, parser, peak_gib, peer, report, synchronise
+from common import interleaved, load, machine, parser, peer, report, synchronise
 
 import distill
 import runs
@@ -130,7 +130,6 @@ def steps(policy: Policy, args) -> None:
     if "peft" in losses:
         print(f"  {seconds['transformers + peft step'] / first:.2f} times transformers + peft; losses "
               f"{losses['ours']:.6f} and {losses['peft']:.6f} (their adapters start at zero too)")
-    print(f"  peak memory {peak_gib(args.device):.2f} GiB")
     report(args, {"seconds": seconds, "flops": flops, "peak_flops": peak, "losses": losses})
 
 
@@ -156,7 +155,7 @@ def memory(policy: Policy, args) -> None:
         distill.distill_loss(token_kl, -logp_exit, len(h)).backward()
         return kl_e, token_kl, h.grad
 
-    for n in args.memory:
+    for n in sorted(args.memory):
         given = inputs(n)
         before = reset_peak(args.device)
         start = time.perf_counter()

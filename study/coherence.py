@@ -60,15 +60,10 @@ def each(policy: Policy, rows: list[dict], micro_batch: int = 64) -> list[dict]:
 
 
 def pooled(found: list[dict]) -> dict:
-    """What `each` found, over responses; the perplexity over all their tokens."""
+    """n and the four columns of what `each` found, over responses; the perplexity over all their tokens."""
     means = {name: sum(one[name] for one in found) / len(found) for name in COLUMNS[1:]}
     return {"n": len(found), "perplexity": math.exp(sum(one["nll"] for one in found) /
                                                     sum(one["length"] for one in found)), **means}
-
-
-def columns(policy: Policy, rows: list[dict], micro_batch: int) -> dict:
-    """n and the four columns of the rows of a completions.jsonl."""
-    return pooled(each(policy, rows, micro_batch))
 
 
 # ---------------------------------------------------------------------------------------------- planted degradations
@@ -232,7 +227,7 @@ def main() -> None:
         lowest = min(found["ranked_below"]["coherence"] for found in record["damaged"].values())
         print(f"of every damage, coherence ranks at least {lowest:.1%} of the responses below their originals")
     else:
-        record["columns"] = {name: columns(policy, rows, args.micro_batch) for name, rows in groups.items()}
+        record["columns"] = {name: pooled(each(policy, rows, args.micro_batch)) for name, rows in groups.items()}
         print(table(record["columns"]))
     write_json(out, record)
     print(f"wrote {out}")

@@ -43,7 +43,7 @@ from evaluate import Z, graded, measure, paired
 from exits import Policy, adapters_off
 from model import Transformer
 from sample import generate
-from study.coherence import COLUMNS, columns
+from study.coherence import COLUMNS, each, pooled
 
 ROOT = Path(__file__).parent.parent
 # The record on the embedded model; other models take the scripts' own defaults.
@@ -308,7 +308,7 @@ def coherence_of(args, answered: Answers) -> dict:
     """The columns of study/coherence.py, for which the base model reads the answers; kept beside them."""
     path = coherence_file(answered.path)
     if not path.exists():
-        write_json(path, columns(Policy(runs.load_model(args)[0]), answered.rows, args.micro_batch))
+        write_json(path, pooled(each(Policy(runs.load_model(args)[0]), answered.rows, args.micro_batch)))
     found = read_json(path)
     return {name: found[name] for name in COLUMNS}
 

@@ -45,7 +45,7 @@ def main() -> None:
                 for m in (parse_object(text, run) for text in read_text(run / "metrics.jsonl").splitlines())]
     data = common.save(args, "fronts", "fronts", base=point(args, common.base_answers(args)), front=front,
                        recovery=recovery, training=training)
-    draw(args, data)
+    draw(args, data, "fronts")
 
 
 def from_lower_kappa(args, rows: list[dict]) -> dict | None:
@@ -80,16 +80,16 @@ def made(args, ours: dict, name: str, part: str) -> list[dict]:
     return found[part] if same else []
 
 
-def draw(args, data: dict) -> None:
+def draw(args, data: dict, name: str) -> None:
     factors = [row for row in made(args, data, "table1", "rows") if row["name"] != BASE]
-    draw_fronts(args, data, factors, made(args, data, "baselines", "points"))
+    draw_fronts(args, data, name, factors, made(args, data, "baselines", "points"))
     if data["front"]["lambda"]:
         draw_verbosity(args, data)
     if data["training"]:
         draw_histogram(args, data["training"])
 
 
-def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> None:
+def draw_fronts(args, data: dict, name: str, factors: list[dict], simpler: list[dict]) -> None:
     def curve(ax, rows, label, **style):
         rows = sorted(rows, key=lambda row: row["average_compute"])
         if rows:
@@ -100,7 +100,7 @@ def draw_fronts(args, data: dict, factors: list[dict], simpler: list[dict]) -> N
         return [p for p in simpler if (p["rule"], p["weights"]) == (rule, weights)]
 
     lower = next((p["weights"] for p in simpler if p["weights"].startswith("stage 2 from")), None)
-    axes, finish = common.figure(args, "fronts", 2 if simpler else 1, width=9 if simpler else 4)
+    axes, finish = common.figure(args, name, 2 if simpler else 1, width=9 if simpler else 4)
     front = data["front"]
     for ax in axes:
         curve(ax, [data["base"]], "base model", color="k", marker="*", markersize=9, linestyle="")

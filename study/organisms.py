@@ -130,7 +130,7 @@ def main() -> None:
     p.add_argument("--steps", type=whole(1), default=300, help="of each model's training (default: 300)")
     p.add_argument("--n", type=whole(2), default=200, help="held-out problems (default: 200)")
     p.add_argument("--out", type=Path, default=Path("runs/organisms"), help="where the trained models are kept, and "
-                   "what was found")
+                   "what was found (default: %(default)s)")
     args = p.parse_args()
     torch.set_num_threads(1)
     args.seed, args.rows, args.max_new_tokens, args.threshold = 0, 256, 160, None

@@ -43,13 +43,13 @@ def main() -> None:
                                   "learned": learned, "positions": held_out["positions"],
                                   "total_variation": total_variation(target, learned)})
     common.save(args, "table1", "table1", rows=rows)
-    draw(args, common.save(args, "fig4", "table1", distributions=distributions))
+    draw(args, common.save(args, "fig4", "table1", distributions=distributions), "fig4")
 
 
-def draw(args, data: dict) -> None:
+def draw(args, data: dict, name: str) -> None:
     distributions = data["distributions"]
     columns = min(4, len(distributions))
-    axes, finish = common.figure(args, "fig4", columns, -(-len(distributions) // columns), 7.5, 3.6)
+    axes, finish = common.figure(args, name, columns, -(-len(distributions) // columns), 7.5, 3.6)
     for ax, d in zip(axes, distributions, strict=False):
         at = range(len(d["depths"]))
         for shift, which, color in ((-0.2, "target", "0.65"), (0.2, "learned", "C0")):

@@ -464,8 +464,7 @@ def evaluations(data: dict) -> list[str]:
     return text
 
 
-FIGURES = {"fig4": draw_fig4, "fronts": draw_fronts}
-FAMILIES = {"fig2": draw_fig2, "monitor": draw_caps}  # a figure for each of data/NAME*.json
+FIGURES = {"fig4": draw_fig4, "fronts": draw_fronts, "fig2": draw_fig2, "monitor": draw_caps}  # of each data/NAME*.json
 SECTIONS = (table1, fig4, heads, fig2, fronts, baselines, crossdomain, tokens, organisms, monitor, coherence,
             evaluations)
 
@@ -505,9 +504,6 @@ def main() -> None:
     write_text(path, before + BEGIN + written(folder) + END + rest.split(END)[1])
     print(f"wrote {path}")
     for name, draw in FIGURES.items():
-        if (data := folder / "data" / f"{name}.json").exists():
-            draw(args, read_json(data))
-    for name, draw in FAMILIES.items():
         for data in sorted(folder.glob(f"data/{name}*.json")):
             draw(args, read_json(data), data.stem)
 

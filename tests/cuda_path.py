@@ -276,14 +276,14 @@ def test_score_and_gradients(recompute, dtype, rtol, monkeypatch):
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def stage_1(policy, responses, step, args=FLAGS):
-    return distill.train_step(policy, responses, step, args.kl_factor, args.seed, args.micro_batch)
+def stage_1(policy, responses, step):
+    return distill.train_step(policy, responses, step, FLAGS.kl_factor, FLAGS.seed, FLAGS.micro_batch)
 
 
-def stage_2(policy, responses, step, args=FLAGS):
-    base, mean_kl, drift = rloo.score_responses(policy, responses, args.micro_batch)
-    advantages = torch.linspace(-1, 1, len(responses), dtype=torch.double) - args.beta * mean_kl
-    rloo.accumulate_gradient(policy, responses, advantages, base, args.micro_batch, args.beta, args.max_new_tokens,
+def stage_2(policy, responses, step):
+    base, mean_kl, drift = rloo.score_responses(policy, responses, FLAGS.micro_batch)
+    advantages = torch.linspace(-1, 1, len(responses), dtype=torch.double) - FLAGS.beta * mean_kl
+    rloo.accumulate_gradient(policy, responses, advantages, base, FLAGS.micro_batch, FLAGS.beta, FLAGS.max_new_tokens,
                              len(responses))
     return {"kl": mean_kl.tolist(), "drift": drift.tolist()}
 

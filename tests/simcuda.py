@@ -1,7 +1,5 @@
 """A simulated CUDA device on a CPU: what a GPU would refuse is refused, what the host would wait for is counted.
 
-    python -m tests.simcuda rloo.py --device cuda …   runs any script, then prints the waits by project line
-
 A tensor on the device is a `Sim`, a wrapper around a CPU tensor. To C++ it lives on 'lazy:0', a device type that
 nothing else uses and whose autograd runs in the calling thread; to Python it says 'cuda:0'. One dispatch mode sees
 every aten op with its real arguments, autograd's and the optimizer's included: it checks devices, counts waits by the
@@ -12,7 +10,6 @@ order of streams, memory that graphs of a pool share, CUDA's kernels and roundin
 
 import ctypes
 import os
-import runpy
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -36,7 +33,6 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2
 FLOATS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "mv", "addmv", "dot"}  # for which cuBLAS has no integers
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 events = Counter()  # (kind, project line) -> how often; (no wait) in the kind of what the host goes on after
-counts = Counter()  # "ops" and "replays" launched
 capture = None  # the graph that is being captured
 pins = Counter()  # storage -> references to it that captured graphs hold here, and would not hold on a GPU
 plain_attention = F.scaled_dot_product_attention
@@ -132,7 +128,6 @@ def dispatch(func, args, kwargs):
             sync("copy to device" if here else "copy to host", blocks or not here)  # to pageable memory it waits anyway
     else:
         check(func, name, free, args, kwargs, [t for t in tensors if not isinstance(t, Sim)], mine, written)
-    counts["ops"] += not func.is_view
 
     def unwrap(t):
         return t.inner if isinstance(t, Sim) else t if capture is None else capture.bake(t)
@@ -249,7 +244,6 @@ class CUDAGraph:
             spoil(out)  # nothing has run yet
 
     def replay(self):
-        counts["replays"] += 1
         for t in self.outside:
             storage = t.untyped_storage()
             if torch._C._storage_Use_Count(storage._cdata) - 1 <= pins[storage._cdata]:
@@ -283,8 +277,8 @@ def use(stream):
         streams.pop()
 
 
-def install(free: int = 2**30) -> None:
-    """From here on this process has a GPU with `free` bytes."""
+def install() -> None:
+    """From here on this process has a GPU with 1 GiB free."""
     library = ctypes.CDLL(os.path.join(os.path.dirname(torch.__file__), "lib", "libc10.so"))
     guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     cuda, lazy = 1, 17  # of c10::DeviceType
@@ -299,7 +293,7 @@ def install(free: int = 2**30) -> None:
              "reset_peak_memory_stats", nothing), ("Stream", Stream), ("stream StreamContext", use),
             ("current_device _exchange_device _maybe_exchange_device memory_allocated memory_reserved "
              "max_memory_allocated", zero), ("get_rng_state", lambda *a: torch.get_rng_state()),
-            ("mem_get_info", lambda *a: (free, 2 * free)), ("get_device_name", lambda *a: "simulated device"),
+            ("mem_get_info", lambda *a: (2**30, 2**31)), ("get_device_name", lambda *a: "simulated device"),
             ("synchronize", lambda *a: sync("synchronize")), ("current_stream", lambda *a: streams[-1]),
             ("default_stream", lambda *a: streams[0]), ("CUDAGraph", CUDAGraph), ("graph_pool_handle", lambda: (0, 1)),
             ("is_current_stream_capturing", lambda: capture is not None)):
@@ -315,19 +309,3 @@ def install(free: int = 2**30) -> None:
         if hasattr(module, "_get_foreach_kernels_supported_devices"):
             module._get_foreach_kernels_supported_devices = lambda: devices
     Mode().__enter__()
-
-
-def main() -> None:
-    sys.argv = sys.argv[1:]
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-    install()
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    finally:
-        print(f"simulated device: {sum(waits().values())} waits of the host, {dict(counts)}", file=sys.stderr)
-        for (kind, line), n in events.most_common():
-            print(f"{n:8}  {kind:26} {line}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

@@ -31,7 +31,7 @@ def test_columns_against_a_slow_computation():
         logits = base.read_out(base.streams(ids[:-1], [base.L] * (len(ids) - 1))[-1])
         logs.append([float(logits[t].log_softmax(-1)[ids[t + 1]]) for t in range(P - 1, len(ids) - 1)])
     repeated = [0, 3 / 7, 2 / 4, 0]  # of 7 and 4 grams; 5656, 6565 come twice
-    got = coherence.columns(policy, ROWS, micro_batch=3)
+    got = coherence.pooled(coherence.each(policy, ROWS, micro_batch=3))
     wanted = {"n": 4, "perplexity": math.exp(-sum(map(sum, logs)) / sum(map(len, logs))),
               "repetition": sum(repeated) / 4, "finished": 0.75,
               "coherence": sum(r["finished"] * (1 - rep) * math.exp(sum(log) / len(log))

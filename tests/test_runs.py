@@ -334,10 +334,10 @@ def test_a_moved_clone_goes_on(home):
     shutil.rmtree(home / "first" / "runs" / "b" / "step-000001")  # so that it has to find stage 1 again
     (home / "first" / "runs" / "b" / "complete.json").unlink()
     (home / "first").rename(home / "second")
-    for source in (*ROOT.glob("*.py"), *(ROOT / name for name in ("data", "fast", "report", "report.py"))):
+    for source in (*ROOT.glob("*.py"), *(ROOT / name for name in ("data", "fast", "report"))):
         if source.is_dir():
             shutil.copytree(source, home / "second" / source.name)
-        elif source.exists():
+        else:
             shutil.copy(source, home / "second")
     done = subprocess.run([sys.executable, "rloo.py", "--resume", "runs/b"], cwd=home / "second", capture_output=True,
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

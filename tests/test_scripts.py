@@ -1,7 +1,6 @@
 """The commands as a user types them, in a process of their own: offline, on toy checkpoints."""
 
 import argparse
-import itertools
 import json
 import os
 import shutil
@@ -17,10 +16,7 @@ import distill
 import evaluate
 import rloo
 import runs
-import teacher
 from checkpoints import load_policy
-from data import tasks
-from exits import Policy
 from model import Transformer
 from tests.commands import RL, fresh, lines, run, toy_checkpoint
 from tests.reference import Reference
@@ -209,15 +205,6 @@ def test_merge_writes_a_plain_checkpoint_with_the_adapters_in_it(trained):
     assert (trained / "merged" / "tokenizer.json").exists()
 
 
-def test_seed_changes_the_samples(trained):
-    """A seed that nothing reads would make every 'five seeds' table one run."""
-    texts = []
-    for seed in (0, 1):
-        run("evaluate.py", "--n", 3, "--max-new-tokens", 12, "--seed", seed, "--out", f"seed{seed}", cwd=trained)
-        texts.append([row["token_ids"] for row in lines(trained / f"seed{seed}" / "completions.jsonl")])
-    assert texts[0] != texts[1]
-
-
 def test_seed_changes_where_adapters_and_heads_start(trained):
     """Else calibrations of several seeds begin as one."""
     starts = []
@@ -247,32 +234,6 @@ def grade(problem, response):
     for metrics in lines(tmp_path / "gated" / "metrics.jsonl"):
         parts = sum(value for name, value in metrics.items() if name.startswith("reward_"))
         assert metrics["reward"] == pytest.approx(parts)
-
-
-def test_every_step_of_stage_2_has_its_own_random_numbers(trained, tmp_path):
-    """On one problem and without learning: else every step would draw the same responses again."""
-    run("rloo.py", *RL, "--problems", 1, "--prompts-per-step", 1, "--lr", 0, "--out", tmp_path / "still", cwd=trained)
-    rows = lines(tmp_path / "still" / "completions.jsonl")
-    first, second = ([row["token_ids"] for row in rows if row["step"] == step] for step in (0, 1))
-    assert first and first != second
-
-
-def test_base_responses_differ_by_seed_and_by_split(tmp_path):
-    """On the same problems, so that only the random numbers can tell the runs apart."""
-    toy_checkpoint(tmp_path / "toy")
-    problems = tasks.load("arithmetic", "train", n=4, seed=0)
-    policy = Policy(Transformer.from_pretrained(tmp_path / "toy"), (1, 2, 3))
-    tokenizer, texts = runs.Tokenizer.from_pretrained(tmp_path / "toy"), []
-    for seed in (0, 1):
-        args = argparse.Namespace(model="toy", revision=None, task="arithmetic", data=None, thinking=True, seed=seed,
-                                  teacher=None, rows=None, max_new_tokens=12)
-        (tmp_path / f"seed{seed}").mkdir()
-        prompts = runs.prompt_ids(problems, policy.model, tokenizer, args)
-        got = teacher.base_responses(runs.Run(tmp_path / f"seed{seed}", args), policy, tokenizer,
-                                     dict.fromkeys(("train", "test"), problems),
-                                     dict.fromkeys(("train", "test"), prompts), args)
-        texts += [[r.token_ids for r in got[split]] for split in ("train", "test")]
-    assert all(a != b for a, b in itertools.combinations(texts, 2))
 
 
 BAD = {
@@ -306,12 +267,12 @@ def test_bad_input_ends_in_one_line(case, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("runs/*/step-*")) and not list(tmp_path.glob("runs/*/complete.json"))
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: out of memory. Compile with …"),
+@pytest.mark.parametrize("error", [None, MemoryError(), RuntimeError("CUDA error: out of memory. Compile with …"),
                                    RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
 def test_too_little_memory_is_one_line_whoever_ran_out(error, capsys):
     """A driver's and cuBLAS's are plain RuntimeErrors: a traceback where a flag would help."""
     def main():
-        raise error
+        raise error or torch.empty(2**60)  # which raises a CPU's own
 
     with pytest.raises(SystemExit) as end:
         runs.run_main(main)
