@@ -42,7 +42,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="random weights (default: smollm2-135m)")
     p.add_argument("--layers", type=flags.whole(2), help="of --shape: only so many (default: all)")
     p.add_argument("--exit-every", type=flags.whole(1), help="layers between exits")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on CUDA, else float32")
     p.add_argument("--cuda-graphs", action="store_true", help="decode by CUDA graphs")
     p.add_argument("--threads", type=flags.whole(1), help="CPU threads (default: torch's)")

@@ -137,7 +137,7 @@ def show(title: str, result: dict) -> None:
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    p.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="rows decoded at once (default: 1 16)")
     p.add_argument("--context", type=int, nargs="+", default=[128], help="prompt tokens (default: 128)")
     p.add_argument("--new", type=int, default=24, help="tokens decoded and counted (default: 24)")
     p.add_argument("--grow", action="store_true", help="sweep batch 1..64 and context 256..4096")

@@ -23,7 +23,7 @@ from sample import generate
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--shape", choices=SHAPES, default="qwen3-4b")
+    p.add_argument("--shape", choices=SHAPES, default="qwen3-4b", help="(default: %(default)s)")
     p.add_argument("--layers", type=flags.whole(2), help="run only so many layers (default: all)")
     p.add_argument("--prompt", type=flags.whole(1), default=128, help="tokens of a prompt (default: 128)")
     p.add_argument("--new", type=flags.whole(1), default=128, help="tokens of a response (default: 128)")

@@ -41,7 +41,7 @@ def ending_halfway(responses: list[Response]) -> list[int]:
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("--prompts", type=int, default=8)
+    p.add_argument("--prompts", type=int, default=8, help="(default: 8)")
     p.add_argument("--samples", type=int, default=4, help="G, of each prompt (default: 4)")
     p.add_argument("--context", type=int, default=128, help="prompt tokens (default: 128)")
     p.add_argument("--new", type=int, default=32, help="tokens of a response at most (default: 32)")

@@ -86,8 +86,9 @@ def main() -> None:
                    "with a checkpoint (default: 320)")
     p.add_argument("--batch-size", type=flags.whole(1), default=8, help="problems of a step (default: 8)")
     p.add_argument("--lr", type=flags.number(0, 1), default=5e-4, help="peak, after 20 steps of warm-up; then "
-                   "linear to 0")
-    p.add_argument("--n", type=flags.whole(1), default=100, help="held-out problems for the accuracy at the end")
+                   "linear to 0 (default: 5e-4)")
+    p.add_argument("--n", type=flags.whole(1), default=100, help="held-out problems for the accuracy at the end "
+                   "(default: 100)")
     args = p.parse_args()
     args.story_share, args.thinking_share = float(args.task == "stories"), THINKING
 

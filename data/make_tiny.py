@@ -192,10 +192,12 @@ def evaluate(folder: Path, tokenizer: Tokenizer, n: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="training state, resumed if it exists, and model/")
-    parser.add_argument("--steps", type=int, default=2560)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--story-share", type=float, default=0.55, help="share of stories, the longer texts")
-    parser.add_argument("--thinking-share", type=float, default=THINKING, help="share answered with a chain of thought")
+    parser.add_argument("--steps", type=int, default=2560, help="(default: 2560)")
+    parser.add_argument("--batch-size", type=int, default=32, help="problems of a step (default: 32)")
+    parser.add_argument("--story-share", type=float, default=0.55, help="share of stories, the longer texts "
+                        "(default: 0.55)")
+    parser.add_argument("--thinking-share", type=float, default=THINKING, help="share answered with a "
+                        "chain of thought (default: %(default)s)")
     parser.add_argument("--init", type=Path, help="checkpoint to go on from, at half the rate, on problems of its own")
     parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     args = parser.parse_args()
