@@ -216,8 +216,9 @@ def share_out(policy: Policy, args) -> Policy:
 def describe(args, tokenizer: Tokenizer) -> str:
     """What a script says of itself when it starts."""
     thinking = f", thinking {'on' if args.thinking else 'off'}" if tokenizer.can_think else ""
-    return (f"{args.model}, {args.dtype} on {args.device}: {args.task}{thinking}, at most {args.max_new_tokens} new "
-            f"tokens")
+    blind = torch.version.cuda and not torch.cuda.is_available()  # a driver older than torch wants, for one
+    return (f"{args.model}, {args.dtype} on {args.device}{' (torch has CUDA, but finds no GPU)' * bool(blind)}: "
+            f"{args.task}{thinking}, at most {args.max_new_tokens} new tokens")
 
 
 def prompt_ids(problems, model: Transformer, tokenizer: Tokenizer, args) -> list[list[int]]:

@@ -27,6 +27,9 @@ def main() -> None:
     p.add_argument("--layers", type=flags.whole(2), help="run only so many layers (default: all)")
     p.add_argument("--prompt", type=flags.whole(1), default=128, help="tokens of a prompt (default: 128)")
     p.add_argument("--new", type=flags.whole(1), default=128, help="tokens of a response (default: 128)")
+    p.add_argument("--prompts", type=flags.whole(1), default=2, help="of a step (default: 2)")
+    p.add_argument("--samples", type=flags.whole(2), default=2, help="of each (default: 2)")
+    p.add_argument("--micro-batch", type=flags.whole(1), default=1, help="responses in one pass (default: 1)")
     p.add_argument("--cuda-graphs", action="store_true", help="decode by CUDA graphs")
     args = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,16 +51,18 @@ def main() -> None:
         print(f"  {name:28} {time.perf_counter() - start:7.1f} s   peak so far {peak_gib(device):5.1f} GiB", flush=True)
         return value
 
-    prompts = torch.randint(0, model.config.vocab_size, (2, args.prompt)).tolist()
-    responses = timed(f"rollout, 4 x {args.new} tokens", lambda: generate(
-        policy, prompts, samples=2, max_new_tokens=args.new, eos_ids=[-1]))
-    timed("stage 1, gradient of 4", lambda: distill.train_step(
-        policy, responses, step=0, kappa=1.0, seed=0, micro_batch=1))
+    prompts = torch.randint(0, model.config.vocab_size, (args.prompts, args.prompt)).tolist()
+    n = args.prompts * args.samples
+    responses = timed(f"rollout, {n} x {args.new} tokens", lambda: generate(
+        policy, prompts, samples=args.samples, max_new_tokens=args.new, eos_ids=[-1]))
+    timed(f"stage 1, gradient of {n}", lambda: distill.train_step(
+        policy, responses, step=0, kappa=1.0, seed=0, micro_batch=args.micro_batch))
     print(f"    gradient norm {take_step(optimizer, 1e-5, 1e-5):.3g}")
-    base, mean_kl, _ = timed("stage 2, score 4", lambda: rloo.score_responses(policy, responses, 1))
-    advantages = rloo.leave_one_out(rloo.reward(torch.tensor([0.0, 1.0] * 2), 0.0, mean_kl, 0.0, 0.02).view(2, 2))
-    timed("stage 2, gradient of 4", lambda: rloo.accumulate_gradient(
-        policy, responses, advantages.flatten(), base, micro_batch=1, beta=0.02, c=args.new, count=len(responses)))
+    base, mean_kl, _ = timed(f"stage 2, score {n}", lambda: rloo.score_responses(policy, responses, args.micro_batch))
+    rewards = rloo.reward(torch.arange(n) % 2, 0.0, mean_kl, 0.0, 0.02).view(args.prompts, args.samples)
+    timed(f"stage 2, gradient of {n}", lambda: rloo.accumulate_gradient(
+        policy, responses, rloo.leave_one_out(rewards).flatten(), base, micro_batch=args.micro_batch, beta=0.02,
+        c=args.new, count=n))
     print(f"    gradient norm {take_step(optimizer, 1e-5, 1e-5):.3g}")
 
 
