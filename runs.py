@@ -534,6 +534,13 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, promp
              "judge": problems[0].own_hash}
     if run and checkpoints(run.folder):
         policy, optimizer, start = run.load(model)
+        recorded = read_json(run.folder / "config.json")
+        if init and str(init.resolve()) != recorded["args"].get("init"):
+            # Elsewhere by now: the same, if it has those weights still. At its own path it may have trained on, and
+            # have dropped them, which nobody reads here.
+            found = [digest(folder) for folder in (init, *checkpoints(init)) if (folder / "exit_config.json").exists()]
+            if found and recorded.get("start") not in (None, *found):
+                about["start"] = found[-1]  # which reopen() refuses
     else:
         policy, start = share_out(fresh(), args), 0
         optimizer = optim.adamw(policy)

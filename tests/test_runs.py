@@ -389,6 +389,22 @@ def test_stage_2_that_took_no_step_starts_from_what_it_was_begun_with(home):
     refused("rloo.py", "--resume", "r", home=home, naming="the weights of the run that it starts from")
 
 
+def test_stage_2_is_not_told_to_have_come_from_another_stage_1_of_that_name(home):
+    """Else config.json names a folder that it never started from, and evaluate.py compares the two."""
+    run("distill.py", "--model", "toy", *SMALL, "--seed", 1, "--out", "there/one", cwd=home)
+    shutil.copytree(home / "two", home / "there" / "two")
+    more = ("rloo.py", "--steps", 3, "--resume")
+    refused(*more, "two", "--init", "there/one", home=home, naming="the weights of the run that it starts from")
+    shutil.copytree(home / "one", home / "moved" / "one")
+    run("distill.py", "--resume", "moved/one", "--steps", 3, cwd=home)  # the same that has trained on is the right one
+    run(*more, "two", "--init", "moved/one", cwd=home)
+    assert config(home / "two")["init"] == str(home / "moved" / "one")
+    shutil.rmtree(home / "moved" / "one" / "step-000002")
+    run("rloo.py", "--steps", 4, "--resume", "two", cwd=home)  # nor need it keep what nobody reads any more
+    (home / "one").rename(home / "away")
+    refused(*more, "there/two", home=home, naming="the weights of the run that it starts from")
+
+
 def test_stage_2_is_compared_with_the_stage_1_that_it_started_from(home):
     """Else what a longer stage 1 gained since is told as what stage 2 lost."""
     (home / "runs").mkdir()
