@@ -236,6 +236,7 @@ def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[
              "weights": weights}
     out, kept = Path(args.out) if args.out else runs.free_folder("evaluate"), {}
     out.mkdir(parents=True, exist_ok=True)
+    runs.lock_folder(out)
     begun, done = out / "begun.json", out / "completions.jsonl"
     before = read_json(begun) if begun.exists() else {}
     same = not done.exists() or before | {"weights": weights} == about

@@ -122,7 +122,7 @@ def say(message: str) -> None:
 def run_main(main) -> None:
     """Runs a script's main. A bad input ends in one line on stderr and exit code 2, an interrupt of a training in one
     that says how to go on; whatever else goes wrong is a fault of ours and shows its traceback."""
-    Run.current, Run.stop_signal = None, 0
+    Run.current, Run.lock, Run.stop_signal = None, None, 0
     Run.terminals = [stream for stream in (sys.stdout, sys.stderr) if stream and stream.isatty()]
     nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     before = {number: signal.signal(number, on_signal) for number in STOPPING
@@ -270,6 +270,7 @@ class Run:
     """One run's folder: what is written there, and how it is picked up again."""
 
     current: Path | None = None  # the folder in which this process writes
+    lock = None  # and the open file by which it holds that, or an evaluation's
     in_steps, stop_signal = False, 0  # whether steps are under way, and what asked to stop after this one
     terminals: list = []  # of its output streams
 
@@ -288,7 +289,8 @@ class Run:
             ours = (self.folder / "metrics.jsonl").exists() or (self.folder / "teacher.jsonl").exists()
             raise UserError(f"{self.folder} exists and is not empty: choose another --out"
                             + (f", or --resume {self.folder}" if ours else ""))
-        self.lock_folder()
+        lock_folder(self.folder)
+        Run.current = self.folder
         self.start_curves()
         self.write_config(stage, about)
         return self.folder
@@ -324,9 +326,9 @@ class Run:
             raise UserError(f"{folder} is complete: there is nothing to resume, but --steps above {planned} "
                             f"extends it")
         run = cls(folder, before)
-        parallel.from_rank_0(run.lock_folder)
-        parallel.from_rank_0(run.start_curves)
+        parallel.from_rank_0(lambda: lock_folder(folder))
         Run.current = folder
+        parallel.from_rank_0(run.start_curves)
         return run
 
     def reopen(self, stage: str, about: dict, step: int) -> None:
@@ -355,22 +357,6 @@ class Run:
                     say(f"the file of --task {self.args.task} has changed: its grade() and reward() count from here on")
         self.write_config(stage, {**about, **kept})
         self.rewind(step)
-
-    def lock_folder(self) -> None:
-        """Holds the folder while this process lives."""
-        self.lock = open(self.folder / ".lock", "a+", encoding="utf-8", errors="replace")
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self.lock.seek(0)
-            raise UserError(f"{self.folder} is in use by {self.lock.read(200).strip() or 'another process'}: wait for "
-                            f"it, or choose another folder") from None
-        except OSError:
-            pass  # a file system without locks
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.lock.flush()
-        Run.current = self.folder
 
     def start_curves(self) -> None:
         if self.args.trackio:
@@ -498,6 +484,22 @@ class Run:
         write_json(self.folder / "complete.json", summary)
         if self.curves:
             self.curves.finish()
+
+
+def lock_folder(folder: Path) -> None:
+    """Holds a folder while this process lives."""
+    Run.lock = open(folder / ".lock", "a+", encoding="utf-8", errors="replace")
+    try:
+        fcntl.lockf(Run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        Run.lock.seek(0)
+        raise UserError(f"{folder} is in use by {Run.lock.read(200).strip() or 'another process'}: wait for it, or "
+                        f"choose another folder") from None
+    except OSError:
+        pass  # a file system without locks
+    Run.lock.truncate(0)
+    Run.lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    Run.lock.flush()
 
 
 def problems_hash(problems, judge: bool = True) -> str:

@@ -634,6 +634,21 @@ def test_a_run_in_use_is_not_taken(home):
     run("rloo.py", "--resume", "busy", "--steps", 1 + len(lines(home / "busy" / "metrics.jsonl")), cwd=home)
 
 
+def stall():
+    import evaluate
+    evaluate.generate_shared = lambda *args, **options: time.sleep(60)
+
+
+def test_an_evaluation_in_use_is_not_taken(home):
+    """Else two processes with one --out write every answer twice, and the folder is no good for either."""
+    command = ("evaluate.py", "one", "--n", 3, "--max-new-tokens", 12, "--out", "busy")
+    with running(*command, cwd=home, before=stall) as process:
+        wait_for(home / "busy" / "begun.json", process)
+        refused(*command, home=home, naming=f"busy is in use by process {process.pid} on ")
+    run(*command, cwd=home)
+    assert len(lines(home / "busy" / "completions.jsonl")) == 6
+
+
 def test_a_refused_run_doesnt_block_its_own_folder(home):
     """Else the repaired command is refused for the folder that the refused one left."""
     command = ("distill.py", "--model", "toy", *SMALL, "--out", "r")
