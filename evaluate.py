@@ -239,15 +239,17 @@ def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[
     runs.lock_folder(out)
     begun, done = out / "begun.json", out / "completions.jsonl"
     before = read_json(begun) if begun.exists() else {}
-    same = not done.exists() or before | {"weights": weights} == about
+    # Of the weights only the runs' may be others by now: --model and its --revision say where a base lies.
+    same = not done.exists() or (before | {"weights": weights} == about and
+                                 field(before, "weights", dict, begun).get(BASE) == weights[BASE])
     for line in read_text(done).split("\n")[:-1] if same and done.exists() else ():  # but for a line cut short
         row = parse_object(line, done)
         label = row.pop("model")
         if field(before, "weights", dict, begun).get(label) == weights.get(label, ""):
             kept.setdefault(label, []).append(row)
     if not same or any([row["prompt_ids"] for row in rows] != prompts[: len(rows)] for rows in kept.values()):
-        raise UserError(f"--out {out} holds an evaluation of other runs or problems, or under other flags: choose "
-                        f"another folder, or delete it")
+        raise UserError(f"--out {out} holds an evaluation of another model, of other runs or problems, or under other "
+                        f"flags: choose another folder, or delete it")
     kept = {label: graded(problems[: len(rows)], [response_of(row) for row in rows], tokenizer)
             for label, rows in kept.items()}
     # First: the other way round a kill between would leave rows that pass for the new weights'.

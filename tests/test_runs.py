@@ -851,6 +851,19 @@ def test_a_stopped_evaluation_goes_on(home):
         assert (home / "part" / name).read_bytes() == (home / "whole" / name).read_bytes()
 
 
+def test_an_evaluation_of_another_model_is_not_overwritten(home):
+    """Else an hour of one model's answers is gone without a word, for --model may say that a model has moved."""
+    toy_checkpoint(home / "other", seed=1)
+    command = ("evaluate.py", "base", "--task", "arithmetic", "--n", 9, "--rows", 1, "--max-new-tokens", 12, "--out",
+               "part", "--model")
+    run(*command, "toy", cwd=home, ok=None, before=partial(die_asking, True, 2))
+    before = (home / "part" / "completions.jsonl").read_bytes()
+    refused(*command, "other", home=home, naming="--out part holds an evaluation of another model")
+    assert before and (home / "part" / "completions.jsonl").read_bytes() == before
+    (home / "toy").rename(home / "moved")
+    run(*command, "moved", cwd=home)
+
+
 def test_the_base_alone_is_evaluated(home):
     """Else there is no baseline before the first run."""
     done, found = evaluated(home, "base", "--model", "toy", "--task", "arithmetic")
