@@ -239,10 +239,11 @@ def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[
     runs.lock_folder(out)
     begun, done = out / "begun.json", out / "completions.jsonl"
     before = read_json(begun) if begun.exists() else {}
+    text = read_text(done) if done.exists() else ""  # empty, where a kill came before begun.json
     # Of the weights only the runs' may be others by now: --model and its --revision say where a base lies.
-    same = not done.exists() or (before | {"weights": weights} == about and
-                                 field(before, "weights", dict, begun).get(BASE) == weights[BASE])
-    for line in read_text(done).split("\n")[:-1] if same and done.exists() else ():  # but for a line cut short
+    same = not text or (before | {"weights": weights} == about and
+                        field(before, "weights", dict, begun).get(BASE) == weights[BASE])
+    for line in text.split("\n")[:-1] if same else ():  # but for a line cut short
         row = parse_object(line, done)
         label = row.pop("model")
         if field(before, "weights", dict, begun).get(label) == weights.get(label, ""):

@@ -864,6 +864,14 @@ def test_an_evaluation_of_another_model_is_not_overwritten(home):
     run(*command, "moved", cwd=home)
 
 
+def test_an_evaluation_killed_before_its_first_answer_goes_on(home):
+    """Else its own folder is refused, as another evaluation's."""
+    command = ("evaluate.py", "one", "--n", 3, "--max-new-tokens", 12, "--out", "part")
+    assert run(*command, cwd=home, ok=None, before=die_writing).returncode == 9
+    assert not (home / "part" / "begun.json").exists()
+    run(*command, cwd=home)
+
+
 def test_the_base_alone_is_evaluated(home):
     """Else there is no baseline before the first run."""
     done, found = evaluated(home, "base", "--model", "toy", "--task", "arithmetic")
