@@ -225,6 +225,20 @@ def refuse_unlike(folders: list[Path], args) -> list[dict]:
     return configs
 
 
+def checked_row(line: str, where: str, config) -> dict:
+    """A row of completions.jsonl, with a response in it that the model can have given."""
+    row = parse_object(line, where)
+    field(row, "model", str, where)
+    for name, most in (("prompt_ids", config.vocab_size - 1), ("token_ids", config.vocab_size - 1),
+                       ("depths", config.num_hidden_layers)):
+        field(row, name, list, where, 0, most)
+    field(row, "finished", bool, where)
+    for name in ("depths", "logp_exit", "logp_token"):
+        if not isinstance(row.get(name), list) or len(row[name]) != len(row["token_ids"]):
+            raise UserError(f"{where}: {name} must be a list with a number for each of token_ids: delete the line")
+    return row
+
+
 def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[str, Path], chosen: dict[str, Path]):
     """The folder to write, and what the same command left there when it was stopped: a model's rows by its label,
     graded anew, for a grade() of one's own may have failed and been mended. Of a run that has got on meanwhile,
@@ -243,8 +257,8 @@ def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[
     # Of the weights only the runs' may be others by now: --model and its --revision say where a base lies.
     same = not text or (before | {"weights": weights} == about and
                         field(before, "weights", dict, begun).get(BASE) == weights[BASE])
-    for line in text.split("\n")[:-1] if same else ():  # but for a line cut short
-        row = parse_object(line, done)
+    for number, line in enumerate(text.split("\n")[:-1] if same else (), start=1):  # but for a line cut short
+        row = checked_row(line, f"{done}:{number}", model.config)
         label = row.pop("model")
         if field(before, "weights", dict, begun).get(label) == weights.get(label, ""):
             kept.setdefault(label, []).append(row)

@@ -872,6 +872,18 @@ def test_an_evaluation_killed_before_its_first_answer_goes_on(home):
     run(*command, cwd=home)
 
 
+def test_a_damaged_answer_of_a_stopped_evaluation_is_named(home):
+    """Else it ends in a traceback."""
+    command = ("evaluate.py", "one", "--n", 9, "--rows", 1, "--max-new-tokens", 12, "--out", "part")
+    run(*command, cwd=home, ok=None, before=partial(die_asking, True, 2))
+    path = home / "part" / "completions.jsonl"
+    first, second, *_ = lines(path)
+    for damaged, naming in (({}, "'model'"), ({"model": "base"}, "'prompt_ids'"), (second | {"depths": [9]}, "depths"),
+                            (second | {"logp_exit": None}, "logp_exit"), (second | {"finished": 1}, "finished")):
+        path.write_text(json.dumps(first) + "\n" + json.dumps(damaged) + "\n")
+        assert naming in refused(*command, home=home, naming="part/completions.jsonl:2: ")
+
+
 def test_the_base_alone_is_evaluated(home):
     """Else there is no baseline before the first run."""
     done, found = evaluated(home, "base", "--model", "toy", "--task", "arithmetic")
