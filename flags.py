@@ -233,7 +233,8 @@ def check_device(args) -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {args.device}: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA "
                         f"devices here; use --device cpu, or install a CUDA build")
+    # A resumed run has these where nobody typed them: there is nothing to leave out.
     if args.shard and (parallel.size() == 1 or args.cuda_graphs):
-        raise UserError("--shard needs several processes, which torchrun starts, and no --cuda-graphs: leave it out")
+        raise UserError("--shard needs several processes, which torchrun starts, and no --cuda-graphs: give --no-shard")
     if args.cuda_graphs and device.type != "cuda":
-        raise UserError(f"--cuda-graphs with --device {args.device}: only CUDA has them; leave the flag out")
+        raise UserError(f"--cuda-graphs with --device {args.device}: only CUDA has them; give --no-cuda-graphs")

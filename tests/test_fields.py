@@ -194,6 +194,7 @@ def test_a_missing_gpu_is_said(tmp_path, monkeypatch, capsys):
     ({"help": True}, "help"), ({"device": "tpu"}, "--device"), ({"device": "cpu:0"}, "--device"),
     ({"task": "gsm"}, "--task"), ({"data": "a\0b"}, "data"), ({"task": "\ud800"}, "task"),
     ({"steps": True}, "steps"), ({"model": {}}, "model"), ({"samples": None}, None),
+    ({"shard": True}, "give --no-shard"), ({"cuda_graphs": True}, "give --no-cuda-graphs"),  # which nobody typed now
 ])
 def test_a_runs_recorded_flags_are_checked_like_typed_ones(home, monkeypatch, capsys, changes, naming):
     """Else a damaged config.json ends in a traceback, or resumes another run."""
