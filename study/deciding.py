@@ -42,8 +42,12 @@ def main() -> None:
     p.add_argument("own", type=Path, help="what evaluate.py wrote of runs at the depths they take")
     p.add_argument("full", type=Path, help="and of the same at full depth")
     args = p.parse_args()
+    own, full = completions(args.own), completions(args.full)
+    if own.keys() == {BASE}:
+        raise UserError(f"{args.own} holds answers of no run, only the base's: give evaluate.py a run, too")
+    found = rows(own, full)
     print(f"{'':24}{'layers':>8}{'stories':>9}{'share':>8}{'own depth':>11}{'full depth':>12}{'base':>8}")
-    for row in rows(completions(args.own), completions(args.full)):
+    for row in found:
         layers = f"{row['low']}" if row["low"] == row["high"] else f"{row['low']}-{row['high']}"
         solved = [f"{row[name]:.1%}" if row["n"] else "" for name in ("own", "full", "base")]
         print(f"{row['model']:24}{layers:>8}{row['n']:>9}{row['share']:>8.1%}{solved[0]:>11}{solved[1]:>12}"

@@ -35,9 +35,11 @@ def run_name(run: str | None) -> str:
 def completions(folder: Path) -> dict[str, dict[str, dict]]:
     """Model -> problem -> its row in an evaluation's completions.jsonl."""
     models, where = defaultdict(dict), folder / "completions.jsonl"
-    for line in read_text(where).splitlines():
-        row = parse_object(line, where)
-        models[row["model"]][row["id"]] = row
+    for number, line in enumerate(read_text(where).splitlines(), start=1):
+        row, at = parse_object(line, where), f"{where}:{number}"
+        models[field(row, "model", str, at)][field(row, "id", str, at)] = row
+    if BASE not in models:  # who is asked first
+        raise UserError(f"{where} holds no answers of the base: let evaluate.py finish, or give another evaluation")
     return models
 
 

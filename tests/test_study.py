@@ -618,6 +618,20 @@ def test_the_deciding_token_is_the_one_before_the_eos():
         deciding.rows({"base": answers(([8, 8], True)), "m": answers(([1, 7], True))}, {"m": answers(([8, 8], True))})
 
 
+@pytest.mark.parametrize("rows, naming", [
+    ([{"step": 0, "id": "a", "depths": [1], "finished": True, "correct": True}], "completions.jsonl:1: field 'model'"),
+    ([{"model": "base"}], "completions.jsonl:1: field 'id'"),
+    ([], "holds no answers of the base"), ([{"model": "base", "id": "a", "depths": [8]}], "of no run"),
+])
+def test_what_has_no_answers_of_a_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys, rows, naming):
+    """Else a stage-2 run in place of an evaluation, or one that was stopped, ends in a traceback under a header."""
+    (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["deciding", str(tmp_path), str(tmp_path)])
+    with pytest.raises(UserError, match=f"{tmp_path}.*{naming}"):
+        deciding.main()
+    assert not capsys.readouterr().out
+
+
 def test_figures_are_small(tmp_path):
     """Pages that load at once, and a repository that stays light."""
     args = argparse.Namespace(out=tmp_path)
