@@ -310,6 +310,8 @@ def main() -> None:
     if args.merge:
         if not args.out:
             raise UserError("--merge needs --out DIR, the folder to write")
+        if args.runs:
+            raise UserError(f"{' '.join(args.runs)}: --merge takes one run and compares none: leave the others out")
         if parallel.rank() == 0:
             write_merged(Path(args.merge), Path(args.out), p, args)
         return

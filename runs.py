@@ -611,7 +611,8 @@ def find(run: str, beside: Path) -> Path:
 
 def short(run: Path, among: list[Path]) -> str:
     """A run's name, or, where another one has it, too, its path."""
-    return run.name if [other.name for other in among].count(run.name) == 1 else str(run)
+    name, *names = (Path(os.path.abspath(folder)).name for folder in (run, *among))  # "." has none
+    return name if names.count(name) == 1 else str(run)
 
 
 def refuse_stage(config: dict, folder, stage: str) -> None:

@@ -753,6 +753,11 @@ def test_runs_of_the_same_name_have_a_column_each(home):
     _, found = evaluated(home, "a/r", "b/r")
     assert [m["name"] for m in found["metrics"]] == ["base", "stage 1 a/r", "stage 1 b/r"]
     refused("evaluate.py", "a/r", "b/../a/r", home=home, naming="names a run twice")
+    (home / "b" / "r").rename(home / "b" / "s")
+    run("evaluate.py", ".", "../../b/s", "--n", 2, "--show", 0, "--max-new-tokens", 12, "--out", "../../here",
+        cwd=home / "a" / "r")
+    named = [m["name"] for m in json.loads((home / "here" / "evaluation.json").read_text())["metrics"]]
+    assert named == ["base", "stage 1 r", "stage 1 s"]
 
 
 def test_runs_about_different_things_are_not_compared_unasked(home):

@@ -245,6 +245,7 @@ BAD = {
     "not a run": (("evaluate.py", "toy"), "toy"),
     "nothing to evaluate": (("evaluate.py",), "python distill.py"),
     "merge without out": (("evaluate.py", "--merge", "toy"), "--out"),
+    "merge beside runs": (("evaluate.py", "old", "--merge", "toy", "--out", "merged"), "--merge takes one run"),
     "unset variable": (("distill.py", "--resume", ""), "--resume is empty"),
     "run as a model": (("distill.py", "--model", "old"), "--model old is a run"),
 }
