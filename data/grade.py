@@ -33,11 +33,15 @@ NUMBER = re.compile(rf"""(?<![A-Za-z0-9]) (?P<sign>(?<![)\]}}%])[-+])? [{MONEY}]
 UNIT = re.compile(rf"""[ ]?[%¢{MONEY}]?\.? | [ ]?%?(?:[ ]|(?=[{LETTER}]{{2}}|[{SIGN}]))[{LETTER}{SIGN}]
     (?: [{LETTER}{SIGN} ./'²³-] | (?:(?<=[ms])|(?<=[ms][ ])|(?<=[a-z]{{2}})|(?<=[a-z]{{2}}[ ])) \^\{{?[23]\}}? )*""",
     re.VERBOSE)
-SCALED = re.compile(r"""\s*(?: (?: hundred|thousand|lakh|million|crore|billion|trillion|dozen
+SCALED = re.compile(rf"""\s*(?: (?: hundred|thousand|lakh|million|crore|billion|trillion|dozen
     | (?:and\s+)?(?:an?\s+|one\s+|two\s+|three\s+)?(?:half|halve|third|quarter) )s?\b
-    | (?:and\s+)?(?:two\s+|three\s+|four\s+)?(?:fifth|tenth|hundredth|thousandth)s\b
-    | (?:plus|minus|times|over)\s+(?:[0-9]|(?:two|three|four|five|six|seven|eight|nine|ten|hundred|thousand)\b)
-    | (?:тысяч[аиу]?|миллион(?:а|ов)?|миллиард(?:а|ов)?)\b | [十百千万萬亿億만억] )""",
+    | (?:and\s+)?(?:two\s+|three\s+|four\s+|five\s+|seven\s+)?
+        (?:fifth|sixth|seventh|eighth|ninth|tenth|twelfth|hundredth|thousandth)s\b
+    | (?:plus|minus|times|over|point)\s+(?:[0-9]
+        |(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|hundred|thousand)\b)
+    | (?:bn|mn|mil|pi|тысяч[аиу]?|миллион(?:а|ов)?|миллиард(?:а|ов)?|тыс|млн|млрд|с\s+половиной)\b
+    | (?<!\n)(?-i:[KMx])(?![\w&'’-]) | (?:squared|cubed)\b(?!\s+\w)
+    | [十百千万萬亿億만억] | [{SIGN}]{{1,3}}半(?:小时|小時|[个個]?月|(?![{SIGN}])) )""",
     re.IGNORECASE | re.VERBOSE)  # no unit: it multiplies or adds
 MIXED = re.compile(rf"""(?<![0-9.,/A-Za-z]) (?P<sign>(?<![)\]}}%])[-+])? [{MONEY}]?
     (?P<whole> [0-9]{{1,3}}(?:,[0-9]{{3}})+ | [0-9]{{1,9}} ) \s+
