@@ -310,12 +310,12 @@ def tom(split: str, data: str | None) -> list[Problem]:
     for i, (where, row) in enumerate(_csv_rows(path / TOM_FILE if path.is_dir() else path)):
         told = "infilled_story" if (row.get("infilled_story") or "").strip() else "story_structure"
         story, question, gold = (_field(row, name, where) for name in (told, "question", "expected_answer"))
+        if _split(row.get("story_structure") or story) != split:
+            continue
         choices = _choices(question)
         form = " or ".join(choices) if choices else "the place alone, in a few words"
-        problem = gradable(Problem(f"tom/{split}/{i}", f"{story}\n\n{question}", gold, "choice", choices,
-                                   instruction=ANSWER.format(form)), where)
-        if _split(row.get("story_structure") or story) == split:
-            problems.append(problem)
+        problems.append(Problem(f"tom/{split}/{i}", f"{story}\n\n{question}", gold, "choice", choices,
+                                instruction=ANSWER.format(form)))
     return problems
 
 
