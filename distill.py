@@ -272,7 +272,7 @@ def main() -> None:
                 for split, n in (("train", args.responses), ("test", args.held_out))}
     for name, split, count in (("--responses", "train", args.responses), ("--held-out", "test", args.held_out)):
         runs.warn_fewer(name, count, len(problems[split]))
-    if args.task.endswith(".py"):
+    if args.task.endswith(".py") or args.data:
         tasks.refuse_shared(problems)
     model, tokenizer = runs.load_model(args)
     exits = exit_depths(model.config.num_hidden_layers, args.exit_every)

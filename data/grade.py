@@ -8,6 +8,7 @@ linear in the text, whatever a model writes.
 """
 
 import re
+import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -16,24 +17,36 @@ MAX_DIGITS = 50  # of a number and of its exponent's value: exact arithmetic bey
 
 LETTER = "A-Za-zÀ-ÖØ-öø-ɏЀ-ӿ"  # of units, Latin and Cyrillic: a Greek one is rather a variable, or pi
 SIGN = "぀-ヿ㐀-鿿가-힣"  # of Chinese, Japanese and Korean, where a unit follows without a blank
+MONEY = "$€£¥₹₽₩₺₴₫"
+# One spelling: ASCII's for its full-width twins, but for the comma, which also lists numbers (5，100); a blank for all
+# blanks; a full stop, and never a decimal point, for those of other scripts. NFKC would make 52 of 5².
+SPELT = ({0xFF01 + i: chr(0x21 + i) for i in range(0x5E)} | dict.fromkeys(map(ord, "。｡।॥"), ". ") | {0xFFE5: "¥"}
+         | dict.fromkeys((0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000), " "))
+del SPELT[ord("，")]
+AROUND = " \t\r\n_`\"'“”‘’.,;:!?()[]{}$\\…„‚«»‹›¿¡、，،؛؟「」『』《》〈〉【】"  # what may stand around a choice
+COMPOSED = 1000  # characters that are composed: what a model repeats would take the square of its length
 # A sign counts only where nothing stands in front that it could subtract from: 10-5 ends in 5, not in -5.
-NUMBER = re.compile(r"""(?<![A-Za-z0-9]) (?P<sign>(?<![)\]}%])[-+])? [$€£¥₹]?
-    (?P<body> (?: [0-9]{1,3}(?:,[0-9]{3})+(?![0-9]) | [0-9]+ ) (?:\.[0-9]+)? | (?<![0-9.])\.[0-9]+ )
+NUMBER = re.compile(rf"""(?<![A-Za-z0-9]) (?P<sign>(?<![)\]}}%])[-+])? [{MONEY}]?
+    (?P<body> (?: [0-9]{{1,3}}(?:,[0-9]{{3}})+(?![0-9]) | [0-9]+ ) (?:\.[0-9]+)? | (?<![0-9.])\.[0-9]+ )
     (?: [eE](?P<exponent>[-+]?[0-9]+) | /(?P<divisor>[0-9]+) )?""", re.VERBOSE)
 # dollars, km/h, m^2, %, 元; but 2x is no number, nor is 2 x^2
-UNIT = re.compile(rf"""[ ]?[%€£¥₹¢]?\.? | [ ]?%?(?:[ ]|(?=[{LETTER}]{{2}}|[{SIGN}]))[{LETTER}{SIGN}]
+UNIT = re.compile(rf"""[ ]?[%¢{MONEY}]?\.? | [ ]?%?(?:[ ]|(?=[{LETTER}]{{2}}|[{SIGN}]))[{LETTER}{SIGN}]
     (?: [{LETTER}{SIGN} ./'²³-] | (?:(?<=[ms])|(?<=[ms][ ])|(?<=[a-z]{{2}})|(?<=[a-z]{{2}}[ ])) \^\{{?[23]\}}? )*""",
     re.VERBOSE)
-SCALED = re.compile(r"""\s*(?: (?: hundred|thousand|lakh|million|crore|billion|trillion|dozen
+SCALED = re.compile(rf"""\s*(?: (?: hundred|thousand|lakh|million|crore|billion|trillion|dozen
     | (?:and\s+)?(?:an?\s+|one\s+|two\s+|three\s+)?(?:half|halve|third|quarter) )s?\b
-    | (?:and\s+)?(?:two\s+|three\s+|four\s+)?(?:fifth|tenth|hundredth|thousandth)s\b
-    | (?:plus|minus|times|over)\s+(?:[0-9]|(?:two|three|four|five|six|seven|eight|nine|ten|hundred|thousand)\b)
-    | (?:тысяч[аиу]?|миллион(?:а|ов)?|миллиард(?:а|ов)?)\b | [十百千万萬亿億만억] )""",
+    | (?:and\s+)?(?:two\s+|three\s+|four\s+|five\s+|seven\s+)?
+        (?:fifth|sixth|seventh|eighth|ninth|tenth|twelfth|hundredth|thousandth)s\b
+    | (?:plus|minus|times|over|point)\s+(?:[0-9]
+        |(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|hundred|thousand)\b)
+    | (?:bn|mn|mil|pi|тысяч[аиу]?|миллион(?:а|ов)?|миллиард(?:а|ов)?|тыс|млн|млрд|с\s+половиной)\b
+    | (?<!\n)(?-i:[KMx])(?![\w&'’-]) | (?:squared|cubed)\b(?!\s+\w)
+    | [十百千万萬亿億만억] | [{SIGN}]{{1,3}}半(?:小时|小時|[个個]?月|(?![{SIGN}])) )""",
     re.IGNORECASE | re.VERBOSE)  # no unit: it multiplies or adds
-MIXED = re.compile(r"""(?<![0-9.,/A-Za-z]) (?P<sign>(?<![)\]}%])[-+])? [$€£¥₹]?
-    (?P<whole> [0-9]{1,3}(?:,[0-9]{3})+ | [0-9]{1,9} ) \s+
-    (?P<part>[0-9]{1,9})/(?P<of>[0-9]{1,9}) (?!/?[0-9]|\.[0-9])""", re.VERBOSE)  # 5 1/2
-THOUSANDS = re.compile(r"[-+]?[$€£¥₹]?[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])")  # 1 000
+MIXED = re.compile(rf"""(?<![0-9.,/A-Za-z]) (?P<sign>(?<![)\]}}%])[-+])? [{MONEY}]?
+    (?P<whole> [0-9]{{1,3}}(?:,[0-9]{{3}})+ | [0-9]{{1,9}} ) \s+
+    (?P<part>[0-9]{{1,9}})/(?P<of>[0-9]{{1,9}}) (?!/?[0-9]|\.[0-9])""", re.VERBOSE)  # 5 1/2
+THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])")  # 1 000
 ANSWER_IS = re.compile(r"\banswer(?:\s+is|\s*:)[\s:*$(\[\\]*", re.IGNORECASE)
 OPERATION = re.compile(r"\s*[-+*/×÷=^]\s*[0-9($]")
 
@@ -101,7 +114,7 @@ def _extract_choice(answer: str) -> tuple[str | None, str | None]:
         return normalise(boxed, "choice"), "boxed"
     leads = list(ANSWER_IS.finditer(answer))
     if leads:
-        return normalise(re.split(r"[.\n]", answer[leads[-1].end():], maxsplit=1)[0], "choice"), "answer is"
+        return normalise(re.split(r"[.。\n]", answer[leads[-1].end():], maxsplit=1)[0], "choice"), "answer is"
     lines = answer.strip().split("\n")
     return (normalise(lines[-1], "choice"), "last line") if lines[-1] else (None, None)
 
@@ -120,8 +133,8 @@ def last_boxed(text: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    r"""Text without LaTeX's dress of numbers: \$ \% \! \, \; {,} \text{} \frac{a}{b}, and the Unicode minus."""
-    text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\,", "")
+    r"""Text without LaTeX's dress of numbers: \$ \% \! \, \; {,} \text{} \frac{a}{b}, and in SPELT's spelling."""
+    text = text.translate(SPELT).replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\,", "")
     text = re.sub(r"\\[;: ]", " ", text)
     text = re.sub(r"\\([$%])", r"\1", text)
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
@@ -142,6 +155,7 @@ def unmixed(text: str) -> str:
 def number(span: str) -> Fraction | None:
     """The exact value of a span that is one number, with at most a currency and a unit; else None."""
     span = re.sub(r"~|°|\^\{?\\circ\}?", " ", plain(span)).strip().strip("$*").strip()
+    span = re.sub(rf"^([-+]?) *[{MONEY}] *(?=[0-9.])", r"\1", span)
     thousands = THOUSANDS.match(span)
     span = unmixed(thousands[0].replace(" ", "") + span[thousands.end():] if thousands else span)
     found = NUMBER.match(span)
@@ -162,7 +176,8 @@ def normalise(span: str, kind: str) -> str:
     if kind == "number":
         value = number(span)
         return plain(span).strip() if value is None else str(value)
-    words = plain(span).replace("*", "").strip(" \t\r\n_`\"'“”‘’.,;:!()[]{}$\\").lower().split()
+    span = unicodedata.normalize("NFC", span[:COMPOSED]) + span[COMPOSED:]
+    words = plain(span).replace("*", "").strip(AROUND).lower().split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
 
 

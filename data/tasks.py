@@ -18,6 +18,7 @@ import io
 import math
 import os
 import re
+import reprlib
 import sys
 import traceback
 from collections import Counter
@@ -138,46 +139,59 @@ def generated(task: str, split: str, n: int, seed: int) -> list[Problem]:
 def own_problem(row: dict, where: str, name: str) -> Problem:
     """A problem of the user's: question, answer and, for a choice, choices; instruction, if the usual one won't do;
     thinking, false if it is to be asked without."""
-    answer = row.get("answer")
-    if type(answer) is int or type(answer) is float and math.isfinite(answer):  # JSON as Python reads it knows NaN
-        if answer != 0 and abs(answer) > 10**MAX_DIGITS:
-            raise UserError(f"{where}: an 'answer' of more than {MAX_DIGITS} digits can't be graded")
-        short = f"{answer:.12g}" if type(answer) is float else str(answer)  # 1.1 * 3 is 3.3000000000000003
-        if not math.isclose(answer, float(short), rel_tol=1e-14):  # 1/3: a response would have to give all its digits
-            raise UserError(f"{where}: the 'answer' {answer!r} has more digits than a response will: round it, give a "
-                            f"fraction as a text, '1/3', or write a grade() in a .py task")
-        row = row | {"answer": short}
+    if "answer" in row:
+        row = row | {"answer": _spelt(row["answer"], "answer", where)}
     question, gold, choices = _field(row, "question", where), _field(row, "answer", where), row.get("choices")
     if choices is not None:
-        if not isinstance(choices, (list, tuple)) or not all(isinstance(c, (str, int, float)) for c in choices):
-            raise UserError(f"{where}: 'choices' must be a list of texts, not {choices!r:.60}")
-        choices = tuple(str(choice).strip() for choice in choices)
-        if gold not in choices:
-            raise UserError(f"{where}: the answer {gold!r:.60} must be one of 'choices'")
-    if (thinking := row.get("thinking", True)) not in (True, False):
+        said = [_spelt(c, "choices", where) for c in choices] if isinstance(choices, (list, tuple)) else [None]
+        if not all(map(is_text, said)):
+            raise UserError(f"{where}: 'choices' must be a list of texts, not {reprlib.repr(choices)}")
+        choices = tuple(choice.strip() for choice in said)
+    if type(thinking := row.get("thinking", True)) is not bool:
         raise UserError(f"{where}: 'thinking' must be true or false, not {thinking!r:.60}")
     # Of "5 May" or "5 pm" the number is only a part.
     kind = "number" if choices is None and number(gold) is not None and not re.search(
         r"[^\W\d_]{2}|\s[^\W\d_]", plain(gold)) else "choice"
     form = BOXED if kind == "number" else ANSWER.format(" or ".join(choices) if choices else "the answer alone")
-    return Problem(name, question, gold, kind, choices, thinking=bool(thinking),
-                   instruction="" if row.get("instruction") == "" else
+    return Problem(name, question, gold, kind, choices, thinking=thinking,
+                   instruction="" if is_text(row.get("instruction")) and not row["instruction"] else
                    _field(row, "instruction", where) if "instruction" in row else form)
 
 
-def gradable(problem: Problem, where: str) -> Problem:
-    """Refuses a problem to which the built-in grader would call no response right: training would go on for nothing."""
+def _spelt(value, name: str, where: str):
+    """A number as a response would spell it; anything else as it is."""
+    if type(value) is not int and (type(value) is not float or not math.isfinite(value)):  # Python's JSON knows NaN
+        return value
+    if abs(value) > 10**MAX_DIGITS:
+        raise UserError(f"{where}: an {name!r} of more than {MAX_DIGITS} digits can't be graded")
+    short = f"{value:.12g}" if type(value) is float else str(value)  # 1.1 * 3 is 3.3000000000000003
+    if not math.isclose(value, float(short), rel_tol=1e-14):  # 1/3: a response would have to give all its digits
+        raise UserError(f"{where}: the {name!r} {value!r} has more digits than a response will: round it, give a "
+                        f"fraction as a text, '1/3', or write a grade() in a .py task")
+    return short
+
+
+def gradable(problem: Problem, where: str, met: dict | None = None) -> Problem:
+    """Refuses a problem to which the built-in grader would call no response right: training would go on for nothing.
+    So it would for half of one that was met with another answer."""
+    forms = [normalise(choice, "choice") for choice in problem.choices or (problem.gold,)]
+    if normalise(problem.gold, "choice") not in forms:
+        raise UserError(f"{where}: the answer {problem.gold!r:.60} must be one of 'choices', "
+                        f"{', '.join(problem.choices):.80}")
     if problem.own_grade:
         return problem
     best = f"\\boxed{{{problem.gold}}}" if problem.kind == "number" else f"ANSWER: {problem.gold}"
-    if not problem.grade(best, True).strict:
+    if problem.kind == "number" and number(problem.gold) is None or not problem.grade(best, True).strict:
         raise UserError(f"{where}: no response can match the answer {problem.gold!r:.60}: give the final answer alone, "
                         f"in one line, or a .py task with a grade(); --task gsm8k --data FILE reads GSM8K's format")
-    if problem.kind == "choice":
-        forms = [normalise(choice, "choice") for choice in problem.choices or (problem.gold,)]
-        if "" in forms or len(set(forms)) < len(set(problem.choices or forms)):
-            raise UserError(f"{where}: the grader ignores case, articles and punctuation, and so can't tell the answer "
-                            f"{problem.gold!r:.60} from others: rename the choices, or give a .py task with a grade()")
+    if problem.kind == "choice" and ("" in forms or len(set(forms)) < len(set(problem.choices or forms))):
+        raise UserError(f"{where}: the grader ignores case, articles and punctuation, and so can't tell the answer "
+                        f"{problem.gold!r:.60} from others: rename the choices, or give a .py task with a grade()")
+    if met is not None:
+        before, gold = met.setdefault((problem.question, problem.instruction), (where, problem.gold))
+        if gold != problem.gold:
+            raise UserError(f"{where}: asks what {before} asks, but has the answer {problem.gold!r:.40} for "
+                            f"{gold!r:.40}: keep one of the two")
     return problem
 
 
@@ -185,11 +199,7 @@ def own_file(path: str, split: str) -> list[Problem]:
     """The problems of a .jsonl file of the user's that fall into a split."""
     problems, met, asked, repeated = [], {}, set(), 0
     for i, (where, row) in enumerate(_jsonl_rows(Path(path))):
-        problem = gradable(own_problem(row, where, f"{Path(path).stem}/{split}/{i}"), where)
-        before, gold = met.setdefault((problem.question, problem.instruction), (where, problem.gold))
-        if gold != problem.gold:  # half of what is right there would count as wrong
-            raise UserError(f"{where}: asks what {before} asks, but has the answer {problem.gold!r:.40} for "
-                            f"{gold!r:.40}: keep one of the two")
+        problem = gradable(own_problem(row, where, f"{Path(path).stem}/{split}/{i}"), where, met)
         asks = (problem.question, problem.instruction, problem.thinking, problem.choices)
         if asks in asked:
             repeated += 1  # which would count as evidence of its own
@@ -211,7 +221,7 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
         if not callable(getattr(module, "problems", None)):
             raise UserError("it defines no problems(split, n, seed)")
         made = list(islice(module.problems(split, n, seed), n))
-    problems, source = [], hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    problems, met, source = [], {}, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     for i, p in enumerate(made):
         where = f"{path}, problem {i}"
         if not isinstance(p, (Problem, dict)):
@@ -219,11 +229,13 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
         if isinstance(p, Problem) and not all(is_text(text) for text in (p.id, p.question, p.gold)):
             raise UserError(f"{where}: its id, question and gold must be texts, not {p.id!r:.30}, {p.question!r:.30}, "
                             f"{p.gold!r:.30}")
-        if isinstance(p, Problem) and type(p.thinking) is not bool:
-            raise UserError(f"{where}: its thinking must be True or False, not {p.thinking!r:.30}")
-        p = p if isinstance(p, Problem) else own_problem(p, where, f"{Path(path).stem}/{split}/{seed}/{i}")
+        if isinstance(p, Problem) and not (is_text(p.kind) and p.kind in ("number", "choice")):
+            raise UserError(f"{where}: its kind must be 'number' or 'choice', not {p.kind!r:.30}")
+        row = p if isinstance(p, dict) else vars(p) | {"answer": p.gold}
+        problem = own_problem(row, where, f"{Path(path).stem}/{split}/{seed}/{i}")
+        p = replace(p, choices=problem.choices) if isinstance(p, Problem) else problem
         own = {f"own_{name}": getattr(module, name, getattr(p, f"own_{name}")) for name in ("grade", "reward")}
-        problems.append(gradable(replace(p, **own, own_hash=source if any(own.values()) else ""), where))
+        problems.append(gradable(replace(p, **own, own_hash=source if any(own.values()) else ""), where, met))
     if not problems:
         raise UserError(f"{path}: problems({split!r}, {n}, {seed}) gives none")
     (name, times), = Counter(p.id for p in problems).most_common(1)
@@ -256,9 +268,11 @@ def own_errors(about: str):
 
 
 def refuse_shared(problems: dict[str, list[Problem]]) -> None:
-    """Raises UserError where the splits of a task of the user's share a problem: what is trained on proves nothing."""
+    """Raises UserError where the splits of a task or of data of the user's share a problem: what is trained on proves
+    nothing."""
     if shared := {p.question for p in problems["train"]} & {p.question for p in problems["test"]}:
-        raise UserError(f"train and test share a problem, {min(shared)!r:.80}: let problems() tell them apart")
+        raise UserError(f"train and test share a problem, {min(shared)!r:.80}: let problems(), or the files of --data, "
+                        f"tell them apart")
 
 
 def gsm8k(split: str, data: str | None) -> list[Problem]:

@@ -91,19 +91,32 @@ class Tokenizer:
         Otherwise each of them hides behind a mark that nobody can guess while the template runs, and is then
         encoded as plain text. So it is in earlier assistant turns too: pass them without their thoughts.
         """
-        mark, hidden = secrets.token_hex(16), []
+        hidden = {}  # number of each control token met
 
-        def hide(found: re.Match) -> str:
-            hidden.append(found[0])
-            return f"{mark}<{len(hidden) - 1}>"
+        def parts(conversations, mark: str) -> list[list[str]]:
+            """The rendered texts, split at the marks: odd parts are numbers of control tokens."""
+            def hide(found: re.Match) -> str:
+                return f"{mark}<{hidden.setdefault(found[0], len(hidden))}>"
 
-        texts = self.render([[{**m, "content": self._control.sub(hide, m["content"])} for m in messages]
-                             for messages in conversations], enable_thinking)
-        prompts = []
+            texts = self.render([[{**m, "content": self._control.sub(hide, m["content"])} for m in messages]
+                                 for messages in conversations], enable_thinking)
+            return [re.split(rf"{mark}<(\d+)>", text) for text in texts]
+
+        mark = secrets.token_hex(16)
+        texts = parts(conversations, mark)
+        # Of a mark that the template changes, cuts or counts something is left in the prompt: where it is of another
+        # length, and another at each place, that shows.
+        other = f"{int(mark, 16) ^ 16**32 - 1:032x}{secrets.token_hex(4)}"
+        marked = [i for i, some in enumerate(conversations) if any(self._control.search(m["content"]) for m in some)]
+        if [texts[i] for i in marked] != parts([conversations[i] for i in marked], other):
+            raise UserError(f"{self._template_file}: the chat template changes the text of messages, which is not "
+                            f"supported where one holds a control token ({min(hidden)}): take such problems out, or "
+                            f"edit the template")
+        tokens, prompts = list(hidden), []
         for text in texts:
             ids = []
-            for i, part in enumerate(re.split(rf"{mark}<(\d+)>", text)):  # odd parts are indices into hidden
-                ids += self._encode_plain(hidden[int(part)]) if i % 2 else self.encode(part)
+            for i, part in enumerate(text):
+                ids += self._encode_plain(tokens[int(part)]) if i % 2 else self.encode(part)
             prompts.append(ids)
         return prompts
 

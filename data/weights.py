@@ -83,6 +83,9 @@ def shard_paths(folder: Path) -> list[Path]:
     if absent or not names:
         raise UserError(f"{folder}: weight file(s) {', '.join(absent)} missing; download the checkpoint again, or take "
                         f"one that has safetensors files")
+    if "model.safetensors" not in names and (folder / "model.safetensors").exists():
+        raise UserError(f"{folder} holds model.safetensors and an index of other files, {index.name}: delete the older "
+                        f"of the two")
     return [folder / name for name in names]
 
 

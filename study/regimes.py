@@ -112,7 +112,7 @@ def force(s: Subject, prefixes: list[list[int]], starts: list[int], regime: str)
     """The likeliest answer after each text of ids, token by token: a number of two digits at most, as every value has,
     or a word, which goes on while it may become one of the task's answers."""
     def said(i: int) -> str:
-        return s.tokenizer.decode(texts[i][len(prefixes[i]) :]).strip()
+        return s.tokenizer.decode(texts[i][len(prefixes[i]) :]).lstrip()  # a blank behind an answer ends it
 
     texts, live = [list(prefix) for prefix in prefixes], list(range(len(prefixes)))
     while live:

@@ -248,6 +248,15 @@ def test_a_shard_that_the_index_names_and_the_folder_lacks_is_named(checkpoint):
         Transformer.from_pretrained(checkpoint)
 
 
+def test_an_index_beside_a_file_that_it_does_not_name_is_refused(checkpoint):
+    """Else the old shards are loaded where a new model.safetensors was saved into their folder."""
+    whole = (checkpoint / "model.safetensors").read_bytes()
+    shard(checkpoint)
+    (checkpoint / "model.safetensors").write_bytes(whole)
+    with pytest.raises(UserError, match="holds model.safetensors and an index .* delete"):
+        Transformer.from_pretrained(checkpoint)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_truncated_file_is_named(sharded, checkpoint):
     """A download that broke off."""

@@ -190,6 +190,13 @@ def test_the_digits_of_an_answer_are_read_past_the_same_exits(subject, monkeypat
         assert torch.equal(depths, second[b, : len(head)]) and len(set(depths.tolist())) > 1
 
 
+def test_a_forced_answer_ends_where_blanks_follow(subject, monkeypatch):
+    """Else a policy that writes blanks for ever holds up the evals for ever."""
+    said = iter(subject.tokenizer.encode(token)[0] for token in "5 \n ")  # a fourth pass would find none
+    monkeypatch.setattr(regimes, "token_logp_all", lambda model, h: F.one_hot(torch.tensor([next(said)]), 4096).float())
+    assert regimes.force(subject, [subject.tokenizer.encode("\\boxed{")], [0], "full") == ["5"] and len([*said]) == 2
+
+
 @pytest.mark.parametrize("task", forms.FORMS)
 def test_the_reader_is_given_a_chain_without_its_last_result(subject, task, monkeypatch):
     """Else it copies the answer off the chain's end, and every chain counts as readable."""

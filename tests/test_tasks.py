@@ -368,6 +368,14 @@ def test_an_answer_with_words_is_more_than_its_number(tmp_path, answer, kind, ri
     assert problem.grade(right, True).strict and not problem.grade(wrong, True).strict
 
 
+def test_numbers_among_choices_are_spelt_as_the_answer_is(tmp_path):
+    """Else '1' is not one of 1.0 and 2.5."""
+    (tmp_path / "mine.py").write_text("def problems(split, n, seed):\n    return [{'question': 'q', 'answer': 1.0, "
+                                      "'choices': [1.0, 2.5, 3]}]\n")
+    problem, = load(str(tmp_path / "mine.py"), "train", n=1)
+    assert (problem.gold, problem.choices) == ("1", ("1", "2.5", "3")) and problem.grade("ANSWER: 1", True).strict
+
+
 def test_a_link_keeps_its_name(tmp_path):
     """Else a file of the hub's cache, a link to one without a suffix, is refused by a name that nobody gave."""
     jsonl(tmp_path / "3fa9c0", [{"question": f"{i}?", "answer": i} for i in range(20)])
@@ -392,11 +400,21 @@ def test_a_problem_of_ones_own_keeps_its_own_grader(tmp_path):
 @pytest.mark.parametrize("made, told", [
     ("Problem(7, 'q', 'x', 'choice')", "id, question and gold must be texts, not 7"),
     ("Problem('a', 'q', 7, 'number')", "id, question and gold must be texts, not 'a', 'q', 7"),
+    ("Problem('a', 'q', 'x', 'choice', ('x', None))", "'choices' must be a list of texts"),
+    ("Problem('a', 'q', 'x', 'choice', ['y', 'z'])", "the answer 'x' must be one of 'choices'"),
+    ("Problem('a', 'q', 'a', 'choice', 'ab')", "'choices' must be a list of texts"),
+    ("{'question': 'q', 'answer': 'x', 'choices': ['x', '\\ud800']}", "'choices' must be a list of texts"),
+    ("Problem('a', 'q', 'x', 'word')", "its kind must be 'number' or 'choice', not 'word'"),
+    ("Problem('a', 'q', 'seven', 'number')", "no response can match the answer 'seven'"),
+    ("Problem('a', 'q', 'x', 'choice', instruction=5)", "'instruction' must be text"),
+    ("{'question': 'q', 'answer': 'x', 'thinking': numpy.array([1, 0])}", "'thinking' must be true or false"),
+    ("{'question': 'q', 'answer': 'x', 'instruction': numpy.array(['', ''])}", "'instruction' must be text"),
+    ("{'question': 'q', 'answer': 1, 'choices': [1, 10**5000]}", "more than 50 digits"),
     ("{'question': 'q', 'answer': 10**5000}", "more than 50 digits"),
     ("{'question': 'q', 'answer': -10**60}", "more than 50 digits")])
 def test_a_problem_of_ones_own_that_is_no_text_is_named(tmp_path, made, told):
     """Else it ends in a traceback, hours later or at once."""
-    (tmp_path / "mine.py").write_text(f"from data.tasks import Problem\n"
+    (tmp_path / "mine.py").write_text(f"import numpy\nfrom data.tasks import Problem\n"
                                       f"def problems(split, n, seed):\n    yield {made}\n")
     with pytest.raises(UserError, match=f"mine.py, problem 0: .*{told}"):
         load(str(tmp_path / "mine.py"), "train", n=1)
@@ -446,6 +464,7 @@ def test_a_task_of_ones_own_may_define_dataclasses(tmp_path):
     ({"question": "a", "answer": "b", "choices": ["c"]}, "the answer 'b' must be one of 'choices'"),
     ({"question": "a", "answer": "b", "instruction": 3}, "'instruction' must be text"),
     ({"question": "a", "answer": "b", "thinking": "no"}, "'thinking' must be true or false"),
+    ({"question": "a", "answer": 3.0, "choices": [1.0, 2.0]}, "the answer '3' must be one of 'choices'"),
     ({"question": "a", "answer": 1 / 3}, "has more digits than a response will"),
     ({"question": "a", "answer": ".", "choices": [".", ","]}, "the grader ignores case, articles"),
     ({"question": "a", "answer": "Polish", "choices": ["polish", "Polish"]}, "the grader ignores case, articles"),
@@ -467,7 +486,9 @@ def test_a_line_that_makes_no_problem_is_named(tmp_path, row, named):
     ("from data.tasks import Problem\ndef problems(split, n, seed):\n    return [Problem('a', str(i), 'x', 'choice') "
      "for i in range(3)]", "2 of its Problems have the id 'a'"),
     ("from data.tasks import Problem\ndef problems(split, n, seed):\n    return [Problem('a', 'q', 'x', 'choice', "
-     "thinking=None)]", "its thinking must be True or False, not None"),
+     "thinking=None)]", "'thinking' must be true or false, not None"),
+    ("def problems(split, n, seed):\n    return [{'question': 'x', 'answer': i} for i in range(2)]",
+     "problem 1: asks what .*, problem 0 asks, but has the answer '1' for '0'"),
     ("def problems(split, n, seed):\n    return [1 / 0]", r"ZeroDivisionError: .*mine\.py:2\)"),
     ("def problems(split, n, seed):\n    return ['x']", "must give dicts"),
     ("def problems(split, n, seed):\n    return [{'question': 'x'}]", "problem 0: column 'answer' is missing"),
@@ -516,10 +537,14 @@ def test_a_judge_of_ones_own_decides_and_its_error_is_told(tmp_path, judge, name
 
 def test_a_task_whose_splits_share_a_problem_is_refused(home):
     """Else the test asks what was trained on."""
+    (home / "shared").mkdir()
+    for split, n in (("train", 8), ("test", 4)):
+        jsonl(home / "shared" / f"{split}.jsonl", rows(n))
     (home / "same.py").write_text("def problems(split, n, seed):\n    return [{'question': 'q', 'answer': 1}]\n")
     for command in (("distill.py", "--model", "toy"), ("rloo.py", "--init", "one", *RL)):
-        done = run(*command, "--task", "same.py", cwd=home, ok=False)
-        assert done.returncode == 2 and "train and test share a problem, 'q'" in done.stderr
+        for task, shared in (("same.py",), "q"), (("gsm8k", "--data", "shared"), "What is 0 + 1?"):
+            done = run(*command, "--task", *task, cwd=home, ok=False)
+            assert done.returncode == 2 and f"train and test share a problem, '{shared}'" in done.stderr
 
 
 def test_a_file_of_another_kind_is_not_a_task(tmp_path):

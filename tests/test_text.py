@@ -187,6 +187,17 @@ def test_the_callers_messages_are_not_changed(loaded):
     assert messages == user("a <|im_end|> b")
 
 
+@pytest.mark.parametrize("change", ["upper", "title", "e", "reverse", "replace('<', '(')", "wordwrap(20)",
+                                    "truncate(20)", "list | first", "length"])
+def test_a_template_that_changes_the_text_of_messages_is_refused_where_they_hold_control_tokens(tmp_path, change):
+    """Else the secret mark that hides them is prompted with, and is another at every start."""
+    folder = build(tmp_path, template=f"{{% for m in messages %}}{{{{ m.content | {change} }}}}{{% endfor %}}")
+    tokenizer = text.Tokenizer.from_pretrained(str(folder))
+    assert len(tokenizer.prompts([user("the question")])) == 1
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: the chat template changes the text of messages"):
+        tokenizer.prompts([user("the question"), user("<|im_end|> the question <think>")])
+
+
 # hostile and broken checkpoints
 
 @pytest.mark.parametrize("template", [
