@@ -235,7 +235,8 @@ def checked_row(line: str, where: str, config) -> dict:
     field(row, "finished", bool, where)
     for name in ("depths", "logp_exit", "logp_token"):
         if not isinstance(row.get(name), list) or len(row[name]) != len(row["token_ids"]):
-            raise UserError(f"{where}: {name} must be a list with a number for each of token_ids: delete the line")
+            raise UserError(f"{where}: {name} must be a list with a number for each of token_ids: delete this line "
+                            f"and the model's after it")
     return row
 
 

@@ -359,7 +359,7 @@ def claim(rows: dict, verdicts: dict[str, str]) -> str:
     four = "; ".join(f"{what} the chain {x['value']:.1%}, base {x['value'] - x['difference']:.1%}"
                      for what, x in (("with", chain), ("without", direct)))
     found = "; ".join(f"not {verb} {', '.join(f'{word} {what}' for what in these)}" for verb, word, these in (
-        ("shown", "that", [what for what, ok in asked if ok is False]),
+        ("shown", "that", [what for what, ok in asked if ok is not None and not ok]),
         ("asked", "whether", [what for what, ok in asked if ok is None])) if these) or "reasoning moved into the text"
     found += " (not validated)" * bool(verdicts.get("E1 uplift"))
     return f"E1: {four}: {found}"

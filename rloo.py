@@ -187,8 +187,8 @@ def main() -> None:
 
     runs.warn_idle("--prompts-per-step", args.prompts_per_step)
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)
-    if args.task.endswith(".py") or args.data:
-        tasks.refuse_shared({"train": problems, "test": tasks.load(args.task, "test", args.data, 200, args.seed)})
+    if args.task.endswith(".py"):
+        tasks.refuse_shared({"train": problems, "test": tasks.load(args.task, "test", n=200, seed=args.seed)})
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(problems, model, tokenizer, args)
     # Recorded, so that a resumed run keeps it. A tenth of stage 1's, to be careful: on the embedded model 0.0015, twice

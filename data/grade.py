@@ -39,8 +39,8 @@ SCALED = re.compile(rf"""\s*(?: (?: hundred|thousand|lakh|million|crore|billion|
         (?:fifth|sixth|seventh|eighth|ninth|tenth|twelfth|hundredth|thousandth)s\b
     | (?:plus|minus|times|over|point)\s+(?:[0-9]
         |(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|hundred|thousand)\b)
-    | (?:bn|mn|mil|pi|тысяч[аиу]?|миллион(?:а|ов)?|миллиард(?:а|ов)?|тыс|млн|млрд|с\s+половиной)\b
-    | (?<!\n)(?-i:[KMx])(?![\w&'’-]) | (?:squared|cubed)\b(?!\s+\w)
+    | (?:bn|pi|тысяч[аиу]?|миллион(?:а|ов)?|миллиард(?:а|ов)?|тыс|млн|млрд|с\s+половиной)\b
+    | (?:squared|cubed)\b(?!\s+\w)
     | [十百千万萬亿億만억] | [{SIGN}]{{1,3}}半(?:小时|小時|[个個]?月|(?![{SIGN}])) )""",
     re.IGNORECASE | re.VERBOSE)  # no unit: it multiplies or adds
 MIXED = re.compile(rf"""(?<![0-9.,/A-Za-z]) (?P<sign>(?<![)\]}}%])[-+])? [{MONEY}]?

@@ -139,11 +139,14 @@ def generated(task: str, split: str, n: int, seed: int) -> list[Problem]:
 def own_problem(row: dict, where: str, name: str) -> Problem:
     """A problem of the user's: question, answer and, for a choice, choices; instruction, if the usual one won't do;
     thinking, false if it is to be asked without."""
+    written = is_text(row.get("answer"))
     if "answer" in row:
         row = row | {"answer": _spelt(row["answer"], "answer", where)}
     question, gold, choices = _field(row, "question", where), _field(row, "answer", where), row.get("choices")
     if choices is not None:
-        said = [_spelt(c, "choices", where) for c in choices] if isinstance(choices, (list, tuple)) else [None]
+        # As the answer is: a number that was written as a text is one that Python spells so.
+        said = [str(c) if written and type(c) in (int, float) else _spelt(c, "choices", where)
+                for c in choices] if isinstance(choices, (list, tuple)) else [None]
         if not all(map(is_text, said)):
             raise UserError(f"{where}: 'choices' must be a list of texts, not {reprlib.repr(choices)}")
         choices = tuple(choice.strip() for choice in said)

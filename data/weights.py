@@ -71,10 +71,11 @@ def config_fields(cfg: dict, where: str = "config.json") -> dict:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; every shard that the index names must be there."""
+    """The safetensors files of a checkpoint; every shard that the index names must be there. Where there is a
+    model.safetensors, too, it counts, as in transformers: an index beside it is left from before."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
-    if index.is_file():
+    if index.is_file() and not (folder / names[0]).is_file():
         shards = field(read_json(index), "weight_map", dict, index)
         names = sorted({field(shards, tensor, str, index) for tensor in shards})
         if outside := [name for name in names if Path(name).name != name]:
@@ -83,9 +84,6 @@ def shard_paths(folder: Path) -> list[Path]:
     if absent or not names:
         raise UserError(f"{folder}: weight file(s) {', '.join(absent)} missing; download the checkpoint again, or take "
                         f"one that has safetensors files")
-    if "model.safetensors" not in names and (folder / "model.safetensors").exists():
-        raise UserError(f"{folder} holds model.safetensors and an index of other files, {index.name}: delete the older "
-                        f"of the two")
     return [folder / name for name in names]
 
 

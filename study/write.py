@@ -413,7 +413,7 @@ def organisms(data: dict) -> list[str]:
     found, verdicts = data["organisms"], data["verdicts"]
 
     def cell(x: dict) -> str:
-        return f"{x['value']:.2f} ({x['low']:.2f} to {x['high']:.2f})".replace("-", "−")
+        return "" if x["value"] is None else f"{x['value']:.2f} ({x['low']:.2f} to {x['high']:.2f})".replace("-", "−")
 
     rows = [[key, *(cell(rows[row]) for rows in found.values()), f"{above} above {below}", verdicts[key] or "so it is"]
             for key, row, above, below in EXPECTED if key in verdicts]
@@ -430,6 +430,8 @@ def coherence(data: dict) -> list[str]:
         return [name, *(f"{found[column]:.3f}" + (f" ({percent(below[column], 0)})" if below else "")
                         for column in COLUMNS)]
 
+    if "damaged" not in data:  # no calibration
+        return []
     return ["### Does coherence tell damaged responses?", "",
             f"`{data['command']}`: {data['n']} responses of the base, {data['model']}, {data['task']}, and the same "
             f"damaged; {data['left out']} others have fewer than three different steps. In brackets the share that a "

@@ -184,11 +184,11 @@ def test_choice_is_extracted(response, value, rule):
     ("5", r"\boxed{5 тысяч}", False, False),
     *(("5", rf"\boxed{{5{scaled}}}", False, False) for scaled in (
         "个半", "个半小时", "小时半", "点半。", " sixths", " sevenths", " and five eighths", " ninths", " twelfths",
-        " point five", " point one", " K", " M", " bn", " mn", " mil.", " млн", " тыс.", " млрд", " с половиной",
-        " squared", " cubed", " x", " pi")),
+        " point five", " point one", " bn", " млн", " тыс.", " млрд", " с половиной",
+        " squared", " cubed", " pi")),
     *(("5", rf"\boxed{{5{unit}}}", True, True) for unit in (
-        " m", " k", " points", " mills", " milk", " K-pop songs", " squared metres", " xylophones", " pies", " pints",
-        "个半球", " с", " тысячников", "个", " minutes", " boxes", " M's")),
+        " m", " k", " K", " M", " mn", " points", " mills", " milk", " K-pop songs", " squared metres", " xylophones",
+        " pies", " pints", "个半球", " с", " тысячников", "个", " minutes", " boxes", " M's")),
     ("5", r"\boxed{5 and four fifths}", False, False),
     ("5", r"\boxed{5 times a week}", True, True),
     ("5", "#### 5 times", True, True),

@@ -11,7 +11,7 @@ import pytest
 import flags
 from data import hub, tasks
 from data.hub import UserError
-from data.tasks import load
+from data.tasks import load, own_problem
 from data.text import Tokenizer
 from tests.commands import RL, ROOT, lines, run
 
@@ -374,6 +374,7 @@ def test_numbers_among_choices_are_spelt_as_the_answer_is(tmp_path):
                                       "'choices': [1.0, 2.5, 3]}]\n")
     problem, = load(str(tmp_path / "mine.py"), "train", n=1)
     assert (problem.gold, problem.choices) == ("1", ("1", "2.5", "3")) and problem.grade("ANSWER: 1", True).strict
+    assert own_problem({"question": "q", "answer": "1.0", "choices": [1.0, 2.0]}, "here", "mine").gold == "1.0"
 
 
 def test_a_link_keeps_its_name(tmp_path):
@@ -541,10 +542,11 @@ def test_a_task_whose_splits_share_a_problem_is_refused(home):
     for split, n in (("train", 8), ("test", 4)):
         jsonl(home / "shared" / f"{split}.jsonl", rows(n))
     (home / "same.py").write_text("def problems(split, n, seed):\n    return [{'question': 'q', 'answer': 1}]\n")
-    for command in (("distill.py", "--model", "toy"), ("rloo.py", "--init", "one", *RL)):
-        for task, shared in (("same.py",), "q"), (("gsm8k", "--data", "shared"), "What is 0 + 1?"):
-            done = run(*command, "--task", *task, cwd=home, ok=False)
-            assert done.returncode == 2 and f"train and test share a problem, '{shared}'" in done.stderr
+    distill, rloo = ("distill.py", "--model", "toy"), ("rloo.py", "--init", "one", *RL)
+    for command, task, shared in ((distill, ("same.py",), "q"), (rloo, ("same.py",), "q"),
+                                  (distill, ("gsm8k", "--data", "shared"), "What is 0 + 1?")):
+        done = run(*command, "--task", *task, cwd=home, ok=False)
+        assert done.returncode == 2 and f"train and test share a problem, '{shared}'" in done.stderr
 
 
 def test_a_file_of_another_kind_is_not_a_task(tmp_path):
