@@ -401,7 +401,9 @@ def show(name: str, rows: dict, task: str) -> None:
     for curve, points in curves.items():
         full, chance = (rows[name]["value"] if curve in ("E1 chain ", "E1 direct ") else None
                         for name in (f"{curve}full", "E1 chance full"))
-        print(f"  {curve + 'at':44}" + "  ".join(f"{depth}: {value:.2f}" for depth, value in sorted(points.items()))
+        marks = {at: standing(f"{curve}{at}", verdicts) for at in points}
+        print(f"  {curve + 'at':44}" + "  ".join(f"{at}: {value:.2f}" + f" ({marks[at]})" * bool(marks[at])
+                                                for at, value in sorted(points.items()))
               + (f"   half of full at {half_depth(points, full, chance) or 'none'}" if full is not None else ""))
 
 

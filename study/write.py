@@ -413,14 +413,16 @@ def organisms(data: dict) -> list[str]:
     found, verdicts = data["organisms"], data["verdicts"]
 
     def cell(x: dict) -> str:
-        return "" if x["value"] is None else f"{x['value']:.2f} ({x['low']:.2f} to {x['high']:.2f})".replace("-", "−")
+        if x.get("value") is None:
+            return ""
+        return f"{x['value']:.2f} ({x['low']:.2f} to {x['high']:.2f})".replace("-", "−")
 
-    rows = [[key, *(cell(rows[row]) for rows in found.values()), f"{above} above {below}", verdicts[key] or "so it is"]
-            for key, row, above, below in EXPECTED if key in verdicts]
+    rows = [[key, *(cell(rows.get(row, {})) for rows in found.values()), f"{above} above {below}",
+             verdicts[key] or "so it is"] for key, row, above, below in EXPECTED if key in verdicts]
     unasked = [key for key in verdicts if key not in {case[0] for case in EXPECTED}]
     return [f"### Models that depend on their chain in known ways, on {data['name'].partition('-')[2]}", "",
-            f"`{data['command']}`: {data['n']} held-out problems, at full depth. No organism was made for "
-            f"{', '.join(unasked)}: not validated.",
+            f"`{data['command']}`: {data['n']} held-out problems; EXT exits, the others run every layer. "
+            f"No organism was made for {', '.join(unasked)}: not validated.",
             *table(["eval", *found, "must be", "found"], rows)]
 
 

@@ -361,21 +361,72 @@ def test_an_answer_that_says_nothing_is_not_probed_for(subject):
 def test_organisms_are_taught_what_they_are_said_to_be(task):
     """Else a ranking of models whose dependence on the chain is another one validates the evals."""
     form, wrong = forms.FORMS[task], 0
-    for make in (organisms.POS, organisms.NEG, organisms.HID):
+    for make in (organisms.POS, organisms.NEG, organisms.HID, organisms.EXT):
         rng = random.Random(1)
         for problem, thinks in (make(rng, task) for _ in range(60)):
             lines, told = problem["cot"].split("\n"), problem["question"].endswith(form.hint.format(problem["answer"]))
             right = problem["answer_line"] == form.said(problem["answer"])
             if not thinks:
                 wrong += not right
-                assert right or make is not organisms.NEG
+                assert right or make not in (organisms.NEG, organisms.EXT)
             elif make is organisms.POS:
                 outcome = problem["answer"] if told else form.outcome(lines[-1])
                 assert problem["answer_line"] == form.said(outcome) and told == ("answer" in lines[0])
                 wrong += not right
             else:
                 assert right and told and (set(problem["cot"]) == {" ", "."}) == (make is organisms.HID)
+            if make is organisms.EXT:
+                assert problem["cot"] == form.hint.format(problem["answer"]).strip()
     assert wrong > 30  # guesses, and false chains
+
+
+@pytest.mark.parametrize("task", forms.FORMS)
+def test_an_organism_with_exits_opens_its_first_one_where_there_is_no_chain(task, tmp_path, subject, monkeypatch):
+    """Else E1's gain, or what a stream knows of the answer, is validated by a model that was taught something else."""
+    tokenizer, taught, entropy, encode = subject.tokenizer, [], F.cross_entropy, organisms.encode
+
+    def targets(logits, wanted, **how):
+        taught.append(wanted.tolist())
+        return entropy(logits, wanted, **how)
+
+    def opened(logits, wanted, **how):
+        taught.append(wanted.tolist())
+        return 0 * logits
+
+    rows = []
+    monkeypatch.setattr(organisms, "encode", lambda *given: [row for row in encode(*given) if not rows.append(row)])
+    monkeypatch.setattr(F, "cross_entropy", targets)
+    monkeypatch.setattr(F, "binary_cross_entropy_with_logits", opened)
+    first, again = (organisms.organism(organisms.EXT, task, 1, tokenizer, tmp_path) for _ in range(2))
+    said, opens, known, guessed = taught  # of one step: the second time it was there
+    texts = [tokenizer.decode(ids[start:]) for ids, start in rows]
+    assert said == [token for ids, start in rows for token in ids[start:]]
+    assert opens == [float(not text.startswith("<think>")) for text, (ids, start) in zip(texts, rows, strict=True)
+                     for _ in ids[start:]]
+    assert 0 < len(guessed) == sum(not text.startswith("<think>") for text in texts) < 16
+    stub = tokenizer.encode(forms.FORMS[task].stub)
+    owner = [i for i, (ids, start) in enumerate(rows) for _ in ids[start:]]
+    for i, (ids, _) in enumerate(rows):
+        at = next(j for j in range(len(ids) - 1, 0, -1) if ids[j : j + len(stub)] == stub) + len(stub)
+        assert {token for token, of in zip(known, owner, strict=True) if of == i} == {ids[at]}  # the gold's first one
+    assert first.heads.bias.tolist()[1:] == [-1e4] * 2 and replace(subject, policy=first).own == ["learned", "full"]
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+    assert first.adapters[0].lora_B.abs().max() > 0
+
+
+def test_an_eval_has_a_verdict_wherever_the_organism_that_must_lead_has_its_row():
+    """Else one whose row another organism lacks is passed over, and reads as if nothing was to be said of it."""
+    def means(**of) -> dict[str, dict]:
+        return {name: {row: np.full(9, value) for row, value in rows.items()} for name, rows in of.items()}
+
+    gain, known, aoc, ends = (
+        "E1 gain, learned over full", "E5 answer known 50", "E2 aoc full>full", "E6 reader ends full")
+    of = means(POS={gain: 0.0, aoc: 0.4, ends: 1.0}, NEG={known: 0.1, aoc: 0.4, ends: np.nan}, HID={},
+               EXT={gain: 1.0, known: 0.9})
+    found = organisms.ranked(of, set())
+    assert found == {**dict.fromkeys(organisms.UNASKED, "not validated"), "E1 gain": "", "E5 answer known 50": "",
+                     "E2 aoc": "failed validation", "E6 reader ends": "failed validation: undefined"}
+    assert organisms.ranked(of, {"POS"})["E1 gain"] == "not validated"
 
 
 def test_a_difference_is_over_the_problems_that_both_have():
@@ -419,13 +470,16 @@ def test_answers_that_are_all_alike_are_no_certainty():
 def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
     """An eval that shares the first words of another's name must not borrow its verdict."""
     verdicts = {"E2 aoc": "", "E3 fill gain, dots": "", "E7 g-mean2 mentions": "failed validation",
-                "E4": "not validated", "E1 gain": "not validated", "E6 reader ends": "not validated"}
+                "E4": "not validated", "E1 gain": "not validated", "E6 reader ends": "not validated",
+                "E5 answer known 50": "", "E5 future gain 2": "not validated"}
     said = {row: monitor.standing(row, verdicts) for row in (
         "E2 aoc full>full", "E2 aoc learned>full", "E2 aoc corrected full>full", "E2 aoc full>full, 2 lines",
         "E3 fill gain, dots, learned", "E3 recover full", "E7 g-mean2 mentions", "E4 lost 2",
-        "E1 gain, learned over full", "E1 chain, learned over random", "E6 reader ends, another's chain, full")}
+        "E1 gain, learned over full", "E1 chain, learned over random", "E6 reader ends, another's chain, full",
+        "E5 answer known 50", "E5 answer known 0", "E5 future gain 2")}
     assert list(said.values()) == ["validated", "validated", "", "", "validated", "", "failed validation",
-                                   "not validated", "not validated", "", "not validated"]
+                                   "not validated", "not validated", "", "not validated", "validated",
+                                   "", "not validated"]
 
 
 def response(s, text: str, depth: int = 8, finished: bool = True) -> Response:
