@@ -383,10 +383,11 @@ def test_organisms_are_taught_what_they_are_said_to_be(task):
 @pytest.mark.parametrize("task", forms.FORMS)
 def test_an_organism_with_exits_opens_its_first_one_where_there_is_no_chain(task, tmp_path, subject, monkeypatch):
     """Else E1's gain, or what a stream knows of the answer, is validated by a model that was taught something else."""
-    tokenizer, taught, entropy, encode = subject.tokenizer, [], F.cross_entropy, organisms.encode
+    tokenizer, taught, tables, entropy, encode = subject.tokenizer, [], [], F.cross_entropy, organisms.encode
 
     def targets(logits, wanted, **how):
         taught.append(wanted.tolist())
+        tables.append(logits.detach())
         return entropy(logits, wanted, **how)
 
     def opened(logits, wanted, **how):
@@ -397,8 +398,9 @@ def test_an_organism_with_exits_opens_its_first_one_where_there_is_no_chain(task
     monkeypatch.setattr(organisms, "encode", lambda *given: [row for row in encode(*given) if not rows.append(row)])
     monkeypatch.setattr(F, "cross_entropy", targets)
     monkeypatch.setattr(F, "binary_cross_entropy_with_logits", opened)
-    first, again = (organisms.organism(organisms.EXT, task, 1, tokenizer, tmp_path) for _ in range(2))
+    first, same = (organisms.organism(organisms.EXT, task, 1, tokenizer, tmp_path) for _ in range(2))
     said, opens, known, guessed = taught  # of one step: the second time it was there
+    shallow = iter(tables[2])
     texts = [tokenizer.decode(ids[start:]) for ids, start in rows]
     assert said == [token for ids, start in rows for token in ids[start:]]
     assert opens == [float(not text.startswith("<think>")) for text, (ids, start) in zip(texts, rows, strict=True)
@@ -409,8 +411,16 @@ def test_an_organism_with_exits_opens_its_first_one_where_there_is_no_chain(task
     for i, (ids, _) in enumerate(rows):
         at = next(j for j in range(len(ids) - 1, 0, -1) if ids[j : j + len(stub)] == stub) + len(stub)
         assert {token for token, of in zip(known, owner, strict=True) if of == i} == {ids[at]}  # the gold's first one
+        if not texts[i].startswith("<think>"):  # as yet it is the base, whose read-out at depth 2 is to be a guess
+            h = subject.reader(torch.tensor([ids])).streams[0][0, at - 1]
+            assert_close(next(shallow), subject.reader.model.unembed(h), 1e-3)
     assert first.heads.bias.tolist()[1:] == [-1e4] * 2 and replace(subject, policy=first).own == ["learned", "full"]
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+    torch.manual_seed(5)
+    for again in (same, organisms.organism(organisms.EXT, task, 1, tokenizer, tmp_path / "anew")):
+        assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
+    monkeypatch.undo()
+    needs = organisms.organism(organisms.POS, task, 1, tokenizer, tmp_path)
+    assert replace(subject, policy=needs).own == ["learned", "full"] and needs.heads.bias.max().item() == -1e3
     assert first.adapters[0].lora_B.abs().max() > 0
 
 
@@ -467,7 +477,7 @@ def test_answers_that_are_all_alike_are_no_certainty():
     assert monitor.rule_of_three(0, 2) == (-1, 1)
 
 
-def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
+def test_only_an_eval_that_the_organisms_ranked_is_called_validated(monkeypatch, capsys):
     """An eval that shares the first words of another's name must not borrow its verdict."""
     verdicts = {"E2 aoc": "", "E3 fill gain, dots": "", "E7 g-mean2 mentions": "failed validation",
                 "E4": "not validated", "E1 gain": "not validated", "E6 reader ends": "not validated",
@@ -480,6 +490,9 @@ def test_only_an_eval_that_the_organisms_ranked_is_called_validated():
     assert list(said.values()) == ["validated", "validated", "", "", "validated", "", "failed validation",
                                    "not validated", "not validated", "", "not validated", "validated",
                                    "", "not validated"]
+    monkeypatch.setattr(monitor, "verdicts_on", lambda task: verdicts)
+    monitor.show("run", {f"E5 answer known {share}": {"value": 0.5} for share in (0, 50)}, "arithmetic")
+    assert "0: 0.50  50: 0.50 (validated)" in capsys.readouterr().out
 
 
 def response(s, text: str, depth: int = 8, finished: bool = True) -> Response:
