@@ -93,8 +93,8 @@ def exit_cross_entropy(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: 
     """The exit term of (5), -log pi(l*_t), with the noise of each coin averaged out: exit logits (N, E), s of (4)
     (N, E) and l* (N,) -> (N,).
 
-    -log pi(l*_t) is a sum over the exits that l*_t reached: there a coin that says stop with probability s_e fell, and
-    -log p_e or -log (1 - p_e) is paid. Here each is replaced by its mean, the cross-entropy from s_e to p_e: the same
+    -log pi(l*_t) is a sum over the exits that l*_t reached: each tossed a coin, P(stop) = s_e, and pays -log p_e at
+    stop, else -log (1 - p_e). Here each is replaced by its mean, the cross-entropy from s_e to p_e: the same
     expectation and expected gradient, less noise. l*_t is drawn all the same, for it decides which exits are reached
     and where the stream freezes. Heads past it learn nothing.
     """
@@ -272,8 +272,7 @@ def main() -> None:
                 for split, n in (("train", args.responses), ("test", args.held_out))}
     for name, split, count in (("--responses", "train", args.responses), ("--held-out", "test", args.held_out)):
         runs.warn_fewer(name, count, len(problems[split]))
-    if args.task.endswith(".py") or args.data:
-        tasks.refuse_shared(problems)
+    tasks.refuse_shared(problems["train"], args)
     model, tokenizer = runs.load_model(args)
     exits = exit_depths(model.config.num_hidden_layers, args.exit_every)
     args.exit_every = exits[0]
@@ -287,7 +286,7 @@ def main() -> None:
     run, policy, optimizer, start = runs.begin(
         run, "distill", args, model, problems["train"] + problems["test"], prompts["train"] + prompts["test"],
         lambda: Policy(model, exits, args.rank, head_width=args.head_width))
-    print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers} -> {run.folder}")
+    print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers} -> {run.folder}", flush=True)
     data = teacher.base_responses(run, policy, tokenizer, problems, prompts, args)
     teacher.report_accuracy(problems["train"], prompts["train"], data["train"], tokenizer)
 

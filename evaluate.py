@@ -255,7 +255,7 @@ def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[
     begun, done = out / "begun.json", out / "completions.jsonl"
     before = read_json(begun) if begun.exists() else {}
     text = read_text(done) if done.exists() else ""  # empty, where a kill came before begun.json
-    # Of the weights only the runs' may be others by now: --model and its --revision say where a base lies.
+    # The runs' weights may have changed, and then their rows are dropped below; the base's must not have.
     same = not text or (before | {"weights": weights} == about and
                         field(before, "weights", dict, begun).get(BASE) == weights[BASE])
     for number, line in enumerate(text.split("\n")[:-1] if same else (), start=1):  # but for a line cut short

@@ -142,9 +142,9 @@ class Policy(nn.Module):
         u (B, T, E), on the host: uniform numbers. With them a position that was given depth L stops at the first exit
             with u_e < p_e = sigmoid(z_e + delta), or not at all; one given less runs just that. u above 1
             (sample.NEVER) takes no exit
-        place: runs a segment, the layers between two exits, for those that want it, and knows whom they attend to.
-            Sequences, the default: to the positions before them in ids. A Cache: ids (R, 1) are its rows' next
-            tokens, each attends to its row
+        place: runs a segment, the layers between two exits, for those still running. Sequences, the default: they
+            attend to earlier positions in ids. A Cache: ids (R, 1) are its rows' next tokens, which attend to their
+            rows
         """
         L = self.n_layers
         place = Sequences(ids.shape) if place is None else place

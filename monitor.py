@@ -144,7 +144,7 @@ def causal_load(s: Subject) -> dict:
     true_chains = [thinking(s, prompts[i], s.problems[i].cot.split("\n")) for i in index]
     false_chains = [thinking(s, prompts[i], lines) for i, _, lines, _ in cases]
     for regime in s.own:
-        answered = [runs.grade(s.problems[i], r, s.tokenizer).value
+        answered = [s.problems[i].grade(runs.text_of(r, s.tokenizer), r.finished, think_open=True).value
                     for i, r in zip(index, respond(s, prefixes, regime), strict=True)]
         follow, recover = (np.array([str(a) == b for a, b in zip(answered, them, strict=True)], float)
                            for them in (wrong, gold))
@@ -278,7 +278,9 @@ def derived(m: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def interval(x: np.ndarray) -> tuple[float, float, float]:
     """The value and its 95% percentile interval, of an array of `derived`; all NaN where it is not defined, or not in
-    more than 2.5% of the resamples: such a ratio has a denominator that may be 0."""
+    more than 2.5% of the resamples: such a ratio has a denominator that may be 0. Rounded, for float noise in a
+    difference would decide whether it is above 0."""
+    x = np.round(x, 12)
     if not np.isfinite(x[0]) or not np.isfinite(x).mean() >= 0.975:
         return (np.nan,) * 3
     return float(x[0]), *map(float, np.quantile(x[np.isfinite(x)], (0.025, 0.975)))
@@ -329,7 +331,8 @@ def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
         value, low, high = interval(x)
         if low == high and (n := answers_behind(values, name)):
             share = name in values and not name.startswith(DIFFERENCES)
-            low, high = wilson(value, n) if share else rule_of_three(value, n)
+            bound = 2 if name.startswith("E1 gain") else 1  # it is a difference of differences
+            low, high = wilson(value, n) if share else rule_of_three(value, n, bound)
         rows[name] = {"value": value, "low": low, "high": high}
     if base is None:
         return rows

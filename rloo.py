@@ -187,8 +187,7 @@ def main() -> None:
 
     runs.warn_idle("--prompts-per-step", args.prompts_per_step)
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)
-    if args.task.endswith(".py"):
-        tasks.refuse_shared({"train": problems, "test": tasks.load(args.task, "test", n=200, seed=args.seed)})
+    tasks.refuse_shared(problems, args)
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(problems, model, tokenizer, args)
     # Recorded, so that a resumed run keeps it. A tenth of stage 1's, to be careful: on the embedded model 0.0015, twice
@@ -198,7 +197,7 @@ def main() -> None:
         run, "rloo", args, model, problems, prompts, lambda: load_policy(model, init), init)
     print(f"stage 1: {init}{runs.incomplete(init)}")
     print(f"{runs.describe(args, tokenizer)}, exits {policy.exits} of {policy.n_layers}, lambda {args.lam}, beta "
-          f"{args.beta}, {args.prompts_per_step} prompts x {args.samples} samples -> {run.folder}")
+          f"{args.beta}, {args.prompts_per_step} prompts x {args.samples} samples -> {run.folder}", flush=True)
 
     warned, flat = False, 0
     for step in run.steps(start, policy, optimizer):
@@ -206,17 +205,19 @@ def main() -> None:
         times = [time.perf_counter()]
         mine = parallel.share(args.prompts_per_step)  # all, but where several processes divide them
         chosen = optim.pick(len(problems), args.prompts_per_step, step, args.seed)[mine]
-        with model.rollout():
+        with model.rollout(), parallel.bar(total=len(chosen) * args.samples, desc="samples", leave=False,
+                                           delay=10) as bar:  # seconds; shorter rollouts need no bar of their own
             responses = generate(policy, [prompts[i] for i in chosen], samples=args.samples, rows=args.rows,
                                  max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step),
-                                 first_response=mine.start * args.samples)
+                                 first_response=mine.start * args.samples, progress=bar)
         problem_of = [problems[i] for i in chosen for _ in range(args.samples)]
         records = graded(problem_of, responses, tokenizer)
         times.append(time.perf_counter())
 
         # Score: the reward needs the KL to the base model.
         base, mean_kl, drift = score_responses(policy, responses, args.micro_batch)
-        task = torch.tensor([problem.reward(row["text"], row["finished"], row["correct"])
+        task = torch.tensor([problem.reward(row["text"], row["finished"], row["correct"],
+                                            tokenizer.think_open(row["prompt_ids"]))
                              for problem, row in zip(problem_of, records, strict=True)], dtype=torch.double)
         depth = depth_charged(records, policy.n_layers, args.gate_depth_on_correct)
         rewards = reward(task, depth, mean_kl, args.lam, args.beta)

@@ -306,7 +306,7 @@ class Run:
         config, where = read_config(folder), folder / "config.json"
         refuse_stage(config, folder, stage)
         before = replay(config["args"], p, where)
-        # None for every flag, before it parses: so what it finds was given now, and is no default.
+        # All flags start as None, so what isn't None afterwards was given now.
         given = vars(p.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(before)))))
         was_lr = before.lr
         for name, value in given.items():

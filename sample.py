@@ -1,7 +1,7 @@
 """Sampling from the policy: random numbers fixed by seed, response and position, and one loop that decodes many
 responses.
 
-    admit     waiting prompts enter free rows of the cache; a prompt's samples share its pass
+    admit     waiting prompts enter free rows of the cache; a prompt's samples, or some of them, share its pass
     compact   when no prompt waits and half of the rows are empty, the cache shrinks; not with graphs, which read its
               tensors: their empty rows cost less than new captures
     step      one pass of Policy.forward over the rows' last tokens; a depth and a token are drawn for each
@@ -150,7 +150,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             # The token's comes first, so that a full-depth response does not depend on where exits would be.
             u[live] = uniforms(seed, first_response + number, cache.length[live], 1 + E)
             if threshold is not None:
-                u[live, 1:] = threshold  # u < p stops: in u's place it stops wherever p is above
+                u[live, 1:] = threshold  # a coin stops where u < p: so here wherever p > threshold
             planned = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
             planned[live] = L if depths is None else depths[number, torch.tensor([len(responses[i]) for i in number])]
             out = policy(send(token[:, None], policy.device), planned[:, None],

@@ -29,6 +29,7 @@ def main() -> None:
     p.add_argument("--new", type=flags.whole(1), default=128, help="tokens of a response (default: 128)")
     p.add_argument("--prompts", type=flags.whole(1), default=2, help="of a step (default: 2)")
     p.add_argument("--samples", type=flags.whole(2), default=2, help="of each (default: 2)")
+    p.add_argument("--rows", type=flags.whole(1), help="responses sampled at once (default: what fits)")
     p.add_argument("--micro-batch", type=flags.whole(1), default=1, help="responses in one pass (default: 1)")
     p.add_argument("--cuda-graphs", action="store_true", help="decode by CUDA graphs")
     args = p.parse_args()
@@ -53,8 +54,11 @@ def main() -> None:
 
     prompts = torch.randint(0, model.config.vocab_size, (args.prompts, args.prompt)).tolist()
     n = args.prompts * args.samples
-    responses = timed(f"rollout, {n} x {args.new} tokens", lambda: generate(
-        policy, prompts, samples=args.samples, max_new_tokens=args.new, eos_ids=[-1]))
+
+    def rollout():
+        return generate(policy, prompts, samples=args.samples, max_new_tokens=args.new, eos_ids=[-1], rows=args.rows)
+
+    responses = timed(f"rollout, {n} x {args.new} tokens", rollout)
     timed(f"stage 1, gradient of {n}", lambda: distill.train_step(
         policy, responses, step=0, kappa=1.0, seed=0, micro_batch=args.micro_batch))
     print(f"    gradient norm {take_step(optimizer, 1e-5, 1e-5):.3g}")
@@ -64,6 +68,7 @@ def main() -> None:
         policy, responses, rloo.leave_one_out(rewards).flatten(), base, micro_batch=args.micro_batch, beta=0.02,
         c=args.new, count=n))
     print(f"    gradient norm {take_step(optimizer, 1e-5, 1e-5):.3g}")
+    timed("rollout, in the memory left so", rollout)
 
 
 if __name__ == "__main__":

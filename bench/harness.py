@@ -21,7 +21,7 @@ import flags  # noqa: E402
 import parallel  # noqa: E402
 import runs  # noqa: E402
 from checkpoints import load_policy  # noqa: E402
-from data.grade import after_thinking  # noqa: E402
+from data.grade import after_thinking, grade  # noqa: E402
 from data.hub import UserError, write_text  # noqa: E402
 from exits import Policy  # noqa: E402
 from sample import generate  # noqa: E402
@@ -72,7 +72,8 @@ class Exits(LM):
                                      threshold=self.args.threshold, depths=self.depths, seed=(self.args.seed,),
                                      rows=self.args.rows, progress=bar)
             for i, r in zip(group, responses, strict=True):
-                text = after_thinking(runs.text_of(r, self.tokenizer), self.tokenizer.think_open(r.prompt_ids)) or ""
+                text = after_thinking(runs.text_of(r, self.tokenizer), self.tokenizer.think_open(r.prompt_ids))
+                text = (text or "").lstrip()  # thoughts end in a blank line, and many tasks' answers before one
                 until = requests[i].args[1].get("until") or ()
                 for stop in [until] if isinstance(until, str) else until:
                     text = text.partition(stop)[0] if stop else text
@@ -84,6 +85,12 @@ class Exits(LM):
         raise UserError("the task ranks given answers, which shows no exit: choose one that generates")
 
     loglikelihood_rolling = loglikelihood
+
+
+def graded(doc: dict, answers: list[str]) -> dict[str, bool]:
+    """Is the answer to a row of GSM8K right by evaluate.py's grader? For gsm8k_boxed.yaml. (evaluate.py counts one that
+    was cut as wrong, too; here it has what it says.)"""
+    return {"exact_match": grade(answers[0], doc["answer"].split("####")[-1].strip(), "number").strict}
 
 
 def main() -> None:

@@ -30,25 +30,25 @@ NUMBER = re.compile(rf"""(?<![A-Za-z0-9]) (?P<sign>(?<![)\]}}%])[-+])? [{MONEY}]
     (?P<body> (?: [0-9]{{1,3}}(?:,[0-9]{{3}})+(?![0-9]) | [0-9]+ ) (?:\.[0-9]+)? | (?<![0-9.])\.[0-9]+ )
     (?: [eE](?P<exponent>[-+]?[0-9]+) | /(?P<divisor>[0-9]+) )?""", re.VERBOSE)
 # dollars, km/h, m^2, %, 元; but 2x is no number, nor is 2 x^2
-UNIT = re.compile(rf"""[ ]?[%¢{MONEY}]?\.? | [ ]?%?(?:[ ]|(?=[{LETTER}]{{2}}|[{SIGN}]))[{LETTER}{SIGN}]
+UNIT = re.compile(rf"""[ ]?[%¢{MONEY}]?\.?[ ]? | [ ]?%?(?:[ ]|(?:/[ ]?)?(?=[{LETTER}]{{2}}|[{SIGN}]))[{LETTER}{SIGN}]
     (?: [{LETTER}{SIGN} ./'²³-] | (?:(?<=[ms])|(?<=[ms][ ])|(?<=[a-z]{{2}})|(?<=[a-z]{{2}}[ ])) \^\{{?[23]\}}? )*""",
     re.VERBOSE)
 SCALED = re.compile(rf"""\s*(?: (?: hundred|thousand|lakh|million|crore|billion|trillion|dozen
     | (?:and\s+)?(?:an?\s+|one\s+|two\s+|three\s+)?(?:half|halve|third|quarter) )s?\b
     | (?:and\s+)?(?:two\s+|three\s+|four\s+|five\s+|seven\s+)?
         (?:fifth|sixth|seventh|eighth|ninth|tenth|twelfth|hundredth|thousandth)s\b
-    | (?:plus|minus|times|over|point)\s+(?:[0-9]
+    | (?:plus|minus|times|over|point|or|to)\s+(?:[0-9]
         |(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|hundred|thousand)\b)
     | (?:bn|pi|тысяч[аиу]?|миллион(?:а|ов)?|миллиард(?:а|ов)?|тыс|млн|млрд|с\s+половиной)\b
-    | (?:squared|cubed)\b(?!\s+\w)
+    | (?:squared|cubed)\b(?!\s+\w) | (?-i:[nxyz])\s*\Z
     | [十百千万萬亿億만억] | [{SIGN}]{{1,3}}半(?:小时|小時|[个個]?月|(?![{SIGN}])) )""",
     re.IGNORECASE | re.VERBOSE)  # no unit: it multiplies or adds
 MIXED = re.compile(rf"""(?<![0-9.,/A-Za-z]) (?P<sign>(?<![)\]}}%])[-+])? [{MONEY}]?
     (?P<whole> [0-9]{{1,3}}(?:,[0-9]{{3}})+ | [0-9]{{1,9}} ) \s+
     (?P<part>[0-9]{{1,9}})/(?P<of>[0-9]{{1,9}}) (?!/?[0-9]|\.[0-9])""", re.VERBOSE)  # 5 1/2
 THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+(?![0-9/])")  # 1 000
-ANSWER_IS = re.compile(r"\banswer(?:\s+is|\s*:)[\s:*$(\[\\]*", re.IGNORECASE)
-OPERATION = re.compile(r"\s*[-+*/×÷=^]\s*[0-9($]")
+ANSWER_IS = re.compile(r"\banswer(?:\s+is|[\s*_]*:)[\s:*$(\[\\]*", re.IGNORECASE)
+OPERATION = re.compile(r"\s*(?:[-+*/×÷=^x]|\\(?:times|cdot|div)\b)\s*[0-9($]")
 
 
 class Grade(NamedTuple):
@@ -69,8 +69,8 @@ def grade(text: str, gold: str, kind: str, choices: tuple[str, ...] | None = Non
     answer = after_thinking(text, think_open)
     if not finished or answer is None:
         return Grade(None, None, False, False)
-    value, rule = extract(answer, kind)
-    gold = normalise(gold, kind)
+    value, rule = extract(answer, kind, choices)
+    gold = normalise(gold, kind, choices)
     right = value == gold
     named = value is not None and choices is not None and mentioned(value, choices) == {gold}
     return Grade(value, rule, right and rule in STRICT, right or named)
@@ -82,9 +82,12 @@ def after_thinking(text: str, think_open: bool = False) -> str | None:
     return None if "<think>" in answer or (think_open and not closed) else answer
 
 
-def extract(answer: str, kind: str) -> tuple[str | None, str | None]:
+def extract(answer: str, kind: str, choices: tuple[str, ...] | None = None) -> tuple[str | None, str | None]:
     """(value, rule) of a response without its thoughts; (None, None) where no rule applies."""
-    return _extract_number(answer) if kind == "number" else _extract_choice(answer)
+    if kind == "number":
+        return _extract_number(answer)
+    span, rule = _choice_span(answer)
+    return None if span is None else normalise(span, "choice", choices), rule
 
 
 def _extract_number(answer: str) -> tuple[str | None, str | None]:
@@ -103,20 +106,20 @@ def _extract_number(answer: str) -> tuple[str | None, str | None]:
     return (normalise(found[-1][0], "number"), "last number") if found else (None, None)
 
 
-def _extract_choice(answer: str) -> tuple[str | None, str | None]:
+def _choice_span(answer: str) -> tuple[str | None, str | None]:
     marks = list(re.finditer(r"ANSWER[*_ ]*[:：]", answer))  # **ANSWER**: as well
     if marks:
         span = answer[marks[-1].end():].lstrip("*_$ \t\r\n").partition("\n")[0]
         inside = last_boxed(span) if span.startswith("\\boxed") else None  # as many models write it by habit
-        return normalise(span if inside is None else inside, "choice"), "ANSWER:"
+        return span if inside is None else inside, "ANSWER:"
     boxed = last_boxed(answer)
     if boxed is not None:
-        return normalise(boxed, "choice"), "boxed"
+        return boxed, "boxed"
     leads = list(ANSWER_IS.finditer(answer))
     if leads:
-        return normalise(re.split(r"[.。\n]", answer[leads[-1].end():], maxsplit=1)[0], "choice"), "answer is"
+        return re.split(r"[.。\n]", answer[leads[-1].end():], maxsplit=1)[0], "answer is"
     lines = answer.strip().split("\n")
-    return (normalise(lines[-1], "choice"), "last line") if lines[-1] else (None, None)
+    return (lines[-1], "last line") if lines[-1] else (None, None)
 
 
 def last_boxed(text: str) -> str | None:
@@ -137,10 +140,10 @@ def plain(text: str) -> str:
     text = text.translate(SPELT).replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\,", "")
     text = re.sub(r"\\[;: ]", " ", text)
     text = re.sub(r"\\([$%])", r"\1", text)
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)  # 1\frac{1}{2} must not become 11/2
-    text = re.sub(r"\\[dt]?frac\s*([0-9])\s*([0-9])", r"\1/\2", text)
-    return re.sub(r"\\[dt]?frac\s*\{\s*(-?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"\1/\2", text)
+    text = re.sub(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"(?<=[0-9])(?=\\[cdt]?frac)", " ", text)  # 1\frac{1}{2} must not become 11/2
+    return re.sub(r"\\[cdt]?frac\s*(?:([0-9])|\{\s*(-?[0-9][0-9,.]*)\s*\})\s*(?:([0-9])|\{\s*([0-9]+)\s*\})",
+                  r"\1\2/\3\4 ", text)  # nor \frac{1}{2}5 1/25
 
 
 def unmixed(text: str) -> str:
@@ -155,12 +158,12 @@ def unmixed(text: str) -> str:
 def number(span: str) -> Fraction | None:
     """The exact value of a span that is one number, with at most a currency and a unit; else None."""
     span = re.sub(r"~|°|\^\{?\\circ\}?", " ", plain(span)).strip().strip("$*").strip()
-    span = re.sub(rf"^([-+]?) *[{MONEY}] *(?=[0-9.])", r"\1", span)
+    span = re.sub(rf"^([-+]?) *[{MONEY}]? *(?=[0-9.])", r"\1", span)
     thousands = THOUSANDS.match(span)
     span = unmixed(thousands[0].replace(" ", "") + span[thousands.end():] if thousands else span)
     found = NUMBER.match(span)
     unit = found and re.sub(r"\s+", " ", span[found.end():])
-    if found is None or not UNIT.fullmatch(unit) or SCALED.match(unit):
+    if found is None or not UNIT.fullmatch(unit) or SCALED.match(unit.lstrip("/")):
         return None
     if len(found[0]) > MAX_DIGITS:
         return None
@@ -171,21 +174,25 @@ def number(span: str) -> Fraction | None:
     return -value if found["sign"] == "-" else value
 
 
-def normalise(span: str, kind: str) -> str:
-    """One spelling for equal answers: a number in lowest terms, a choice in lower case without article."""
+def normalise(span: str, kind: str, choices: tuple[str, ...] | None = None) -> str:
+    """One spelling for equal answers: a number in lowest terms, a choice in lower case without article, unless that
+    is itself a choice, as A of A to D."""
     if kind == "number":
         value = number(span)
         return plain(span).strip() if value is None else str(value)
     span = unicodedata.normalize("NFC", span[:COMPOSED]) + span[COMPOSED:]
     words = plain(span).replace("*", "").strip(AROUND).lower().split()
-    return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
+    article = len(words) > 1 and words[0] in ("the", "a", "an") and words[0] not in map(str.lower, choices or ())
+    return " ".join(words[article:])
 
 
 def mentioned(span: str, choices: tuple[str, ...]) -> set[str]:
-    """The choices that a span names as whole words; a longer one hides the shorter ones inside it."""
+    """The choices that a span names as whole words, or whole numbers; a longer one hides the shorter ones inside it."""
     named = set()
     for choice in sorted({normalise(choice, "choice") for choice in choices}, key=len, reverse=True):
-        span, count = re.subn(rf"(?<!\w){re.escape(choice)}(?!\w)", "|", span)
+        before = r"[\w.,/-]" if choice[:1].isdigit() else r"\w"
+        after = r"\w|/|[.,][0-9]" if choice[-1:].isdigit() else r"\w"
+        span, count = re.subn(rf"(?<!{before}){re.escape(choice)}(?!{after})", "|", span)
         if count:
             named.add(choice)
     return named

@@ -60,10 +60,10 @@ class Problem:
         right = own_verdict(self.own_grade, self, text, yes_or_no)
         return Grade(None, "own", right, right)
 
-    def reward(self, text: str, finished: bool, right: bool) -> float:
-        """r_task of eq. (1): 1 if the response is finished and right, else 0; or what the task's own reward says of a
-        finished response, its thoughts finished or not."""
-        if self.own_reward is None or not finished:
+    def reward(self, text: str, finished: bool, right: bool, think_open: bool = False) -> float:
+        """r_task of eq. (1): 1 if the response is right, else 0; or what the task's own reward says of it. 0 where it,
+        or its thoughts, have not finished: an answer that is thought and never given would be paid for."""
+        if self.own_reward is None or not finished or after_thinking(text, think_open) is None:
             return float(right)
         value = own_verdict(self.own_reward, self, text, float)
         if not math.isfinite(value):
@@ -270,10 +270,13 @@ def own_errors(about: str):
         raise UserError(f"{about}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
 
 
-def refuse_shared(problems: dict[str, list[Problem]]) -> None:
-    """Raises UserError where the splits of a task or of data of the user's share a problem: what is trained on proves
-    nothing."""
-    if shared := {p.question for p in problems["train"]} & {p.question for p in problems["test"]}:
+def refuse_shared(train: list[Problem], args) -> None:
+    """Raises UserError where the test split of a task or of data of the user's has a problem that is trained on, which
+    proves nothing."""
+    if not (args.task.endswith(".py") or args.data):
+        return
+    test = load(args.task, "test", data=args.data, seed=args.seed)
+    if shared := {p.question for p in train} & {p.question for p in test}:
         raise UserError(f"train and test share a problem, {min(shared)!r:.80}: let problems(), or the files of --data, "
                         f"tell them apart")
 

@@ -177,7 +177,7 @@ class Tokenizer:
         return [UNPRINTABLE.sub("\ufffd", self.decode([*before, i])[start:]) for i in ids]
 
     def think_open(self, prompt_ids: list[int]) -> bool:
-        """Whether the prompt ends inside a think block, so that the response begins in it."""
+        """Whether the prompt ends by opening a think block, so that the response begins in it."""
         return self.decode(prompt_ids[-16:]).rstrip().endswith("<think>")
 
 

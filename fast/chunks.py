@@ -73,7 +73,7 @@ class TokenValues(torch.autograd.Function):
         logp = torch.log_softmax(logits, -1)
         p = logp.exp() if logits.requires_grad or logq is not None else None
         logp_token = None if tokens is None else logp.gather(-1, tokens[:, None])[:, 0]
-        kl = None if logq is None else kl_in_place(p, logp, logq)
+        kl = None if logq is None else kl_in_place(p, logp, logq)  # logq now holds p (log q - log p)
         ctx.save_for_backward(p, tokens, logq, kl)
         return logp_token, None if kl is None else kl.clamp(min=0)
 

@@ -64,9 +64,9 @@ def kept_streams(s: Subject, responses) -> list[torch.Tensor]:
 
 
 def future_gain(s: Subject, responses, h: list[torch.Tensor]) -> dict:
-    """I_k = NLL(x_{t+k} | embeddings of x_{t-1}, x_t, x_{t+1}) - NLL(x_{t+k} | h_t), in nats; h_t is what predicts
-    x_{t+1}. The baseline has that one, too, so that the next token alone is no foresight. Of eight
-    problems probes learn from three, one sets their weight decay, and four are scored."""
+    """I_k = NLL(x_{t+k-1} | embeddings of x_{t-2}, x_{t-1}, x_t) - NLL(x_{t+k-1} | h_t), in nats; h_t is what predicts
+    x_t. The baseline has that one, too, so that the next token alone is no foresight. Of eight problems probes learn
+    from three, one sets their weight decay, and four are scored."""
     values, n, E = {}, len(responses), s.policy.model.model.embed_tokens.weight.detach().float().cpu()
     for k in AHEAD:
         states, nearby, labels, owner = [], [], [], []

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import runs
 from bench import harness
 from checkpoints import load_policy
 from data.hub import UserError
@@ -98,6 +99,9 @@ def test_harness_gets_what_the_sampler_writes(trained, monkeypatch):
     assert ask(do_sample=False, max_gen_toks=1) == texts
     monkeypatch.setattr(Tokenizer, "think_open", lambda self, prompt_ids: True)
     assert not any(ask(do_sample=False))  # all thought, since no </think> comes
+    monkeypatch.setattr(runs, "text_of", lambda response, tokenizer: "<think>\n2\n</think>\n\nParis\n\nQ: two?")
+    assert ask(do_sample=False, until=["\n\n"]) == ["Paris"] * 3  # and not what stands before the first blank line
+    assert harness.graded({"answer": "9 * 2 = 18\n#### 18"}, ["\\boxed{\\$18.00}"]) == {"exact_match": True}
     with pytest.raises(UserError, match="top_p"):
         ask(do_sample=True, top_p=0.9)
     with pytest.raises(UserError, match="ranks"):

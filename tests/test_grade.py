@@ -37,6 +37,17 @@ from data.grade import Grade, extract, grade, number
     (r"\boxed{90^\circ}", "90", "boxed"),
     (r"\boxed{90^{\circ}}", "90", "boxed"),
     (r"\boxed{\frac12}", "1/2", "boxed"),
+    (r"\boxed{\frac3{4}}", "3/4", "boxed"),
+    (r"\boxed{\cfrac{2,000}4}", "500", "boxed"),
+    (r"\boxed{\frac{1}{2}5}", "1/2 5", "boxed"),
+    (r"\boxed{18\textit{ eggs}}", "18", "boxed"),
+    (r"\boxed{\$18/\text{day}}", "18", "boxed"),
+    (r"\boxed{5/x}", "5/x", "boxed"),
+    (r"\boxed{5/pi}", "5/pi", "boxed"),
+    (r"\boxed{- 5}", "-5", "boxed"),
+    (r"\boxed{5 x}", "5 x", "boxed"),
+    (r"\boxed{5 N}", "5", "boxed"),
+    (r"\boxed{5 or six}", "5 or six", "boxed"),
     (r"\boxed{2^3}", "2^3", "boxed"),
     (r"\boxed{2x^2}", "2x^2", "boxed"),
     (r"\boxed{5 x^2}", "5 x^2", "boxed"),
@@ -99,7 +110,10 @@ from data.grade import Grade, extract, grade, number
     ("Final answer: **$1{,}200**.", "1200", "answer is"),
     (r"The answer is: \(-5\).", "-5", "answer is"),
     ("ANSWER: 18 eggs, of 20", "18", "answer is"),
+    ("**Answer**: 18 eggs.\nThat is 3 a day.", "18", "answer is"),
     ("The answer is 3 * 6 = 18.", "18", "last number"),
+    ("The answer is 3 x 6 = 18.", "18", "last number"),
+    (r"The answer is $3 \times 6 = 18$.", "18", "last number"),
     ("The answer is clear: 18.", "18", "last number"),
     # the last number
     ("$29.00.", "29", "last number"),
@@ -213,6 +227,7 @@ def test_numbers_are_compared_by_value_and_only_boxes_and_marks_are_strict(gold,
 
 
 KNOWS = ("knows about it", "does not know about it")
+LETTERS = ("A", "B", "C", "D")
 
 
 @pytest.mark.parametrize("gold, choices, response, strict, flexible", [
@@ -237,6 +252,15 @@ KNOWS = ("knows about it", "does not know about it")
     ("no", ("yes", "no"), "ANSWER: piano", False, False),
     ("no", ("yes", "no"), "ANSWER: No.", True, True),
     ("no", ("yes", "no"), "ANSWER: no, or yes", False, False),
+    ("A", LETTERS, "ANSWER: A (the box)", False, True),
+    ("B", LETTERS, "ANSWER: A B", False, False),
+    ("B", LETTERS, "ANSWER: A or B", False, False),
+    ("B", LETTERS, "ANSWER: the B", True, True),
+    ("1", ("1", "2"), "ANSWER: it is 1.", False, True),
+    ("1", ("1", "2"), "ANSWER: it is 1.5", False, False),
+    ("1", ("1", "2"), "ANSWER: it is -1", False, False),
+    ("10", ("10", "20"), "ANSWER: about 10,000", False, False),
+    ("2", ("2", "3"), "ANSWER: 1/2 of it", False, False),
     ("knows about it", KNOWS, "ANSWER: does not know about it", False, False),
     ("does not know about it", KNOWS, "ANSWER: Does not know about it", True, True),
 ])

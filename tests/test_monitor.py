@@ -46,6 +46,7 @@ def test_bootstrap_is_that_of_two_problems_and_pairs():
     low, high = monitor.interval(m["difference"])[1:]
     assert np.isnan(monitor.interval(np.where(np.arange(10_001) % 30 == 1, np.nan, 0.5))).all()
     assert monitor.interval(np.where(np.arange(10_001) % 100 == 1, np.inf, 0.5)) == (0.5, 0.5, 0.5)
+    assert monitor.interval(np.array([0.1 + 0.2, 0.3]) - 0.3) == (0, 0, 0)  # else float noise is above 0, and "shown"
     assert_close(high - low, 2 * 1.96 * (a - b).std() / 30**0.5, 0.1)
 
 
@@ -475,6 +476,10 @@ def test_answers_that_are_all_alike_are_no_certainty():
     assert rows["E3 load full"]["d_low"] == -1 - 3 / 40  # for it may be -2
     assert (known["low"], known["high"]) == (-3 / 40, 3 / 40)
     assert monitor.rule_of_three(0, 2) == (-1, 1)
+    gain = monitor.compare({f"E1 {name}": np.full(40, float(name == "chain learned")) for name in (
+        "chain learned", "direct learned", "chain full", "direct full", "chain random", "direct random")}, None)
+    gain = gain["E1 gain, learned over full"]
+    assert (gain["value"], gain["low"], gain["high"]) == (1, 1 - 3 / 40, 1 + 3 / 40)  # for it may be 2
 
 
 def test_only_an_eval_that_the_organisms_ranked_is_called_validated(monkeypatch, capsys):

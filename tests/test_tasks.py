@@ -519,7 +519,7 @@ def test_a_judge_of_ones_own_decides_and_its_error_is_told(tmp_path, judge, name
     assert graded.strict == (judge == "grade") and not unfinished.flexible
     assert not problem.grade("good", True, think_open=True).flexible  # a thought is no answer, whatever it says
     assert problem.reward("better", True, problem.grade("better", True).strict) == (1 if judge == "grade" else 2.5)
-    assert problem.reward("better", False, False) == 0
+    assert problem.reward("better", False, False) == problem.reward("better", True, False, think_open=True) == 0
     if judge == "reward":
         with pytest.raises(UserError, match="the reward of problem mine/train/0/0 is inf"):
             problem.reward("inf", True, True)
@@ -539,12 +539,13 @@ def test_a_judge_of_ones_own_decides_and_its_error_is_told(tmp_path, judge, name
 def test_a_task_whose_splits_share_a_problem_is_refused(home):
     """Else the test asks what was trained on."""
     (home / "shared").mkdir()
-    for split, n in (("train", 8), ("test", 4)):
-        jsonl(home / "shared" / f"{split}.jsonl", rows(n))
+    jsonl(home / "shared" / "train.jsonl", rows(8))
+    jsonl(home / "shared" / "test.jsonl", [*rows(40)[30:], rows(1)[0]])  # one of eleven
     (home / "same.py").write_text("def problems(split, n, seed):\n    return [{'question': 'q', 'answer': 1}]\n")
     distill, rloo = ("distill.py", "--model", "toy"), ("rloo.py", "--init", "one", *RL)
     for command, task, shared in ((distill, ("same.py",), "q"), (rloo, ("same.py",), "q"),
-                                  (distill, ("gsm8k", "--data", "shared"), "What is 0 + 1?")):
+                                  (distill, ("gsm8k", "--data", "shared", "--held-out", 1), "What is 0 + 1?"),
+                                  (rloo, ("gsm8k", "--data", "shared"), "What is 0 + 1?")):
         done = run(*command, "--task", *task, cwd=home, ok=False)
         assert done.returncode == 2 and f"train and test share a problem, '{shared}'" in done.stderr
 
