@@ -187,11 +187,9 @@ def responses_per_write(rows: int | None) -> int:
     return 4 * (rows or 64) * parallel.size()
 
 
-def generate_shared(policy: Policy, prompts: list[list[int]], *, samples: int = 1, first_response: int,
-                    **options) -> list[Response]:
+def generate_shared(policy: Policy, prompts: list[list[int]], *, first_response: int, **options) -> list[Response]:
     """generate, the prompts divided among the ranks: every rank gets all responses."""
     mine = parallel.share(len(prompts))
     with policy.model.rollout():
-        drawn = generate(policy, prompts[mine], samples=samples,
-                         first_response=first_response + samples * mine.start, **options)
+        drawn = generate(policy, prompts[mine], first_response=first_response + mine.start, **options)
     return parallel.all_gather(drawn)

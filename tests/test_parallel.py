@@ -103,7 +103,7 @@ def add_gradient(policy, results: dict, name: str) -> None:
 def main() -> None:
     """What the ranks of the next test do."""
     policy, results = toy_policy(seed=2).double(), {}
-    drawn = generate_shared(policy, PROMPTS, samples=2, max_new_tokens=6, eos_ids=range(0, 61, 7), seed=(4,),
+    drawn = generate_shared(policy, [*PROMPTS, *PROMPTS], max_new_tokens=6, eos_ids=range(0, 61, 7), seed=(4,),
                             first_response=6)
     results["samples"] = samples_of(drawn)
 
