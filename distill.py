@@ -272,7 +272,8 @@ def main() -> None:
                 for split, n in (("train", args.responses), ("test", args.held_out))}
     for name, split, count in (("--responses", "train", args.responses), ("--held-out", "test", args.held_out)):
         runs.warn_fewer(name, count, len(problems[split]))
-    tasks.refuse_shared(problems["train"], args)
+    if run is None:
+        tasks.refuse_shared(problems["train"], args)
     model, tokenizer = runs.load_model(args)
     exits = exit_depths(model.config.num_hidden_layers, args.exit_every)
     args.exit_every = exits[0]

@@ -187,7 +187,8 @@ def main() -> None:
 
     runs.warn_idle("--prompts-per-step", args.prompts_per_step)
     problems = tasks.load(args.task, "train", data=args.data, n=args.problems, seed=args.seed)
-    tasks.refuse_shared(problems, args)
+    if run is None:
+        tasks.refuse_shared(problems, args)
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(problems, model, tokenizer, args)
     # Recorded, so that a resumed run keeps it. A tenth of stage 1's, to be careful: on the embedded model 0.0015, twice

@@ -68,6 +68,7 @@ def main() -> None:
         policy, responses, rloo.leave_one_out(rewards).flatten(), base, micro_batch=args.micro_batch, beta=0.02,
         c=args.new, count=n))
     print(f"    gradient norm {take_step(optimizer, 1e-5, 1e-5):.3g}")
+    base = None  # its memory, as in rloo.py
     timed("rollout, in the memory left so", rollout)
 
 

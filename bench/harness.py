@@ -6,8 +6,8 @@
 Prompts go through the checkpoint's chat template, and a response counts from after its thoughts: one that is cut while
 it thinks is empty. Its limit is --max-new-tokens, where that is given, else the task's, often meant for no thoughts
 (--no-thinking). Sampling is the task's, mostly argmax, which Qwen3 advises against while it thinks; exits are drawn as
-trained. The harness scores by its own rules, not by those of evaluate.py: gsm8k's strict one knows no \\boxed{}, which
-bench/gsm8k_boxed.yaml reads.
+trained. The harness scores by its own rules (gsm8k's strict one knows no \\boxed{}), bench/gsm8k_boxed.yaml by those of
+evaluate.py.
 Tasks that rank given answers are refused: they would have to be read at some depth, and full depth shows no exit.
 """
 

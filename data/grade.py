@@ -37,10 +37,10 @@ SCALED = re.compile(rf"""\s*(?: (?: hundred|thousand|lakh|million|crore|billion|
     | (?:and\s+)?(?:an?\s+|one\s+|two\s+|three\s+)?(?:half|halve|third|quarter) )s?\b
     | (?:and\s+)?(?:two\s+|three\s+|four\s+|five\s+|seven\s+)?
         (?:fifth|sixth|seventh|eighth|ninth|tenth|twelfth|hundredth|thousandth)s\b
-    | (?:plus|minus|times|over|point|or|to)\s+(?:[0-9]
+    | (?:plus|minus|times|over|point|or|to)\s+(?!\w+\s+(?:decimal|significant))(?:[0-9]
         |(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|hundred|thousand)\b)
     | (?:bn|pi|тысяч[аиу]?|миллион(?:а|ов)?|миллиард(?:а|ов)?|тыс|млн|млрд|с\s+половиной)\b
-    | (?:squared|cubed)\b(?!\s+\w) | (?-i:[nxyz])\s*\Z
+    | (?:squared|cubed)\b(?!\s+\w) | (?-i:[nx])\s*\Z
     | [十百千万萬亿億만억] | [{SIGN}]{{1,3}}半(?:小时|小時|[个個]?月|(?![{SIGN}])) )""",
     re.IGNORECASE | re.VERBOSE)  # no unit: it multiplies or adds
 MIXED = re.compile(rf"""(?<![0-9.,/A-Za-z]) (?P<sign>(?<![)\]}}%])[-+])? [{MONEY}]?
@@ -158,12 +158,13 @@ def unmixed(text: str) -> str:
 def number(span: str) -> Fraction | None:
     """The exact value of a span that is one number, with at most a currency and a unit; else None."""
     span = re.sub(r"~|°|\^\{?\\circ\}?", " ", plain(span)).strip().strip("$*").strip()
-    span = re.sub(rf"^([-+]?) *[{MONEY}]? *(?=[0-9.])", r"\1", span)
+    span = re.sub(rf"^([-+]?) *(?:[{MONEY}] *)?(?=[0-9.])", r"\1", span)
     thousands = THOUSANDS.match(span)
     span = unmixed(thousands[0].replace(" ", "") + span[thousands.end():] if thousands else span)
     found = NUMBER.match(span)
     unit = found and re.sub(r"\s+", " ", span[found.end():])
-    if found is None or not UNIT.fullmatch(unit) or SCALED.match(unit.lstrip("/")):
+    if found is None or not UNIT.fullmatch(unit) or any(SCALED.match(re.sub(r"^ ?/ ?", rest, unit))
+                                                        for rest in ("", "over ")):  # /dozen, /two
         return None
     if len(found[0]) > MAX_DIGITS:
         return None
@@ -182,7 +183,8 @@ def normalise(span: str, kind: str, choices: tuple[str, ...] | None = None) -> s
         return plain(span).strip() if value is None else str(value)
     span = unicodedata.normalize("NFC", span[:COMPOSED]) + span[COMPOSED:]
     words = plain(span).replace("*", "").strip(AROUND).lower().split()
-    article = len(words) > 1 and words[0] in ("the", "a", "an") and words[0] not in map(str.lower, choices or ())
+    own = {choice.strip(AROUND).lower() for choice in choices or ()}
+    article = len(words) > 1 and words[0] in {"the", "a", "an"} - own
     return " ".join(words[article:])
 
 
@@ -190,9 +192,10 @@ def mentioned(span: str, choices: tuple[str, ...]) -> set[str]:
     """The choices that a span names as whole words, or whole numbers; a longer one hides the shorter ones inside it."""
     named = set()
     for choice in sorted({normalise(choice, "choice") for choice in choices}, key=len, reverse=True):
-        before = r"[\w.,/-]" if choice[:1].isdigit() else r"\w"
-        after = r"\w|/|[.,][0-9]" if choice[-1:].isdigit() else r"\w"
-        span, count = re.subn(rf"(?<!{before}){re.escape(choice)}(?!{after})", "|", span)
+        # Of 1.5, -1 or 1-2 a choice of 1 is only a part, of No.1 and Box-1 not.
+        before = r"(?<![0-9][.,/-])(?<!(?<!\w)[.,/-])" if choice[:1].isdigit() else ""
+        after = r"(?!/|\s?[-/.,][0-9])" if choice[-1:].isdigit() else ""
+        span, count = re.subn(rf"(?<!\w){before}{re.escape(choice)}(?!\w){after}", "|", span)
         if count:
             named.add(choice)
     return named

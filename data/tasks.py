@@ -275,7 +275,7 @@ def refuse_shared(train: list[Problem], args) -> None:
     proves nothing."""
     if not (args.task.endswith(".py") or args.data):
         return
-    test = load(args.task, "test", data=args.data, seed=args.seed)
+    test = load(args.task, "test", data=args.data, n=None if args.data else 200, seed=args.seed)
     if shared := {p.question for p in train} & {p.question for p in test}:
         raise UserError(f"train and test share a problem, {min(shared)!r:.80}: let problems(), or the files of --data, "
                         f"tell them apart")

@@ -44,6 +44,10 @@ from data.grade import Grade, extract, grade, number
     (r"\boxed{\$18/\text{day}}", "18", "boxed"),
     (r"\boxed{5/x}", "5/x", "boxed"),
     (r"\boxed{5/pi}", "5/pi", "boxed"),
+    (r"\boxed{5 / dozen}", "5 / dozen", "boxed"),
+    (r"\boxed{18/two}", "18/two", "boxed"),
+    ("#### 3.14 to two decimal places", "157/50", "####"),
+    (r"\boxed{5 \text{ y}}", "5", "boxed"),
     (r"\boxed{- 5}", "-5", "boxed"),
     (r"\boxed{5 x}", "5 x", "boxed"),
     (r"\boxed{5 N}", "5", "boxed"),
@@ -260,6 +264,10 @@ LETTERS = ("A", "B", "C", "D")
     ("1", ("1", "2"), "ANSWER: it is 1.5", False, False),
     ("1", ("1", "2"), "ANSWER: it is -1", False, False),
     ("10", ("10", "20"), "ANSWER: about 10,000", False, False),
+    ("1", ("1", "2"), "ANSWER: 1-2", False, False),
+    ("2", ("1", "2"), "ANSWER: Box-2", False, True),
+    ("(B)", ("(A)", "(B)"), "ANSWER: A B", False, False),
+    ("(A)", ("(A)", "(B)"), "ANSWER: A (the box)", False, True),
     ("2", ("2", "3"), "ANSWER: 1/2 of it", False, False),
     ("knows about it", KNOWS, "ANSWER: does not know about it", False, False),
     ("does not know about it", KNOWS, "ANSWER: Does not know about it", True, True),
@@ -299,7 +307,7 @@ def test_a_response_that_was_cut_off_has_no_answer_whatever_it_says():
 @pytest.mark.parametrize("text", [
     "\\boxed{", "{", "1", "1,111", "1 ", "1.", "1e9", "####", "#### 1=\n", "answer is ", "answer is 3*6 ",
     "\u0301\u0316", "。", "answer:(", "\\text{", "\\frac{1", "1\\frac", "\\boxed ", "ANSWER:", "<think>", "\n",
-    " ", "box ",
+    " ", "box ", "- ", "~",
 ])
 @pytest.mark.parametrize("frame", ["{}", "\\boxed{{{}}}", "#### 5{}=", "ANSWER: {}="])
 def test_time_stays_linear_in_whatever_a_model_repeats(text, frame):
