@@ -102,10 +102,11 @@ class Tokenizer:
                                  for messages in conversations], enable_thinking)
             return [re.split(rf"{mark}<(\d+)>", text) for text in texts]
 
-        mark = secrets.token_hex(16)
+        mark = "f" + secrets.token_hex(16)[1:]
         texts = parts(conversations, mark)
         # Of a mark that the template changes, cuts or counts something is left in the prompt: where it is of another
-        # length, and another at each place, that shows.
+        # length, and another at each place, that shows. One begins with a letter and one with a 0, so that a template
+        # that capitalises words never leaves both as they are.
         other = f"{int(mark, 16) ^ 16**32 - 1:032x}{secrets.token_hex(4)}"
         marked = [i for i, some in enumerate(conversations) if any(self._control.search(m["content"]) for m in some)]
         if [texts[i] for i in marked] != parts([conversations[i] for i in marked], other):
