@@ -66,8 +66,8 @@ def grade(text: str, gold: str, kind: str, choices: tuple[str, ...] | None = Non
     (`finished`) and whether the prompt ended inside a think block (`think_open`). A response that has not
     finished, or not finished thinking, is never right.
     """
-    answer = after_thinking(text, think_open)
-    if not finished or answer is None:
+    answer = finished_answer(text, finished, think_open)
+    if answer is None:
         return Grade(None, None, False, False)
     value, rule = extract(answer, kind, choices)
     gold = normalise(gold, kind, choices)
@@ -80,6 +80,11 @@ def after_thinking(text: str, think_open: bool = False) -> str | None:
     """What follows the last </think>: all of it if there is no thinking, None while a think block is open."""
     _, closed, answer = text.rpartition("</think>")
     return None if "<think>" in answer or (think_open and not closed) else answer
+
+
+def finished_answer(text: str, finished: bool, think_open: bool = False) -> str | None:
+    """What follows the thoughts; None where the response, or its thoughts, have not finished."""
+    return after_thinking(text, think_open) if finished else None
 
 
 def extract(answer: str, kind: str, choices: tuple[str, ...] | None = None) -> tuple[str | None, str | None]:

@@ -29,7 +29,7 @@ from itertools import islice
 from pathlib import Path
 
 from data import arithmetic, stories
-from data.grade import MAX_DIGITS, Grade, after_thinking, grade, normalise, number, plain
+from data.grade import MAX_DIGITS, Grade, finished_answer, grade, normalise, number, plain
 from data.hub import UserError, is_text, parse_object, resolve
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -55,7 +55,7 @@ class Problem:
 
     def grade(self, text: str, finished: bool, think_open: bool = False) -> Grade:
         """Grade of a decoded response. One that has not finished, or not finished thinking, is never right."""
-        if self.own_grade is None or not finished or after_thinking(text, think_open) is None:
+        if self.own_grade is None or finished_answer(text, finished, think_open) is None:
             return grade(text, self.gold, self.kind, self.choices, finished, think_open)
         right = own_verdict(self.own_grade, self, text, yes_or_no)
         return Grade(None, "own", right, right)
@@ -63,7 +63,7 @@ class Problem:
     def reward(self, text: str, finished: bool, right: bool, think_open: bool = False) -> float:
         """r_task of eq. (1): 1 if the response is right, else 0; or what the task's own reward says of it. 0 where it,
         or its thoughts, have not finished: an answer that is thought and never given would be paid for."""
-        if self.own_reward is None or not finished or after_thinking(text, think_open) is None:
+        if self.own_reward is None or finished_answer(text, finished, think_open) is None:
             return float(right)
         value = own_verdict(self.own_reward, self, text, float)
         if not math.isfinite(value):

@@ -189,8 +189,10 @@ def test_the_callers_messages_are_not_changed(loaded):
 
 @pytest.mark.parametrize("change", ["upper", "title", "e", "reverse", "replace('<', '(')", "wordwrap(20)",
                                     "truncate(20)", "list | first", "length"])
-def test_a_template_that_changes_the_text_of_messages_is_refused_where_they_hold_control_tokens(tmp_path, change):
+def test_a_template_that_changes_the_text_of_messages_is_refused_where_they_hold_control_tokens(
+        tmp_path, change, monkeypatch):
     """Else the secret mark that hides them is prompted with, and is another at every start."""
+    monkeypatch.setattr(text.secrets, "token_hex", lambda n: "6" * 2 * n)  # which no capitals change
     folder = build(tmp_path, template=f"{{% for m in messages %}}{{{{ m.content | {change} }}}}{{% endfor %}}")
     tokenizer = text.Tokenizer.from_pretrained(str(folder))
     assert len(tokenizer.prompts([user("the question")])) == 1
