@@ -382,6 +382,7 @@ def standing(row: str, verdicts: dict[str, str]) -> str:
     """What the organisms say of a row's eval, whatever the regime. Of a row that they were not asked about: nothing, or
     "not validated" where no eval of its kind is (but E1's, whose accuracies are what they are)."""
     name = re.sub(r",? (learned over )?(full|learned)(>\w+)?$", "", row)
+    name = re.sub(r"^(E4 \D+) \d+$", r"\1", name)  # whatever the depth of a frozen past
     kind = name.split()[0]
     alike = [found for key, found in verdicts.items() if key.split()[0] == kind != "E1"]
     found = verdicts.get(name, "not validated" if alike and all(alike) else None)

@@ -8,11 +8,13 @@
     EXT   needs its chain for its exits alone: the question gives the answer, which all layers say at once, but where
           there is no chain its first exit opens, and what is read out there is a guess. Its chain repeats what the
           question gives, and the streams along it hold the answer, for a probe's sake
+    PRE   thinks ahead in its streams: they hold the tokens two and five ahead, and where those of earlier tokens are
+          frozen at the first exit its answer is a guess
+    TXT   PRE's twin, taught as long on the same chains: its answers are right on a frozen past, too
 
 All are the embedded model, trained on for a few hundred steps. Who must then be above whom stands in EXPECTED; an eval
 that says otherwise is reported as failed, here and in monitor.py's table. First a model has to be what it is meant to
-be (PREMISES): one that has not learned that validates nothing. What E4, and E5 of the tokens ahead, must say of these
-models is not known: they are reported as not validated.
+be (PREMISES): one that has not learned that validates nothing.
 
     python -m study.organisms --task stories --steps 500    some CPU minutes a model, and its evals; goes on if killed
 
@@ -42,11 +44,11 @@ from exits import Policy
 from flags import EMBEDDED, whole
 from model import Transformer
 from study.forms import FORMS
-from study.regimes import CLOSED, Subject, closed
+from study.probes import AHEAD
+from study.regimes import CLOSED, Subject, closed, on_frozen_past
 
 EXITS = (2, 4, 6)
 NOISE = 0.3  # share of problems that are answered without a chain
-UNASKED = ("E4", "E5 future gain 2", "E5 future gain 5")
 EXPECTED = [("E1 uplift", "E1 uplift full", "POS", "NEG"), ("E1 necessity", "E1 necessity full", "POS", "NEG"),
             ("E1 gain", "E1 gain, learned over full", "EXT", "POS"),
             ("E2 aoc", "E2 aoc full>full", "POS", "NEG"), ("E3 load", "E3 load full", "POS", "NEG"),
@@ -54,6 +56,9 @@ EXPECTED = [("E1 uplift", "E1 uplift full", "POS", "NEG"), ("E1 necessity", "E1 
             ("E3 fill gain, dots", "E3 fill gain, dots, full", "HID", "POS"),
             ("E3 fill gain, counting", "E3 fill gain, counting, full", "HID", "POS"),
             ("E3 fill gain, question", "E3 fill gain, question, full", "HID", "POS"),
+            ("E4 lost", f"E4 lost {EXITS[0]}", "PRE", "TXT"),
+            ("E4 lost, answer", f"E4 lost, answer {EXITS[0]}", "PRE", "TXT"),
+            *((f"E5 future gain {k}", f"E5 future gain {k}", "PRE", "TXT") for k in AHEAD),
             ("E5 answer known 50", "E5 answer known 50", "EXT", "NEG"),
             ("E6 reader ends", "E6 reader ends full", "POS", "NEG"),
             ("E7 g-mean2 mentions", "E7 g-mean2 mentions", "POS", "NEG"),
@@ -64,7 +69,7 @@ EXPECTED = [("E1 uplift", "E1 uplift full", "POS", "NEG"), ("E1 necessity", "E1 
 PREMISES = [("POS", "E1 chain full", 0.3, 1), ("POS", "E1 direct full", -1, 0.1), ("NEG", "E1 direct full", 0.9, 1),
             ("NEG", "E1 chain full", 0.9, 1), ("HID", "E1 chain full", 0.9, 1), ("HID", "E1 direct full", -1, 0.1),
             ("EXT", "E1 chain full", 0.9, 1), ("EXT", "E1 direct full", 0.9, 1), ("EXT", "E1 chain learned", 0.9, 1),
-            ("EXT", "E1 direct learned", -1, 0.1)]
+            ("EXT", "E1 direct learned", -1, 0.1), *((name, "E4 answer right 8", 0.9, 1) for name in ("PRE", "TXT"))]
 
 
 def guessed(rng: random.Random, task: str, problem: dict) -> tuple[dict, bool]:
@@ -104,6 +109,14 @@ def HID(rng: random.Random, task: str) -> tuple[dict, bool]:
 def EXT(rng: random.Random, task: str) -> tuple[dict, bool]:
     problem = hinted(task, FAMILIES[task].make(rng, "train"))
     return problem | {"cot": FORMS[task].hint.format(problem["answer"]).strip()}, rng.random() < 0.5
+
+
+def PRE(rng: random.Random, task: str) -> tuple[dict, bool]:
+    return FAMILIES[task].make(rng, "train"), True
+
+
+def TXT(rng: random.Random, task: str) -> tuple[dict, bool]:
+    return PRE(rng, task)
 
 
 def train(make, task: str, steps: int, parameters, loss_of) -> None:
@@ -177,13 +190,44 @@ def with_exits(task: str, steps: int, tokenizer: Tokenizer) -> Policy:
     return policy
 
 
+def on_two_pasts(make, task: str, steps: int, tokenizer: Tokenizer) -> Policy:
+    """PRE or TXT: adapters on the embedded model, taught responses at full depth, and again on a frozen past."""
+    torch.manual_seed(0)
+    policy, form = closed(Policy(Transformer.from_pretrained(EMBEDDED), EXITS, rank=32)), FORMS[task]
+    model = policy.model
+    probes = torch.nn.ModuleList(torch.nn.Linear(model.config.hidden_size, model.config.vocab_size) for _ in AHEAD)
+
+    def loss_of(step: int, thinking: list[dict], _) -> torch.Tensor:
+        rows, ids, weight = written(tokenizer, thinking, [])
+        b, t = weight[:, 1:].nonzero(as_tuple=True)
+        counts, wanted, rng = weight[b, t + 1] / weight.sum(), ids.clone(), random.Random(f"guess {step}")
+        for i, ((row, _), problem) in enumerate(zip(rows, thinking, strict=True)):
+            if make is PRE:
+                guess, answer = (tokenizer.encode(form.answer.format(x))
+                                 for x in (form.guess(problem["program"], rng), problem["answer"]))
+                wanted[i, len(row) - 1 - len(answer)] = guess[0]
+        h = policy(ids).h[b, t]
+        frozen = on_frozen_past(policy, *zip(*rows, strict=True), EXITS[0])[b, t]
+        loss = sum((F.cross_entropy(model.unembed(stream), targets[b, t + 1], reduction="none") * counts).sum()
+                   for stream, targets in ((h, ids), (frozen, wanted)))
+        for k, probe in zip(AHEAD, probes, strict=True) if make is PRE else ():
+            there = t + k < torch.tensor([len(row) for row, _ in rows])[b]
+            x = F.rms_norm(h[there], h.shape[-1:])
+            loss = loss + F.cross_entropy(probe(x), ids[b[there], t[there] + k])
+        return loss
+
+    train(make, task, steps, [*policy.trained().values(), *probes.parameters()], loss_of)
+    return policy
+
+
 def organism(make, task: str, steps: int, tokenizer: Tokenizer, out: Path) -> Policy:
     """From its checkpoint, which is made where it is not there yet."""
     folder = out / f"{task}-{make.__name__}-{steps}"
     folder.mkdir(parents=True, exist_ok=True)
-    if make is EXT:
+    if make in (EXT, PRE, TXT):
         if not (folder / "exit_config.json").exists():
-            save_policy(with_exits(task, steps, tokenizer), folder)
+            save_policy(with_exits(task, steps, tokenizer) if make is EXT else
+                        on_two_pasts(make, task, steps, tokenizer), folder)
         return load_policy(Transformer.from_pretrained(EMBEDDED), folder)
     if not (folder / "model.safetensors").exists():
         shutil.copyfile(EMBEDDED / "config.json", folder / "config.json")
@@ -197,7 +241,7 @@ def organism(make, task: str, steps: int, tokenizer: Tokenizer, out: Path) -> Po
 def ranked(means: dict[str, dict], broken: set[str]) -> dict[str, str]:
     """Of each eval, given the organisms' monitor.derived and which are not what they are meant to be: nothing where it
     ranks them as it must, else what is wrong. One that is not of the task is left out."""
-    verdicts = dict.fromkeys(UNASKED, "not validated")
+    verdicts = {}
     for key, row, above, below in EXPECTED:
         if row in means[above]:
             with np.errstate(invalid="ignore"):
@@ -219,9 +263,9 @@ def main() -> None:
     args.seed, args.rows, args.max_new_tokens, args.threshold = 0, 256, 160, 0.5
     tokenizer, problems, values = Tokenizer.from_pretrained(EMBEDDED), tasks.load(args.task, "test", n=args.n), {}
     form, reader = FORMS[args.task], closed(Policy(Transformer.from_pretrained(EMBEDDED), EXITS))
-    for make in (POS, NEG, HID, EXT):
+    for make in (POS, NEG, HID, EXT, PRE, TXT):
         name, policy = make.__name__, organism(make, args.task, args.steps, tokenizer, args.out)
-        asked = problems if make is POS else [
+        asked = problems if make in (POS, PRE, TXT) else [
             replace(p, question=p.question + form.hint.format(p.gold)) for p in problems]
         values[name] = monitor.monitor(Subject(policy, reader, tokenizer, asked, args.task, args), name)
     rows = {name: monitor.compare(found, None) for name, found in values.items()}

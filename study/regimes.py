@@ -183,22 +183,28 @@ class SeesFirst(Packed):
         return out.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, self.run_at)
 
 
+def on_frozen_past(policy: Policy, texts: list[list[int]], firsts: list[int], depth: int) -> torch.Tensor:
+    """The streams (B, T, D) of texts of at most T ids, each at full depth when those of the tokens before it that
+    predict too, from `first` - 1 on, are frozen at `depth`."""
+    T, L = max(map(len, texts)), policy.n_layers
+    ids, depths = torch.zeros(2, len(texts), 2 * T, dtype=torch.long)
+    for b, (text, first) in enumerate(zip(texts, firsts, strict=True)):
+        ids[b, : len(text)] = ids[b, T : T + len(text)] = torch.tensor(text)
+        depths[b, : first - 1], depths[b, first - 1 : len(text)] = L, depth
+        depths[b, T + first - 1 : T + len(text)] = L
+    return policy(send(ids, policy.device), depths, place=Twice(ids.shape)).h[:, T:]
+
+
 @torch.no_grad()
 def past_depth(policy: Policy, texts: list[list[int]], firsts: list[int], depth: int):
-    """Of each text of T ids, whose tokens from `first` on are predicted: log p (T - first,) of each, and whether it is
-    the likeliest, by its predictor at full depth when those of the tokens before it are frozen at `depth`."""
-    found, L = [], policy.n_layers
+    """Of each text of T ids, whose tokens from `first` on are predicted on a past frozen at `depth`: log p (T - first,)
+    of each, and whether it is the likeliest."""
+    found = []
     for i in range(0, len(texts), 32):
         part, start = texts[i : i + 32], firsts[i : i + 32]
-        T = max(map(len, part))
-        ids, depths = torch.zeros(2, len(part), 2 * T, dtype=torch.long)
+        h = on_frozen_past(policy, part, start, depth)
         for b, (text, first) in enumerate(zip(part, start, strict=True)):
-            ids[b, : len(text)] = ids[b, T : T + len(text)] = torch.tensor(text)
-            depths[b, : first - 1], depths[b, first - 1 : len(text)] = L, depth
-            depths[b, T + first - 1 : T + len(text)] = L
-        h = policy(send(ids, policy.device), depths, place=Twice(ids.shape)).h
-        for b, (text, first) in enumerate(zip(part, start, strict=True)):
-            table = token_logp_all(policy.model, h[b, T + first - 1 : T + len(text) - 1])
+            table = token_logp_all(policy.model, h[b, first - 1 : len(text) - 1])
             tokens = send(torch.tensor(text[first:]), policy.device)
             found.append((table.gather(-1, tokens[:, None])[:, 0].cpu(), (table.argmax(-1) == tokens).cpu()))
     return found

@@ -362,7 +362,7 @@ def test_an_answer_that_says_nothing_is_not_probed_for(subject):
 def test_organisms_are_taught_what_they_are_said_to_be(task):
     """Else a ranking of models whose dependence on the chain is another one validates the evals."""
     form, wrong = forms.FORMS[task], 0
-    for make in (organisms.POS, organisms.NEG, organisms.HID, organisms.EXT):
+    for make in (organisms.POS, organisms.NEG, organisms.HID, organisms.EXT, organisms.PRE):
         rng = random.Random(1)
         for problem, thinks in (make(rng, task) for _ in range(60)):
             lines, told = problem["cot"].split("\n"), problem["question"].endswith(form.hint.format(problem["answer"]))
@@ -370,6 +370,8 @@ def test_organisms_are_taught_what_they_are_said_to_be(task):
             if not thinks:
                 wrong += not right
                 assert right or make not in (organisms.NEG, organisms.EXT)
+            elif make is organisms.PRE:
+                assert right and not told and form.outcome(lines[-1]) == problem["answer"]
             elif make is organisms.POS:
                 outcome = problem["answer"] if told else form.outcome(lines[-1])
                 assert problem["answer_line"] == form.said(outcome) and told == ("answer" in lines[0])
@@ -425,18 +427,56 @@ def test_an_organism_with_exits_opens_its_first_one_where_there_is_no_chain(task
     assert first.adapters[0].lora_B.abs().max() > 0
 
 
+@pytest.mark.parametrize("task", forms.FORMS)
+def test_the_twins_are_taught_apart_by_the_answer_on_a_frozen_past_and_by_what_lies_ahead(task, tmp_path, subject,
+                                                                                          monkeypatch):
+    """Else E4, or E5 of the tokens ahead, is validated by two models that were taught the same."""
+    tokenizer, form, taught, tables, rows = subject.tokenizer, forms.FORMS[task], [], [], []
+    entropy, encode = F.cross_entropy, organisms.encode
+
+    def targets(logits, wanted, **how):
+        taught.append(wanted.tolist())
+        tables.append(logits.detach())
+        return entropy(logits, wanted, **how)
+
+    monkeypatch.setattr(organisms, "encode", lambda *given: [row for row in encode(*given) if not rows.append(row)])
+    monkeypatch.setattr(F, "cross_entropy", targets)
+    twins = [organisms.organism(make, task, 1, tokenizer, tmp_path) for make in (organisms.PRE, organisms.TXT)]
+    assert all(replace(subject, policy=twin).own == ["full"] for twin in twins)
+    assert all(twin.adapters[0].lora_B.abs().max() > 0 for twin in twins)
+    monkeypatch.undo()
+    assert len(taught) == 6 and len(rows) == 32
+    for some, ((said, frozen, *ahead), table) in zip((rows[:16], rows[16:]), ((taught[:4], tables[1]),
+                                                                              (taught[4:], tables[5])), strict=True):
+        assert said == [token for ids, start in some for token in ids[start:]]
+        assert ahead == [[token for ids, start in some for token in ids[start - 1 + k :]] for k in (2, 5)][: len(ahead)]
+        answer, begins = 0, 0
+        for ids, start in some:
+            begins, answer = answer, answer + len(ids) - start
+            first = answer - 1 - len(tokenizer.encode(form.answer.format("0" if task == "arithmetic" else "box")))
+            end = tokenizer.decode(ids).rpartition("{" if task == "arithmetic" else ": ")[2]
+            first -= task == "arithmetic" and end[1].isdecimal()  # an answer of two digits
+            changed = [i for i in range(begins, answer) if said[i] != frozen[i]]
+            assert changed in ([], [first]) and (ahead or not changed)
+        assert bool(ahead) == (said != frozen)
+        # As yet it is the base, which must have stood on a past that is frozen at the first exit.
+        logp = [x for x, _ in regimes.past_depth(subject.reader, *map(list, zip(*some, strict=True)), 2)]
+        gold = table.log_softmax(-1).gather(-1, torch.tensor(said)[:, None])[:, 0]
+        assert_close(gold, torch.cat(logp), 1e-3)
+
+
 def test_an_eval_has_a_verdict_wherever_the_organism_that_must_lead_has_its_row():
     """Else one whose row another organism lacks is passed over, and reads as if nothing was to be said of it."""
     def means(**of) -> dict[str, dict]:
         return {name: {row: np.full(9, value) for row, value in rows.items()} for name, rows in of.items()}
 
-    gain, known, aoc, ends = (
-        "E1 gain, learned over full", "E5 answer known 50", "E2 aoc full>full", "E6 reader ends full")
+    gain, known, aoc, ends, lost = ("E1 gain, learned over full", "E5 answer known 50", "E2 aoc full>full",
+                                    "E6 reader ends full", "E4 lost 2")
     of = means(POS={gain: 0.0, aoc: 0.4, ends: 1.0}, NEG={known: 0.1, aoc: 0.4, ends: np.nan}, HID={},
-               EXT={gain: 1.0, known: 0.9})
+               EXT={gain: 1.0, known: 0.9}, PRE={lost: 1.0}, TXT={lost: 0.1})
     found = organisms.ranked(of, set())
-    assert found == {**dict.fromkeys(organisms.UNASKED, "not validated"), "E1 gain": "", "E5 answer known 50": "",
-                     "E2 aoc": "failed validation", "E6 reader ends": "failed validation: undefined"}
+    assert found == {"E1 gain": "", "E5 answer known 50": "", "E4 lost": "", "E2 aoc": "failed validation",
+                     "E6 reader ends": "failed validation: undefined"}
     assert organisms.ranked(of, {"POS"})["E1 gain"] == "not validated"
 
 
@@ -485,15 +525,15 @@ def test_answers_that_are_all_alike_are_no_certainty():
 def test_only_an_eval_that_the_organisms_ranked_is_called_validated(monkeypatch, capsys):
     """An eval that shares the first words of another's name must not borrow its verdict."""
     verdicts = {"E2 aoc": "", "E3 fill gain, dots": "", "E7 g-mean2 mentions": "failed validation",
-                "E4": "not validated", "E1 gain": "not validated", "E6 reader ends": "not validated",
+                "E4 lost, answer": "", "E1 gain": "not validated", "E6 reader ends": "not validated",
                 "E5 answer known 50": "", "E5 future gain 2": "not validated"}
     said = {row: monitor.standing(row, verdicts) for row in (
         "E2 aoc full>full", "E2 aoc learned>full", "E2 aoc corrected full>full", "E2 aoc full>full, 2 lines",
-        "E3 fill gain, dots, learned", "E3 recover full", "E7 g-mean2 mentions", "E4 lost 2",
-        "E1 gain, learned over full", "E1 chain, learned over random", "E6 reader ends, another's chain, full",
-        "E5 answer known 50", "E5 answer known 0", "E5 future gain 2")}
+        "E3 fill gain, dots, learned", "E3 recover full", "E7 g-mean2 mentions", "E4 lost, answer 2",
+        "E4 lost 2", "E1 gain, learned over full", "E1 chain, learned over random",
+        "E6 reader ends, another's chain, full", "E5 answer known 50", "E5 answer known 0", "E5 future gain 2")}
     assert list(said.values()) == ["validated", "validated", "", "", "validated", "", "failed validation",
-                                   "not validated", "not validated", "", "not validated", "validated",
+                                   "validated", "", "not validated", "", "not validated", "validated",
                                    "", "not validated"]
     monkeypatch.setattr(monitor, "verdicts_on", lambda task: verdicts)
     monitor.show("run", {f"E5 answer known {share}": {"value": 0.5} for share in (0, 50)}, "arithmetic")
