@@ -10,7 +10,7 @@ The second term is computed with the noise of its coins averaged out (exit_cross
 Left out on purpose: dropout, weight decay, a loss on the tokens themselves (the base's distribution is the target).
 
     python distill.py                           the embedded model on arithmetic: minutes on a laptop
-    python distill.py --model Qwen/Qwen3-4B     GSM8K from the hub; one 24 GB GPU (docs/memory.md has the arithmetic)
+    python distill.py --model Qwen/Qwen3-4B     GSM8K from the hub; one 24 GB GPU (docs/gpu.md has the arithmetic)
     python distill.py --resume runs/distill-…   goes on after an interruption
 """
 
