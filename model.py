@@ -25,6 +25,7 @@ from fast.linear import Linear
 
 # Else cuBLAS may round partial sums to bfloat16 at some shapes, at sampling's few rows for one, and not in scoring.
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.set_float32_matmul_precision("highest")  # NVIDIA's containers may turn TF32 on, and heads are float32
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
                             f"--max-new-tokens {max_new_tokens} in a context of {context}; shorten either")
     if not prompts:  # as where a step has fewer of them than there are processes
         return []
-    responses = [Response(prompt) for prompt in prompts for _ in range(samples)]
+    responses, eos_ids = [Response(prompt) for prompt in prompts for _ in range(samples)], frozenset(eos_ids)
     if depths is not None:
         depths = torch.as_tensor(depths).expand(len(responses), max_new_tokens)
         if not torch.isin(depths, policy.depth_of_outcome).all():

@@ -6,6 +6,7 @@ set -e
 cd "$(dirname "$0")/.."
 out=bench/results-gpu
 mkdir -p $out
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} python -m pytest -q -k on_cuda  # else the figures are of something wrong
 python bench/dry_run.py --shape qwen3-4b
 python bench/dry_run.py --shape r1-distill-1.5b
 for way in "" "--cuda-graphs"; do
@@ -16,5 +17,4 @@ done
 python bench/train.py --shape qwen3-4b --batch 4 --length 2048 --out $out/train.json
 python bench/train.py --shape qwen3-4b --batch 1 --length 4096 --recompute --out $out/train-recompute.json
 python bench/train.py --shape qwen3-4b --memory 512 4096 16384 --out $out/memory.json
-CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} python -m pytest -q -k on_cuda
 CUDA_VISIBLE_DEVICES= python -m pytest -q

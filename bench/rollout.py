@@ -30,12 +30,15 @@ def uniform_heads(policy: Policy) -> None:
 def ending_halfway(responses: list[Response]) -> list[int]:
     """Random ids that end responses, sampled without an end, after half of their T tokens in the mean, or few more."""
     tokens = torch.tensor([r.token_ids for r in responses])  # (R, T)
-    ids, kept = tokens.unique().tolist(), []
-    for i in torch.randperm(len(ids)).tolist():
-        ends = torch.isin(tokens, torch.tensor([*kept, ids[i]]))
-        ends[:, -1] = True
-        if (ends.int().argmax(1) + 1.0).mean() >= tokens.shape[1] / 2:
-            kept.append(ids[i])
+    ends, ids, kept, misses = torch.zeros_like(tokens, dtype=torch.bool), tokens.unique(), [], 0
+    ends[:, -1] = True
+    for i in ids[torch.randperm(len(ids))].tolist():
+        more = ends | (tokens == i)
+        if (more.int().argmax(1) + 1.0).mean() >= tokens.shape[1] / 2:
+            kept.append(i)
+            ends, misses = more, 0
+        elif (misses := misses + 1) == 20:  # of tens of thousands, any one of which may shorten them by a token
+            break
     return kept
 
 

@@ -264,6 +264,29 @@ def test_samples_and_scores_on_cuda_are_the_cpus():
     assert_close(torch.stack([logp_exit, logp_token]).cpu(), logps(wanted), 1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_in_bfloat16_on_cuda_what_is_sampled_is_scored_alike_and_learned_from_as_in_float32(graphs):
+    """It has attention kernels of its own. On a CPU in bfloat16 the means are 0.007 and 0.012, the cosine 0.998."""
+    def on(device: str, dtype: torch.dtype) -> Policy:
+        policy = Policy(toy_model().to(device, dtype), (2, 4), rank=3, head_width=toy_policy().heads.hidden)
+        policy.load_state_dict(toy_policy().state_dict())
+        return policy
+
+    policies, found = (on("cuda", torch.bfloat16), on("cpu", torch.float32)), []
+    policies[0].model.graphs = graphs
+    drawn = generate(policies[0], PROMPTS, samples=3, max_new_tokens=24, eos_ids=[7, 30], seed=(2, 7))
+    for policy in policies:
+        logp_exit, logp_token, *_ = score(policy, collate(drawn, L, policy.device))
+        (logp_exit + logp_token).sum().backward()
+        found.append((torch.stack([logp_exit, logp_token]).detach().cpu(),
+                      torch.cat([p.grad.flatten().cpu() for p in policy.trained().values()])))
+    (ours, gradient), (plain, plain_gradient) = found
+    for other in (torch.as_tensor(logps(drawn)), plain):
+        assert (ours - other).abs().mean() < 0.03
+    assert torch.cosine_similarity(gradient, plain_gradient, dim=0) > 0.98
+
+
 # --------------------------------------------------------------------------------------- what nobody runs costs nothing
 
 
