@@ -254,12 +254,12 @@ def main() -> None:
     p.pair("--rank", 8, 16, type=flags.whole(1, 4096), help="of the LoRA adapters, {} / {}; alpha is twice the rank")
     p.pair("--head-width", 0, 256, type=flags.whole(0, 65536), help="hidden units of each exit's head, {} / {}, where "
            "0 means a linear map")
-    p.pair("--steps", 480, 200, type=flags.whole(1, 999_999), help="{} / {}")
+    p.pair("--steps", 480, 400, type=flags.whole(1, 999_999), help="{} / {}")
     p.add_argument("--responses-per-step", type=flags.whole(1), default=8, help="(default: 8)")
     p.pair("--lr", 0.012, None, type=flags.number(0, 10), help="the adapters' peak rate: {} / (1 / hidden size, since "
            "a logit sums over the width)")
     p.add_argument("--head-lr", type=flags.number(0, 10), help="the heads' peak rate, --lr / five times --lr")
-    p.pair("--responses", 3000, 1600, type=flags.whole(1), help="base responses to train on, {} / {}")
+    p.pair("--responses", 3000, 3200, type=flags.whole(1), help="base responses to train on, {} / {}")
     p.add_argument("--held-out", type=flags.whole(1), default=64, help="test prompts for the final check (default: 64)")
     p.add_argument("--teacher", type=teacher.path_of, help="an earlier run, or its teacher.jsonl, whose base responses "
                    "to take, not sampling any")

@@ -227,7 +227,7 @@ def organism(make, task: str, steps: int, tokenizer: Tokenizer, out: Path) -> Po
     if make in (EXT, PRE, TXT):
         if not (folder / "exit_config.json").exists():
             save_policy(with_exits(task, steps, tokenizer) if make is EXT else
-                        on_two_pasts(make, task, steps, tokenizer), folder)
+                        on_two_pasts(make, task, steps // 2, tokenizer), folder)  # a step of theirs has two passes
         return load_policy(Transformer.from_pretrained(EMBEDDED), folder)
     if not (folder / "model.safetensors").exists():
         shutil.copyfile(EMBEDDED / "config.json", folder / "config.json")
