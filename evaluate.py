@@ -14,7 +14,6 @@ with the folder as --out goes on after the last responses there, if begun.json s
 import math
 import os
 import shutil
-from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import partial
 from itertools import pairwise
@@ -67,7 +66,7 @@ def answer(policy: Policy, problems, prompts, tokenizer, label: str, rows: list[
     on after the `rows` that stand there, and writes each part down when it is drawn."""
     base, size = label == BASE, responses_per_write(args.rows)
     with (parallel.bar(total=len(prompts), initial=len(rows), desc="answers", leave=False) as bar,
-          adapters_off(policy) if base else nullcontext()):
+          adapters_off(policy, base)):
         for i in range(len(rows), len(prompts), size):
             responses = generate_shared(policy, prompts[i : i + size], max_new_tokens=args.max_new_tokens,
                                         eos_ids=tokenizer.eos_ids, temperature=args.temperature, delta=args.delta,
@@ -101,7 +100,7 @@ def transcript(policy: Policy, row: dict, tokenizer, base: bool, args) -> dict:
     """A response as the page shows it: every token's depth, exit probabilities and the top tokens of each lens."""
     response = response_of(row)
     batch = collate([response], policy.n_layers, policy.device)
-    with adapters_off(policy) if base else nullcontext():
+    with adapters_off(policy, base):
         out = policy(batch.ids, batch.depths, place=batch.place)
 
     def best(h):
@@ -254,14 +253,14 @@ def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[
     runs.lock_folder(out)
     begun, done = out / "begun.json", out / "completions.jsonl"
     before = read_json(begun) if begun.exists() else {}
+    known = field(before, "weights", dict, begun, default={})
     text = read_text(done) if done.exists() else ""  # empty, where a kill came before begun.json
     # The runs' weights may have changed, and then their rows are dropped below; the base's must not have.
-    same = not text or (before | {"weights": weights} == about and
-                        field(before, "weights", dict, begun).get(BASE) == weights[BASE])
+    same = not text or (before | {"weights": weights} == about and known.get(BASE) == weights[BASE])
     for number, line in enumerate(text.split("\n")[:-1] if same else (), start=1):  # but for a line cut short
         row = checked_row(line, f"{done}:{number}", model.config)
         label = row.pop("model")
-        if field(before, "weights", dict, begun).get(label) == weights.get(label, ""):
+        if known.get(label) == weights.get(label, ""):
             kept.setdefault(label, []).append(row)
     if not same or any([row["prompt_ids"] for row in rows] != prompts[: len(rows)] for rows in kept.values()):
         raise UserError(f"--out {out} holds an evaluation of another model, of other runs or problems, or under other "
@@ -344,10 +343,7 @@ def main() -> None:
             print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, {drawn}; to {out}")
         runs.share_out(policy, args)
         print(f"  {name}: {run or args.model}")
-        labels = [name] if run else []
-        if not metrics:  # the base once, by the first run's policy with its adapters off
-            labels.insert(0, BASE)
-        for label in labels:
+        for label in [BASE] * (not metrics) + [name] * bool(run):  # the base once, by the first run, its adapters off
             base, depth_of_outcome = label == BASE, policy.depth_of_outcome.tolist()
             rows = answer(policy, problems, prompts, tokenizer, label, kept.get(label, []), out, args)
             metrics.append({"name": label, "run": None if base else str(run), **measure(rows, depth_of_outcome),

@@ -163,12 +163,12 @@ class Policy(nn.Module):
 
 
 @contextmanager
-def adapters_off(policy: Policy):
-    """Inside, and at full depth, the network is the base model bit for bit: the teacher of stage 1, and what both
-    stages' token KL is to."""
+def adapters_off(policy: Policy, off: bool = True):
+    """Inside, where `off`, and at full depth, the network is the base model bit for bit: the teacher of stage 1, and
+    what both stages' token KL is to."""
     before = [adapter.on for adapter in policy.adapters]
     for adapter in policy.adapters:
-        adapter.on = False
+        adapter.on = adapter.on and not off
     try:
         yield policy
     finally:

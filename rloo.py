@@ -74,6 +74,19 @@ def response_mean(values: torch.Tensor, batch) -> torch.Tensor:
     return per_response(values, batch) / per_response(torch.ones_like(values), batch)
 
 
+def roll_out(policy: Policy, problems, prompts, tokenizer, step: int, args) -> tuple[list, list[Response]]:
+    """k samples of each of this process's problems of a step, at temperature 1, no top-k, no top-p, exits drawn; and
+    the problem of each."""
+    mine = parallel.share(args.prompts_per_step)  # all, but where several processes divide them
+    chosen = optim.pick(len(problems), args.prompts_per_step, step, args.seed)[mine]
+    with policy.model.rollout(), parallel.bar(total=len(chosen) * args.samples, desc="samples", leave=False,
+                                              delay=10) as bar:  # seconds; shorter rollouts need no bar of their own
+        responses = generate(policy, [prompts[i] for i in chosen], samples=args.samples, rows=args.rows,
+                             max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step),
+                             first_response=mine.start * args.samples, progress=bar)
+    return [problems[i] for i in chosen for _ in range(args.samples)], responses
+
+
 @torch.no_grad()
 def score_responses(policy: Policy, responses: list[Response], micro_batch: int):
     """Before the update: the base's streams by micro-batch, which the update needs again; each response's mean token KL
@@ -202,16 +215,8 @@ def main() -> None:
 
     warned, flat = False, 0
     for step in run.steps(start, policy, optimizer):
-        # Roll out: k samples of each problem with stochastic exits, at temperature 1, no top-k, no top-p.
         times = [time.perf_counter()]
-        mine = parallel.share(args.prompts_per_step)  # all, but where several processes divide them
-        chosen = optim.pick(len(problems), args.prompts_per_step, step, args.seed)[mine]
-        with model.rollout(), parallel.bar(total=len(chosen) * args.samples, desc="samples", leave=False,
-                                           delay=10) as bar:  # seconds; shorter rollouts need no bar of their own
-            responses = generate(policy, [prompts[i] for i in chosen], samples=args.samples, rows=args.rows,
-                                 max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step),
-                                 first_response=mine.start * args.samples, progress=bar)
-        problem_of = [problems[i] for i in chosen for _ in range(args.samples)]
+        problem_of, responses = roll_out(policy, problems, prompts, tokenizer, step, args)
         records = graded(problem_of, responses, tokenizer)
         times.append(time.perf_counter())
 

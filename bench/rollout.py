@@ -7,7 +7,6 @@ Heads are set so that every outcome, each exit and the full depth, is equally li
 in the mean (at random ids; the same random numbers in every arm, so the same tokens), the others run to the last token.
 """
 
-from contextlib import nullcontext
 from statistics import median
 
 import torch
@@ -61,7 +60,7 @@ def main() -> None:
     def sample(name, prompts=rows, at_a_time=None, base=False, **changes):
         options = dict(samples=G, max_new_tokens=args.new, eos_ids=[-1], rows=args.rows) | changes
         stride, tokens, layers = at_a_time or len(prompts), 0, 0
-        with adapters_off(policy) if base else nullcontext():
+        with adapters_off(policy, base):
             for i in range(0, len(prompts), stride):
                 got = generate(policy, prompts[i : i + stride], first_response=i * options["samples"], **options)
                 tokens, layers = tokens + sum(map(len, got)), layers + sum(sum(r.depths) for r in got)

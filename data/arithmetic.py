@@ -73,14 +73,10 @@ def make(rng: random.Random, split: str) -> dict:
             "answer_line": f"\\boxed{{{value}}}", "program": program, "kind": f"{steps} steps"}
 
 
-def distinct(make, split: str, n: int, seed: int) -> list[dict]:
+def distinct(make, split: str, n: int, seed: int = 0) -> list[dict]:
     """n problems with no question twice, in an order that the seed fixes."""
     rng, seen = random.Random(f"{split} {seed}"), {}
     while len(seen) < n:
         problem = make(rng, split)
         seen.setdefault(problem["question"], problem)
     return list(seen.values())
-
-
-def problems(split: str, n: int, seed: int = 0) -> list[dict]:
-    return distinct(make, split, n, seed)

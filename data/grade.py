@@ -168,10 +168,8 @@ def number(span: str) -> Fraction | None:
     span = unmixed(thousands[0].replace(" ", "") + span[thousands.end():] if thousands else span)
     found = NUMBER.match(span)
     unit = found and re.sub(r"\s+", " ", span[found.end():])
-    if found is None or not UNIT.fullmatch(unit) or any(SCALED.match(re.sub(r"^ ?/ ?", rest, unit))
-                                                        for rest in ("", "over ")):  # /dozen, /two
-        return None
-    if len(found[0]) > MAX_DIGITS:
+    if (found is None or len(found[0]) > MAX_DIGITS or not UNIT.fullmatch(unit)
+            or any(SCALED.match(re.sub(r"^ ?/ ?", rest, unit)) for rest in ("", "over "))):  # /dozen, /two
         return None
     exponent, divisor = int(found["exponent"] or 0), int(found["divisor"] or 1)
     if abs(exponent) > MAX_DIGITS or divisor == 0:

@@ -148,8 +148,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         with open(partial, "w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        fsync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

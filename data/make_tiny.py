@@ -63,7 +63,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=512, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
-    problems = [p for family in FAMILIES.values() for p in family.problems("train", 2000)]
+    problems = [p for family in FAMILIES.values() for p in arithmetic.distinct(family.make, "train", 2000)]
     bpe.train_from_iterator([text for p in problems for text in (
         f"user\n{p['question']}", f"assistant\n{p['cot']}\n", f"\n\n{p['answer_line']}")], trainer)
     bpe.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
@@ -182,7 +182,7 @@ def evaluate(folder: Path, tokenizer: Tokenizer, n: int) -> dict:
             right = [runs.grade(p, r, tokenizer).strict for p, r in zip(problems, out, strict=True)]
             scores[f"{family}_{mode}"] = sum(right) / n
             if mode == "think":
-                kinds = [p["kind"] for p in module.problems("test", n)]
+                kinds = [p["kind"] for p in arithmetic.distinct(module.make, "test", n)]
                 for kind in sorted(set(kinds)):
                     hits = [r for r, k in zip(right, kinds, strict=True) if k == kind]
                     scores[f"{family}_{kind.replace(' ', '_')}"] = sum(hits) / len(hits)

@@ -31,9 +31,8 @@ stories have a twin in the train split, and 47% one among its first 24,000.
 
 import random
 
-from data.arithmetic import NAMES, ORDINALS, distinct, split_of
+from data.arithmetic import NAMES, ORDINALS, split_of
 
-KINDS = ["first", "second", "reality", "memory"]
 THINGS = ["ball", "book", "coin", "cup", "key", "ring"]
 CONTAINERS = ["bag", "basket", "box", "crate", "chest", "jar"]
 ROOMS = ["garden", "hall", "kitchen"]
@@ -44,6 +43,7 @@ QUESTIONS = {
     "reality": "Where is the {thing} now?",
     "memory": "Where was the {thing} when {0} first left?",
 }
+KINDS = list(QUESTIONS)
 MENTIONS = ["first", "last", "most"]
 
 
@@ -169,7 +169,3 @@ def think(program: dict, said: list[str], people: list[str]) -> str:
                 event += f", {people[p]} {'here' if here else 'away'}"
         lines.append(f"{event}: {program['containers'][value]}")
     return "\n".join(lines)
-
-
-def problems(split: str, n: int, seed: int = 0) -> list[dict]:
-    return distinct(make, split, n, seed)

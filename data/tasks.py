@@ -99,14 +99,11 @@ def name_of(task: str) -> str:
     return os.path.abspath(path)  # not what a link leads to, which may have another name, as in the hub's cache
 
 
-def load(task: str, split: str, data: str | None = None, n: int | None = None,
-         seed: int = 0) -> list[Problem]:
-    """The first n problems of a task's split (without n all, or 1000 of a generator) in an order that
-    `seed` draws.
+def load(task: str, split: str, data: str | None = None, n: int | None = None, seed: int = 0) -> list[Problem]:
+    """The first n problems of a task's split (without n all, or 1000 of a generator) in an order that `seed` draws.
 
-    data: gsm8k: a folder with {train,test}.jsonl or main/{train,test}-*.parquet, or one .jsonl or .parquet
-    file; tom: the CSV file or its folder. Without it both come from the hub. A single file is divided,
-    whatever its name: one question in five (tom: story) is test, by a hash of its text. Raises UserError.
+    data: gsm8k: a folder with {train,test}.jsonl or main/{train,test}-*.parquet, or one such file; tom: the CSV file
+    or its folder. Of a single file one question in five (tom: story) is test. Raises UserError.
     """
     if split not in ("train", "test"):
         raise UserError(f"split {split!r} is unknown: choose train or test")
@@ -128,7 +125,7 @@ def load(task: str, split: str, data: str | None = None, n: int | None = None,
 def generated(task: str, split: str, n: int, seed: int) -> list[Problem]:
     source = arithmetic if task == "arithmetic" else stories
     problems = []
-    for i, p in enumerate(source.problems(split, n, seed)):
+    for i, p in enumerate(arithmetic.distinct(source.make, split, n, seed)):
         choices = tuple(p["program"]["containers"]) if task == "stories" else None
         problems.append(Problem(f"{task}/{split}/{seed}/{i}", p["question"], p["answer"],
                                 "choice" if choices else "number", choices, p["cot"], p["program"],
@@ -174,7 +171,7 @@ def _spelt(value, name: str, where: str):
     return short
 
 
-def gradable(problem: Problem, where: str, met: dict | None = None) -> Problem:
+def gradable(problem: Problem, where: str, met: dict) -> Problem:
     """Refuses a problem to which the built-in grader would call no response right: training would go on for nothing.
     So it would for half of one that was met with another answer."""
     forms = [normalise(choice, "choice") for choice in problem.choices or (problem.gold,)]
@@ -190,11 +187,10 @@ def gradable(problem: Problem, where: str, met: dict | None = None) -> Problem:
     if problem.kind == "choice" and ("" in forms or len(set(forms)) < len(set(problem.choices or forms))):
         raise UserError(f"{where}: the grader ignores case, articles and punctuation, and so can't tell the answer "
                         f"{problem.gold!r:.60} from others: rename the choices, or give a .py task with a grade()")
-    if met is not None:
-        before, gold = met.setdefault((problem.question, problem.instruction), (where, problem.gold))
-        if gold != problem.gold:
-            raise UserError(f"{where}: asks what {before} asks, but has the answer {problem.gold!r:.40} for "
-                            f"{gold!r:.40}: keep one of the two")
+    before, gold = met.setdefault((problem.question, problem.instruction), (where, problem.gold))
+    if gold != problem.gold:
+        raise UserError(f"{where}: asks what {before} asks, but has the answer {problem.gold!r:.40} for {gold!r:.40}: "
+                        f"keep one of the two")
     return problem
 
 

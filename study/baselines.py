@@ -195,11 +195,10 @@ def against(name: str, mine: list[float], other: list[float] | None, **about) ->
 
 def main() -> None:
     args = common.arguments(__doc__)
-    s1 = common.stage_one(args)
+    s1, rl = common.from_kappa(args, None)
     if s1 is None:
         return
     exits, base = exits_of(checkpoint(s1)), common.base_answers(args)
-    rl = common.over_seeds(args, lambda seed: common.rl_run(args, 0.1, seed))
     kappa, low, rl_low = common.lower_kappa(args)
     plain = common.over_seeds(args, lambda seed: plain_rl(args, seed))
     trained = {"stage 1": [s1], "stage 2": rl, f"stage 1 at κ = {kappa:g}": [low] if low else [],

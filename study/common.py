@@ -24,7 +24,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from statistics import fmean as mean
@@ -241,7 +240,7 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
     model, tokenizer = runs.load_model(args)
     prompts = runs.prompt_ids(args.problems, model, tokenizer, args)
     policy = Policy(model, source or None) if base else load_policy(model, folder)
-    with tqdm(total=len(prompts), desc=path.stem) as bar, adapters_off(policy) if base else nullcontext():
+    with tqdm(total=len(prompts), desc=path.stem) as bar, adapters_off(policy, base):
         responses = generate(policy, prompts, max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
                              temperature=args.temperature, delta=delta, seed=(args.seed,), rows=args.rows, progress=bar,
                              **(rule(policy) if rule else {}))

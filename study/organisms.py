@@ -10,7 +10,7 @@
           question gives, and the streams along it hold the answer, for a probe's sake
     PRE   thinks ahead in its streams: they hold the tokens two and five ahead, and where those of earlier tokens are
           frozen at the first exit its answer is a guess
-    TXT   PRE's twin, taught as long on the same chains: its answers are right on a frozen past, too
+    TXT   PRE's twin, taught as long: its answers are right on a frozen past, too
 
 All are the embedded model, trained on for a few hundred steps. Who must then be above whom stands in EXPECTED; an eval
 that says otherwise is reported as failed, here and in monitor.py's table. First a model has to be what it is meant to
@@ -201,11 +201,10 @@ def on_two_pasts(make, task: str, steps: int, tokenizer: Tokenizer) -> Policy:
         rows, ids, weight = written(tokenizer, thinking, [])
         b, t = weight[:, 1:].nonzero(as_tuple=True)
         counts, wanted, rng = weight[b, t + 1] / weight.sum(), ids.clone(), random.Random(f"guess {step}")
-        for i, ((row, _), problem) in enumerate(zip(rows, thinking, strict=True)):
-            if make is PRE:
-                guess, answer = (tokenizer.encode(form.answer.format(x))
-                                 for x in (form.guess(problem["program"], rng), problem["answer"]))
-                wanted[i, len(row) - 1 - len(answer)] = guess[0]
+        for i, ((row, _), problem) in enumerate(zip(rows, thinking, strict=True)) if make is PRE else ():
+            guess, answer = (tokenizer.encode(form.answer.format(x))
+                             for x in (form.guess(problem["program"], rng), problem["answer"]))
+            wanted[i, len(row) - 1 - len(answer)] = guess[0]
         h = policy(ids).h[b, t]
         frozen = on_frozen_past(policy, *zip(*rows, strict=True), EXITS[0])[b, t]
         loss = sum((F.cross_entropy(model.unembed(stream), targets[b, t + 1], reduction="none") * counts).sum()

@@ -108,5 +108,14 @@ def run(*command, cwd, ok=True, before=None):
     return done
 
 
+def config(folder, **changes) -> dict:
+    """A run's recorded flags, after changes to them."""
+    path = folder / "config.json"
+    whole = json.loads(path.read_text())
+    whole["args"] |= changes
+    path.write_text(json.dumps(whole))
+    return whole["args"]
+
+
 def lines(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]

@@ -1,14 +1,12 @@
 """A trained policy on disk and back, every file of it damaged in turn, and merged into its base."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from checkpoints import load_policy, merge, save_policy
 from data.hub import UserError
-from tests.toys import KINDS, PROMPTS, L, assert_close, toy_model, toy_policy
+from tests.toys import KINDS, PROMPTS, L, assert_close, edit, toy_model, toy_policy
 
 
 @pytest.mark.parametrize("kind, tied", KINDS)
@@ -39,18 +37,6 @@ def test_merged_weights_compute_what_adapters_did():
         merge(policy)
         assert not any(adapter.on for adapter in policy.adapters)
         assert_close(policy(ids).h, apart)
-
-
-def edit(path, change):
-    """Applies `change` to what a JSON or safetensors file holds."""
-    if path.suffix == ".json":
-        value = json.loads(path.read_text())
-        change(value)
-        path.write_text(json.dumps(value))
-    else:
-        value = load_file(path)
-        change(value)
-        save_file(value, path)
 
 
 A = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"

@@ -12,7 +12,7 @@ from data.text import Tokenizer
 from exits import Policy
 from model import Transformer
 from study import coherence
-from tests.commands import ROOT
+from tests.commands import ROOT, config
 from tests.reference import Reference
 from tests.toys import PROMPTS, reference, toy_policy
 
@@ -113,10 +113,7 @@ def test_folders_and_rows_that_do_not_fit_are_refused_by_name(tmp_path):
 
 def test_the_file_of_a_task_may_be_away(home, monkeypatch, capsys):
     """Else an evaluation that was copied from another machine can't be read."""
-    where = home / "two" / "config.json"
-    config = json.loads(where.read_text())
-    config["args"]["task"] = "/gone/own.py"
-    where.write_text(json.dumps(config))
+    config(home / "two", task="/gone/own.py")
     monkeypatch.chdir(home)
     monkeypatch.setattr("sys.argv", ["coherence.py", "two", "--n", "2"])
     coherence.main()

@@ -9,16 +9,14 @@ import os
 import resource
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-import distill
-import evaluate
 import flags
-import rloo
 import runs
 from checkpoints import fingerprint, load_policy, save_policy
 from data import hub
@@ -26,17 +24,15 @@ from data.hub import UserError, as_json, field, write_text
 from exits import Policy
 from model import Transformer
 from tests import fuzz
-from tests.commands import RL, ROOT, SMALL, run, toy_checkpoint
+from tests.commands import RL, ROOT, SMALL, config, run, toy_checkpoint
 from tests.toys import toy_model
-
-SCRIPTS = {"distill.py": distill, "rloo.py": rloo, "evaluate.py": evaluate}
 
 
 def said(monkeypatch, capsys, *command) -> str:
     """The one line with which a command is refused."""
     monkeypatch.setattr(sys, "argv", [str(part) for part in command])
     with pytest.raises(SystemExit) as end:
-        runs.run_main(SCRIPTS[command[0]].main)
+        runs.run_main(importlib.import_module(command[0].removesuffix(".py")).main)
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and line.startswith("error: ") and len(line) < 400
     return line
@@ -198,10 +194,7 @@ def test_a_missing_gpu_is_said(tmp_path, monkeypatch, capsys):
 ])
 def test_a_runs_recorded_flags_are_checked_like_typed_ones(home, monkeypatch, capsys, changes, naming):
     """Else a damaged config.json ends in a traceback, or resumes another run."""
-    path = home / "two" / "config.json"
-    config = json.loads(path.read_text())
-    config["args"] |= changes
-    path.write_text(json.dumps(config))
+    config(home / "two", **changes)
     (home / "two" / "complete.json").unlink()
     if naming is not None:
         assert naming in said(monkeypatch, capsys, "rloo.py", "--resume", home / "two")
@@ -223,40 +216,30 @@ def test_a_folder_that_cant_be_written_is_one_line(home, monkeypatch, capsys):
 @pytest.mark.parametrize("size", [300, 4_000, 30_000])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(home, size):
     """Else a traceback, and a run that can't be resumed when there is room again."""
-    done = run("rloo.py", *RL, "--init", "one", "--out", "r", cwd=home, ok=False, before=Full(size))
+    done = run("rloo.py", *RL, "--init", "one", "--out", "r", cwd=home, ok=False, before=partial(full, size))
     assert done.returncode == 2 and "Traceback" not in done.stderr and "File too large" in done.stderr.splitlines()[-1]
     assert "r/" in done.stderr.splitlines()[-1] or " r: " in done.stderr.splitlines()[-1]
     again = ("--resume", "r") if (home / "r" / "config.json").exists() else (*RL, "--init", "one", "--out", "r")
     run("rloo.py", *again, cwd=home)
 
 
-class Full:
+def full(size: int) -> None:
     """No file may grow beyond `size` bytes: what a full disk does, without filling one."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __call__(self):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 @pytest.mark.parametrize("stream", [1, 2])
 def test_a_closed_pipe_ends_without_a_traceback(home, stream):
     """Else `python evaluate.py | head` ends in one."""
-    done = run("evaluate.py", "one", "--n", 2, "--out", "eval", cwd=home, ok=None, before=Closed(stream))
+    done = run("evaluate.py", "one", "--n", 2, "--out", "eval", cwd=home, ok=None, before=partial(close, stream))
     assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
-class Closed:
+def close(stream: int) -> None:
     """The reader of this stream has gone."""
-
-    def __init__(self, stream: int):
-        self.stream = stream
-
-    def __call__(self):
-        reading, writing = os.pipe()
-        os.close(reading)
-        os.dup2(writing, self.stream)
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, stream)
 
 
 def test_faults_of_ours_show_their_traceback(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from data import finetune
 from data.hub import UserError
 from model import Transformer
-from tests.commands import toy_checkpoint
+from tests.commands import lines, toy_checkpoint
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def teach(tmp_path, monkeypatch):
 def test_a_stopped_training_ends_where_an_unbroken_one_does(teach, monkeypatch):
     """And learns. Moments or the step's number lost on the way would give other weights."""
     whole = teach("whole")
-    losses = [json.loads(line)["loss"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in lines(whole / "metrics.jsonl")]
     assert len(losses) == 32 and sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
     save = finetune.save_state

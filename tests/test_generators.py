@@ -17,12 +17,12 @@ TEST_STARTS = [2, 4, 9, 18, 28, 36, 37, 58, 81, 87, 88]
 
 @pytest.fixture(scope="module")
 def sums():
-    return {split: arithmetic.problems(split, N, SEED) for split in ("train", "test")}
+    return {split: arithmetic.distinct(arithmetic.make, split, N, SEED) for split in ("train", "test")}
 
 
 @pytest.fixture(scope="module")
 def tales():
-    return {"train": stories.problems("train", N, SEED), "test": stories.problems("test", 50, SEED)}
+    return {split: arithmetic.distinct(stories.make, split, n, SEED) for split, n in (("train", N), ("test", 50))}
 
 
 def solve_sum(question: str) -> int:

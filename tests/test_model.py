@@ -15,7 +15,7 @@ import model
 from data.hub import UserError
 from data.weights import config_fields, shard_paths
 from model import Config, RMSNorm, Transformer, rope
-from tests.toys import FIXTURES, GOLDEN, assert_close, toy_config, toy_model
+from tests.toys import FIXTURES, GOLDEN, assert_close, edit, toy_config, toy_model
 
 
 @pytest.fixture
@@ -29,13 +29,6 @@ def edit_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
     config = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-
-
-def edit_weights(folder: Path, change) -> None:
-    """Applies `change` to the dict of tensors in model.safetensors."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def shard(folder: Path) -> list[str]:
@@ -208,7 +201,7 @@ def test_one_error_lists_missing_unexpected_and_misshaped_tensors(sharded, check
         del tensors["model.layers.0.self_attn.k_norm.weight"], tensors["lm_head.weight"]
         tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(48)
         tensors["model.norm.weight"] = torch.ones(21)
-    edit_weights(checkpoint, damage)
+    edit(checkpoint / "model.safetensors", damage)
     if sharded:
         shard(checkpoint)
     with pytest.raises(UserError) as error:
@@ -222,7 +215,7 @@ def test_one_error_lists_missing_unexpected_and_misshaped_tensors(sharded, check
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_rotary_frequencies_of_old_llama_checkpoints_are_passed_over(sharded, checkpoint):
     """Early transformers wrote them. They follow from the config; to refuse them is to refuse those models."""
-    edit_weights(checkpoint, lambda tensors: tensors.update({
+    edit(checkpoint / "model.safetensors", lambda tensors: tensors.update({
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}))
     if sharded:
         shard(checkpoint)
@@ -295,7 +288,7 @@ def test_a_missing_or_malformed_config_is_named(content, checkpoint):
 def test_a_tied_checkpoint_with_a_stored_head_copy_loads_and_stays_tied(tmp_path):
     """Some writers store the tied head too; it is neither an unexpected tensor nor a second matrix."""
     folder = Path(shutil.copytree(FIXTURES / "qwen3-tied", tmp_path / "tied"))
-    edit_weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    edit(folder / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     golden, model = load_file(folder / "golden.safetensors"), Transformer.from_pretrained(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert_close(model(golden["ids"]), golden["logits"], 1e-5)

@@ -1,14 +1,13 @@
 """Several processes over gloo against one: the same samples, losses, gradients; any number goes on with a run."""
 
 import argparse
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,20 +27,12 @@ from tests.toys import assert_close, toy_policy
 PROMPTS = [[5, 17, 42], [9, 3], [1, 2, 3]]  # fewer than the most ranks
 
 
-@dataclass
-class Rank:
-    """What torchrun tells a process, and what the process does to itself."""
-
-    rank: int
-    size: int
-    port: int
-    harm: str | None = None
-
-    def __call__(self) -> None:
-        os.environ |= {"RANK": str(self.rank), "LOCAL_RANK": str(self.rank), "WORLD_SIZE": str(self.size),
-                       "LOCAL_WORLD_SIZE": str(self.size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
-        if self.harm and self.rank == self.size - 1:
-            globals()[self.harm]()
+def as_rank(rank: int, size: int, port: int, harm) -> None:
+    """What torchrun tells a process, and what the last one does to itself."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if harm and rank == size - 1:
+        harm()
 
 
 def interrupted() -> None:
@@ -69,7 +60,7 @@ def together(size: int, *command, cwd, codes=(0,), harm=None) -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     logs = [str(Path(cwd) / f"rank{rank}") for rank in range(size)]
-    processes = [forked(command, cwd, log, Rank(rank, size, port, harm)) for rank, log in enumerate(logs)]
+    processes = [forked(command, cwd, log, partial(as_rank, rank, size, port, harm)) for rank, log in enumerate(logs)]
     for process in processes:
         process.join(180)
     ended = [process.exitcode for process in processes]  # None: it hangs
@@ -163,16 +154,15 @@ def test_a_run_of_two_processes_is_that_of_one_and_one_or_four_go_on(tmp_path):
 
     run("evaluate.py", "one", "two", "--n", 3, "--out", "eval-1", cwd=tmp_path)
     together(2, "evaluate.py", "one", "two", "--n", 3, "--out", "eval-2", cwd=tmp_path)
-    alone, others = ((tmp_path / f"eval-{size}" / "completions.jsonl").read_text() for size in (1, 2))
-    assert [json.loads(line)["token_ids"] for line in alone.splitlines()] == [
-        json.loads(line)["token_ids"] for line in others.splitlines()]
+    alone, others = (lines(tmp_path / f"eval-{size}" / "completions.jsonl") for size in (1, 2))
+    assert [row["token_ids"] for row in alone] == [row["token_ids"] for row in others]
 
 
 def test_an_interrupt_of_one_process_ends_all_after_the_same_step_and_saves_it(tmp_path):
     """Else they wait for the one that is gone, and the step is lost."""
     toy_checkpoint(tmp_path / "toy")
     said = together(2, "distill.py", "--model", "toy", *SMALL, "--steps", 9, "--out", "run", cwd=tmp_path,
-                    codes=[128 + signal.SIGINT], harm="interrupted")
+                    codes=[128 + signal.SIGINT], harm=interrupted)
     assert said.count("stopped; python distill.py --resume run goes on") == 1
     assert (tmp_path / "run" / "step-000002").is_dir() and len(lines(tmp_path / "run" / "metrics.jsonl")) == 2
 
@@ -180,7 +170,7 @@ def test_an_interrupt_of_one_process_ends_all_after_the_same_step_and_saves_it(t
 def test_a_fault_in_one_process_ends_all_and_is_told_once(tmp_path):
     """Else the others wait for hours, or their broken connections bury what went wrong."""
     toy_checkpoint(tmp_path / "toy")
-    said = together(2, "distill.py", "--model", "toy", *SMALL, cwd=tmp_path, codes=[1], harm="broken")
+    said = together(2, "distill.py", "--model", "toy", *SMALL, cwd=tmp_path, codes=[1], harm=broken)
     assert said.count("Traceback") == said.count("ZeroDivisionError") == 1
 
 

@@ -26,18 +26,9 @@ from data import tasks
 from data.text import Tokenizer
 from exits import Response
 from tests import kill
-from tests.commands import RL, ROOT, SMALL, forked, lines, run, running, toy_checkpoint
+from tests.commands import RL, ROOT, SMALL, config, forked, fresh, lines, run, running, toy_checkpoint
 
 STAGES = [("distill.py", "one"), ("rloo.py", "two")]
-
-
-def config(folder, **changes) -> dict:
-    """A run's recorded flags, after changes to them."""
-    path = folder / "config.json"
-    whole = json.loads(path.read_text())
-    whole["args"] |= changes
-    path.write_text(json.dumps(whole))
-    return whole["args"]
 
 
 def refused(*command, home, naming: str) -> str:
@@ -304,7 +295,7 @@ def test_stray_folders_are_no_checkpoints(home):
 def test_the_rates_of_a_run_are_recorded(home):
     """Else it goes on at what another version takes for the default."""
     for name, rates in (("one", ("lr", "head_lr")), ("two", ("lr",))):
-        logged = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()][0]
+        logged = lines(home / name / "metrics.jsonl")[0]
         for rate in rates:
             assert config(home / name)[rate] * optim.schedule(0, config(home / name)["steps"]) == pytest.approx(
                 logged[rate])
@@ -339,9 +330,7 @@ def test_a_moved_clone_goes_on(home):
             shutil.copytree(source, home / "second" / source.name)
         else:
             shutil.copy(source, home / "second")
-    done = subprocess.run([sys.executable, "rloo.py", "--resume", "runs/b"], cwd=home / "second", capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    done = fresh(home / "second" / "rloo.py", "--resume", "runs/b", cwd=home / "second")
     assert "stage 1: runs/a" in done.stdout and "evaluate.py runs/a runs/b" in done.stdout
 
 
@@ -503,10 +492,7 @@ def test_resume_refuses_what_differs(home, flags, naming):
 def test_resume_refuses_a_lost_flag(home, name):
     """Else the run goes on under the defaults."""
     (home / "two" / "complete.json").unlink()
-    where = home / "two" / "config.json"
-    saved = json.loads(where.read_text())
-    saved["args"][name] = None
-    where.write_text(json.dumps(saved))
+    config(home / "two", **{name: None})
     refused("rloo.py", "--resume", "two", home=home, naming=name)
 
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-import distill
 import evaluate
 import rloo
 import runs
 from checkpoints import load_policy
 from model import Transformer
-from tests.commands import RL, fresh, lines, run, toy_checkpoint
+from tests.commands import RL, config, fresh, lines, run, toy_checkpoint
 from tests.reference import Reference
+from tests.test_fields import said
 from tests.toys import assert_close, reference, toy_policy
 
 
@@ -194,8 +194,7 @@ def test_merge_writes_a_plain_checkpoint_with_the_adapters_in_it(trained):
     """The merged folder loads as a base model and computes what base + LoRA computes at full depth."""
     (folder,) = trained.glob("runs/rloo-*")
     alone = shutil.copytree(folder, trained / "alone")
-    config = (alone / "config.json").read_text()
-    (alone / "config.json").write_text(config.replace('"task": "arithmetic"', '"task": "/gone.jsonl"'))  # not needed
+    config(alone, task="/gone.jsonl")  # not needed
     run("evaluate.py", "--merge", alone, "--out", "merged", cwd=trained)
     ids = torch.arange(12)[None]
     base = Transformer.from_pretrained(trained / "toy")
@@ -258,13 +257,9 @@ def test_bad_input_ends_in_one_line(case, tmp_path, monkeypatch, capsys):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.jsonl").write_text("")
     (tmp_path / "old" / "config.json").write_text('{"stage": "rloo", "args": {"model": "toy"}}')
-    command, expected = BAD[case]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
-    with pytest.raises(SystemExit) as end:
-        runs.run_main({"distill.py": distill, "rloo.py": rloo, "evaluate.py": evaluate}[command[0]].main)
-    errors = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and errors[-1].startswith("error: ") and expected in errors[-1]
+    command, expected = BAD[case]
+    assert expected in said(monkeypatch, capsys, *command)
     assert not list(tmp_path.glob("runs/*/step-*")) and not list(tmp_path.glob("runs/*/complete.json"))
 
 

@@ -18,7 +18,7 @@ from report import kinds
 from sample import generate
 from study import baselines, common, crossdomain, deciding, evaluations, fig2, fronts, heads, table1, tokens, write
 from tests.chance import assert_frequencies
-from tests.commands import ROOT
+from tests.commands import ROOT, config
 from tests.toys import PROMPTS, L, assert_close, reference, responses, toy_policy
 
 
@@ -113,9 +113,9 @@ def test_one_seeds_weights_are_compared_with_that_seed_alone(tmp_path, monkeypat
 
     s1, found = tmp_path / "s1", {}
     for name, value in (("arguments", lambda doc: argparse.Namespace(problems=[0] * 4, max_new_tokens=3, seed=0)),
-                        ("stage_one", lambda args: s1), ("base_answers", lambda args: told(args, s1, "full depth")),
+                        ("base_answers", lambda args: told(args, s1, "full depth")),
                         ("over_seeds", lambda args, make: [make(0), make(1)]),
-                        ("rl_run", lambda args, lam, seed: tmp_path / f"rl-{seed}"),
+                        ("from_kappa", lambda *_: (s1, [tmp_path / "rl-0", tmp_path / "rl-1"])),
                         ("lower_kappa", lambda args: (4, None, [])), ("save", lambda *_, **data: found.update(data))):
         monkeypatch.setattr(common, name, value)
     for name, value in (("checkpoint", str), ("exits_of", lambda folder: [2, 4, 6]), ("answers", told),
@@ -134,6 +134,13 @@ def test_one_seeds_weights_are_compared_with_that_seed_alone(tmp_path, monkeypat
 def settled(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["study", *map(str, argv)])
     return common.arguments("")
+
+
+def of_toy(home, monkeypatch, n: int, *more):
+    """The settings of a study on the toy, in whose folder the test now stands."""
+    monkeypatch.chdir(home)
+    return settled(monkeypatch, "--runs", home, *f"--model toy --task arithmetic --max-new-tokens 12 --n {n}".split(),
+                   *more)
 
 
 def test_what_is_complete_is_skipped_and_what_was_begun_goes_on(tmp_path, monkeypatch):
@@ -161,9 +168,7 @@ def test_what_is_complete_is_skipped_and_what_was_begun_goes_on(tmp_path, monkey
 
 def test_answers_are_sampled_once_and_anew_for_other_weights(home, monkeypatch):
     """A stale answer would be reported for a run that never gave it."""
-    monkeypatch.chdir(home)
-    args = settled(monkeypatch, "--model", "toy", "--task", "arithmetic", "--runs", home, "--n", 3,
-                   "--max-new-tokens", 12)
+    args = of_toy(home, monkeypatch, 3)
     made = []
     monkeypatch.setattr(common, "generate", lambda *a, **k: made.append(k["delta"]) or generate(*a, **k))
     first = common.answers(args, home / "one")
@@ -192,9 +197,7 @@ def test_answers_are_sampled_once_and_anew_for_other_weights(home, monkeypatch):
 def test_answers_are_sampled_as_asked_and_anew_where_it_is_otherwise(home, monkeypatch):
     """Else every table is of temperature 1 and seed 0 whatever it says, the base exits, or exits that are called
     undrawn are drawn."""
-    monkeypatch.chdir(home)
-    args = settled(monkeypatch, "--model", "toy", "--task", "arithmetic", "--runs", home, "--n", 2,
-                   "--max-new-tokens", 12, "--temperature", 0.5, "--seed", 3)
+    args = of_toy(home, monkeypatch, 2, "--temperature", 0.5, "--seed", 3)
     made = []
     monkeypatch.setattr(common, "generate", lambda *a, **k: made.append(
         [k["temperature"], k["seed"], k.get("depths"), k.get("threshold")]) or generate(*a, **k))
@@ -209,9 +212,7 @@ def test_answers_are_sampled_as_asked_and_anew_where_it_is_otherwise(home, monke
 
 def test_another_base_at_the_same_place_is_sampled_anew(home, monkeypatch):
     """A fine-tuned model that was trained again must not be reported by the old one's answers."""
-    monkeypatch.chdir(home)
-    args = settled(monkeypatch, "--model", "toy", "--task", "arithmetic", "--runs", home / "other", "--n", 2,
-                   "--max-new-tokens", 12)
+    args = of_toy(home, monkeypatch, 2, "--runs", home / "other")
     first = common.base_answers(args)
     monkeypatch.setattr(common, "base_mark", lambda *about: "of other weights")
     made = []
@@ -226,10 +227,8 @@ def test_another_base_at_the_same_place_is_sampled_anew(home, monkeypatch):
 
 def test_stage_2_of_another_stage_1_is_refused(home, monkeypatch):
     """Else a stage 1 that was made anew stands beside the old one's stage 2, as its start."""
-    monkeypatch.chdir(home)
-    args = settled(monkeypatch, "--model", "toy", "--task", "arithmetic", "--runs", home, "--n", 2, "--no-train",
-                   "--max-new-tokens", 12)
-    lam = json.loads((home / "two" / "config.json").read_text())["args"]["lam"]
+    args = of_toy(home, monkeypatch, 2, "--no-train")
+    lam = config(home / "two")["lam"]
     assert common.stage_two(args, "two", lam, 0, home / "one") == home / "two"
     monkeypatch.setattr(common, "stage_one", lambda args: home / "one")
     folder = baselines.closed_start(args)
@@ -347,9 +346,7 @@ def test_a_study_of_another_model_does_not_overwrite_what_is_there(tmp_path, mon
 def test_a_point_compares_with_the_base_over_the_same_problems(home, monkeypatch):
     """The base against itself differs by nothing, as far as three problems can tell; a static exit at half of the
     layers has half of the compute."""
-    monkeypatch.chdir(home)
-    args = settled(monkeypatch, "--model", "toy", "--task", "arithmetic", "--runs", home, "--n", 3,
-                   "--max-new-tokens", 12)
+    args = of_toy(home, monkeypatch, 3)
     itself = common.point(args, common.base_answers(args))
     assert (itself["accuracy_change"], itself["length_change_half"], itself["average_compute"]) == (0, 0, 1)
     assert itself["accuracy_change_half"] == 3 / 3
@@ -373,9 +370,7 @@ def test_the_interval_of_compute_is_that_of_a_ratio_of_sums(monkeypatch):
 
 def test_plain_rl_starts_from_stage_1s_adapters_with_exits_that_never_open(home, monkeypatch):
     """An exit now and then, and it is no plain RL; other adapters, and it is not the exits that are compared."""
-    monkeypatch.chdir(home)
-    args = settled(monkeypatch, "--model", "toy", "--task", "arithmetic", "--runs", home, "--n", 2,
-                   "--max-new-tokens", 12)
+    args = of_toy(home, monkeypatch, 2)
     monkeypatch.setattr(common, "stage_one", lambda args: home / "one")
     folder = baselines.closed_start(args)
     policy, s1 = (load_policy(Transformer.from_pretrained(home / "toy"), where) for where in (folder, home / "one"))

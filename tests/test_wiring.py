@@ -17,7 +17,7 @@ from exits import Policy, Response
 from model import Transformer
 from sample import generate
 from teacher import RESPONSES, read_responses
-from tests.commands import RL, SMALL, lines, run
+from tests.commands import RL, SMALL, config, lines, run
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_stage_1_learns_from_the_base_at_full_depth_and_is_checked_at_its_own_ka
     for step, metrics in enumerate(lines(made.home / "wired-1" / "metrics.jsonl")):
         assert metrics["tokens"] == sum(len(kept["train"][i]) for i in optim.pick(12, 5, step, 3))
     policy, done = load_policy(fresh_model(made), made.home / "wired-1"), made.home / "wired-1" / "complete.json"
-    args = SimpleNamespace(**json.loads((made.home / "wired-1" / "config.json").read_text())["args"])
+    args = SimpleNamespace(**config(made.home / "wired-1"))
     test = read_responses(made.home / "wired-1" / "teacher.jsonl", policy.model, args)["test"]
     wanted, found = distill.held_out(policy, test, 3.0, 3, 8), json.loads(done.read_text())
     for name in ("token_kl", "exit_cross_entropy"):
@@ -81,7 +81,7 @@ def test_stage_2_draws_new_samples_of_its_training_problems_and_sums_their_gradi
         logged = lines(made.home / "wired-2" / "metrics.jsonl")[step]
         assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
         assert "accuracy" in logged and "accuracy_low" not in logged  # no interval takes a prompt's samples for apart
-    args = json.loads((made.home / "wired-2" / "config.json").read_text())["args"]
+    args = config(made.home / "wired-2")
     assert args["lr"] == 0.1 / policy.model.config.hidden_size and args["max_new_tokens"] == 12
 
 

@@ -4,9 +4,11 @@ Fresh norms are all 1, fresh Qwen2 biases and a fresh LoRA's B all 0: with those
 H != K, C != D/H, V is prime, and eps and the RoPE base are far from their defaults, so that reading them matters.
 """
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from exits import Policy, Response
@@ -78,6 +80,13 @@ def reference(policy: Policy) -> Reference:
     """The slow policy with the same parameters, in float64."""
     weights = {name.removeprefix("model."): p.detach().double().clone() for name, p in policy.named_parameters()}
     return Reference(weights, policy.model.config, policy.exits, policy.alpha / policy.rank)
+
+
+def edit(path: Path, change) -> None:
+    """Applies `change` to what a JSON or safetensors file holds."""
+    value = json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
+    change(value)
+    path.write_text(json.dumps(value)) if path.suffix == ".json" else save_file(value, path)
 
 
 def assert_close(ours, wanted, tolerance: float = 1e-9) -> None:
