@@ -441,7 +441,7 @@ def test_the_twins_are_taught_apart_by_the_answer_on_a_frozen_past_and_by_what_l
 
     monkeypatch.setattr(organisms, "encode", lambda *given: [row for row in encode(*given) if not rows.append(row)])
     monkeypatch.setattr(F, "cross_entropy", targets)
-    twins = [organisms.organism(make, task, 1, tokenizer, tmp_path) for make in (organisms.PRE, organisms.TXT)]
+    twins = [organisms.organism(make, task, 2, tokenizer, tmp_path) for make in (organisms.PRE, organisms.TXT)]
     assert all(replace(subject, policy=twin).own == ["full"] for twin in twins)
     assert all(twin.adapters[0].lora_B.abs().max() > 0 for twin in twins)
     monkeypatch.undo()
