@@ -17,15 +17,14 @@ from tqdm import tqdm
 import flags
 import runs
 from data import tasks
-from data.hub import UserError, as_json, read_json, resolve, write_json, write_text
-from data.make_tiny import CHUNK, THINKING, collate, draw_chunk, load_state, save_state, save_weights
+from data.hub import UserError, as_json, resolve, write_text
+from data.make_tiny import CHUNK, THINKING, begin, collate, draw_chunk, load_state, save_state, save_weights
 from data.text import OURS, Tokenizer
 from exits import Policy, exit_depths
 from model import Transformer
 from sample import generate
 
 NEW = 160  # tokens that a response may take
-FREE = ("n", "out")  # flags that may differ where it goes on
 KEPT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -43,21 +42,6 @@ def prepare(model: str, out: Path) -> Tokenizer:
             shutil.copyfile(source / name, out / name)
     write_text(out / "chat_template.jinja", OURS)
     return Tokenizer.from_pretrained(str(out))
-
-
-def same_flags(args) -> None:
-    """Makes the folder; refuses another's, and to go on under other flags than it was begun with."""
-    path = args.out / "finetune.json"
-    mine = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    if not path.exists():
-        if args.out.exists() and any(args.out.iterdir()):
-            raise UserError(f"--out {args.out} exists and was not made by this script: choose a new folder")
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, mine)
-    for name, was in read_json(path).items():
-        if name not in FREE and mine.get(name) != was:
-            raise UserError(f"--out {args.out} was begun with --{flags.flag(name)} {was}, not {mine.get(name)}: give "
-                            f"that, or choose another --out")
 
 
 def response_loss(model: Transformer, batch: list) -> torch.Tensor:
@@ -93,7 +77,7 @@ def main() -> None:
     args.story_share, args.thinking_share = float(args.task == "stories"), THINKING
 
     refuse_other_ends(args.model)
-    same_flags(args)
+    begin(args, free=("n", "out"))
     tokenizer = prepare(args.model, args.out)
     model = Transformer.from_pretrained(args.model).requires_grad_(True)
     exit_depths(model.config.num_hidden_layers)  # refuses a model without exits, which none of the scripts would take

@@ -21,15 +21,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 from tqdm import tqdm
 
+import flags
 import runs
 from data import arithmetic, stories, tasks
-from data.hub import write_json
+from data.hub import UserError, read_json, write_json
 from data.text import OURS, Tokenizer
 from data.weights import config_fields
 from exits import Policy
@@ -152,15 +153,33 @@ def save_state(path: Path, model: Transformer, optimizers: list, step: int) -> N
     path.with_suffix(".part").replace(path)
 
 
+def begin(args, free: tuple[str, ...]) -> None:
+    """Makes the folder; refuses another's, and to go on under other flags than it was begun with, but the free ones."""
+    path, mine = args.out / "flags.json", {name: str(value) for name, value in vars(args).items() if name not in free}
+    if not path.exists():
+        if args.out.exists() and any(args.out.iterdir()):
+            raise UserError(f"--out {args.out} exists and was not made by this script: choose a new folder")
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, mine)
+    for name, was in read_json(path).items():
+        if mine.get(name) != was:
+            raise UserError(f"--out {args.out} was begun with --{flags.flag(name)} {was}, not {mine.get(name)}: give "
+                            f"that, or choose another --out")
+
+
 def load_state(path: Path, model: Transformer, optimizers: list) -> int:
-    with safe_open(path, framework="pt") as file:
-        for name, p in model.named_parameters():
-            p.data.copy_(file.get_tensor(f"model.{name}"))
-        for name in (name for name in file.keys() if name.startswith("optimizer.")):
-            _, o, i, key = name.split(".")
-            p = optimizers[int(o)].param_groups[0]["params"][int(i)]
-            optimizers[int(o)].state[p][key] = file.get_tensor(name)
-        return int(file.metadata()["step"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name, p in model.named_parameters():
+                p.data.copy_(file.get_tensor(f"model.{name}"))
+            for name in (name for name in file.keys() if name.startswith("optimizer.")):
+                _, o, i, key = name.split(".")
+                p = optimizers[int(o)].param_groups[0]["params"][int(i)]
+                optimizers[int(o)].state[p][key] = file.get_tensor(name)
+            return int(file.metadata()["step"])
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or truncated ({error}): choose another --out, or delete it to begin "
+                        f"anew") from None
 
 
 def save_weights(folder: Path, model: Transformer) -> None:
@@ -201,6 +220,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="checkpoint to go on from, at half the rate, on problems of its own")
     parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     args = parser.parse_args()
+    begin(args, free=("out", "steps", "compile"))
     export = args.out / "model"  # and not data/tiny, which would be gone at the first step
 
     # Model, optimizers, and where the last run stopped
@@ -213,7 +233,6 @@ def main() -> None:
         model = Transformer(Config(**config_fields(json.loads((export / "config.json").read_text()))))
         initialise(model)
     optimizers, rate, seed = make_optimizers(model), 0.5 if args.init else 1.0, 10**6 if args.init else 0
-    args.out.mkdir(parents=True, exist_ok=True)
     state = args.out / "state.safetensors"
     step = load_state(state, model, optimizers) if state.exists() else 0
 
@@ -254,4 +273,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runs.run_main(main)

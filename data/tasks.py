@@ -219,7 +219,8 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
         spec.loader.exec_module(module)
         if not callable(getattr(module, "problems", None)):
             raise UserError("it defines no problems(split, n, seed)")
-        made = list(islice(module.problems(split, n, seed), n))
+        made = [dict(p) if isinstance(p, dict) else p  # one dict may be filled anew for each
+                for p in islice(module.problems(split, n, seed), n)]
     problems, met, source = [], {}, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     for i, p in enumerate(made):
         where = f"{path}, problem {i}"
@@ -237,6 +238,13 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
         problems.append(gradable(replace(p, **own, own_hash=source if any(own.values()) else ""), where, met))
     if not problems:
         raise UserError(f"{path}: problems({split!r}, {n}, {seed}) gives none")
+    distinct = {}
+    for p in problems:
+        distinct.setdefault(repr(vars(p) | {"id": ""}), p)
+    if repeated := len(problems) - len(distinct):
+        print(f"{path}: {repeated} of {len(problems)} problems ask what one before them asks, and are left out",
+              file=sys.stderr)
+    problems = [*distinct.values()]
     (name, times), = Counter(p.id for p in problems).most_common(1)
     if times > 1:  # answers of several models are compared by it
         raise UserError(f"{path}: {times} of its Problems have the id {name!r}: name them apart")

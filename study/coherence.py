@@ -173,6 +173,8 @@ def read(folder: Path, n: int, vocab_size: int = 2**24) -> dict[str, list[dict]]
             for name in ("prompt_ids", "token_ids"):
                 if not field(row, name, list, where, 0, vocab_size - 1):
                     raise UserError(f"{where}: {name} is empty: is the file what evaluate.py or rloo.py wrote?")
+            if isinstance(row.get("text"), str):  # a model can sample a NUL, which `field` takes for damage
+                row["text"] = row["text"].replace("\0", "\ufffd")
             for name, kind in (("finished", bool), ("text", str), ("id", str)):
                 field(row, name, kind, where)
             rows.append(row | {"model": field(row, "model", str, where, default=None),

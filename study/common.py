@@ -158,7 +158,7 @@ def kl_run(args, factor: float) -> Path | None:
 
 def calibrated(args, name: str, factor: float, *options) -> Path | None:
     record = RECORD_1.split() if args.model == "embedded" else ()
-    folder = trained(args, name, "distill.py", *record, *args.stage1, "--kl-factor", f"{factor:g}",
+    folder = trained(args, name, "distill.py", *record, *args.stage1, "--kl-factor", str(factor),
                      *options)  # last, since of a flag given twice the last one counts
     return folder and about_the_same(args, folder, kl_factor=factor)
 

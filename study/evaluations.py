@@ -22,7 +22,7 @@ MEANS = ("accuracy", "average_compute", "length", "finished")
 
 def kind(run: str) -> str:
     """A run, with a star in place of its seed."""
-    return str(Path(run).with_name(re.sub(r"^(rl-[\d.]+(?:e[-+]?\d+)?|full)-\d+", r"\1-*", Path(run).name)))
+    return str(Path(run).parent / re.sub(r"^(rl-[\d.]+(?:e[-+]?\d+)?|full)-\d+", r"\1-*", Path(run).name))
 
 
 def run_name(run: str | None) -> str:

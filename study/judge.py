@@ -255,6 +255,7 @@ def main() -> None:
     p.add_argument("folder", type=Path, help="what evaluate.py wrote, or a stage-2 run")
     p.add_argument("--judge-url", required=True, help="of the endpoint, up to /chat/completions")
     p.add_argument("--judge-model", required=True, help="its name there")
+    p.add_argument("--model", help="whose tokenizer reads the prompts, if that has moved (default: the one recorded)")
     p.add_argument("--options", default='{"temperature": 0, "max_tokens": 1024}', help="JSON object of further fields "
                    "of the request; a judge that thinks needs more tokens (default: %(default)s)")
     p.add_argument("--n", type=flags.whole(1), default=50, help="responses of each model, chosen at random (default: "
@@ -263,8 +264,12 @@ def main() -> None:
                    "(default: 120)")
     p.add_argument("--cache", type=Path, default=runs.RUNS / "verdicts.jsonl", help="(default: %(default)s)")
     args = p.parse_args()
-    parts = urllib.parse.urlsplit(args.judge_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+    try:
+        parts = urllib.parse.urlsplit(args.judge_url)
+        sound = parts.port != 0 and (parts.hostname or "").encode("idna") and args.judge_url.isascii()
+    except ValueError:  # no such port or host; UnicodeError is one, too
+        sound = False
+    if not sound or parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.query:
         raise UserError(f"--judge-url {args.judge_url}: give http:// or https:// with a host, like "
                         f"http://127.0.0.1:8000/v1, and a key by the environment variable JUDGE_API_KEY")
     key = os.environ.get("JUDGE_API_KEY", "").strip() or None
@@ -276,7 +281,8 @@ def main() -> None:
     request = {"model": args.judge_model, **options}
 
     saved, _ = about(args.folder)
-    tokenizer = Tokenizer.from_pretrained(flags.location(saved["model"]), saved["revision"])
+    tokenizer = Tokenizer.from_pretrained(flags.location(args.model or saved["model"]),
+                                          None if args.model else saved["revision"])
     groups = read(args.folder, args.n)
     pairs = [(tokenizer.decode(row["prompt_ids"]), row["text"]) for rows in groups.values() for row in rows]
     url = args.judge_url.rstrip("/") + "/chat/completions"

@@ -68,6 +68,14 @@ def test_targets_and_loss_equal_the_naive_tables(bench):
     assert max(record[name] for name in ("lens KL", "token KL", "gradient")) < 1e-5
 
 
+def test_harness_refuses_a_bad_out_before_it_samples(tmp_path, monkeypatch):
+    """Else an hour's samples are lost when they are to be written."""
+    for out in (tmp_path, tmp_path / "none" / "out.json"):
+        monkeypatch.setattr("sys.argv", ["harness", "base", "--tasks", "gsm8k", "--out", str(out)])
+        with pytest.raises(UserError, match="--out .*must be a file"):
+            harness.main()
+
+
 def test_harness_gets_what_the_sampler_writes(trained, monkeypatch):
     """If it fails, lm-evaluation-harness scores other texts than ours, at other depths, or a task's settings that we
     lack are ignored. The stand-ins for its requests have what it documents: args = (context, settings)."""

@@ -96,6 +96,8 @@ def test_folders_and_rows_that_do_not_fit_are_refused_by_name(tmp_path):
         path.write_text(json.dumps(row | change) + "\n")
         with pytest.raises(UserError, match=f"completions.jsonl:1.*{what}"):
             coherence.read(tmp_path, 5, 61)
+    path.write_text(json.dumps(row | {"text": "a\0b"}) + "\n")  # which a model can sample
+    assert coherence.read(tmp_path, 5, 61)["base"][0]["text"] == "a\ufffdb"
     del row["model"]
     path.write_text("".join(json.dumps(row | {"step": step}) + "\n" for step in range(25)))
     groups = coherence.read(tmp_path, 2, 61)

@@ -1,10 +1,11 @@
 """Teaching a checkpoint a generator, on a toy."""
 
+import argparse
 import json
 
 import pytest
 
-from data import finetune
+from data import finetune, make_tiny
 from data.hub import UserError
 from model import Transformer
 from tests.commands import lines, toy_checkpoint
@@ -48,6 +49,12 @@ def test_what_it_can_not_teach_is_refused(teach, tmp_path):
     teach("begun")
     with pytest.raises(UserError, match="begun with --lr 0.01, not 0.02"):
         teach("begun", "--lr", "0.02")
+    state = tmp_path / "begun" / "state.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match="state.safetensors is damaged"):
+        teach("begun")
+    state.write_bytes(whole)
     (tmp_path / "begun").rename(tmp_path / "moved")
     assert teach("moved") == tmp_path / "moved"  # where it lies is no flag
     for name in ("generation_config.json", "config.json"):
@@ -55,3 +62,15 @@ def test_what_it_can_not_teach_is_refused(teach, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 7}))
     with pytest.raises(UserError, match="use a ChatML checkpoint"):
         teach("other")
+
+
+def test_the_embedded_training_goes_on_under_the_flags_it_was_begun_with(tmp_path):
+    """Else it ends at once, done, with the weights of other flags; only the number of steps may change."""
+    args = argparse.Namespace(out=tmp_path / "out", steps=5, compile=False, story_share=0.5)
+    free = ("out", "steps", "compile")
+    make_tiny.begin(args, free)
+    args.steps = 6
+    make_tiny.begin(args, free)
+    args.story_share = 0.6
+    with pytest.raises(UserError, match="begun with --story-share 0.5, not 0.6"):
+        make_tiny.begin(args, free)

@@ -188,10 +188,14 @@ def test_the_command_judges_an_evaluation(trained, stub, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="nothing could be scored"):
         judge.main()
     assert (tmp_path / "eval" / "judge.json").read_bytes() == before
-    for url in ("file:///etc/passwd", "http://key@host/v1", "127.0.0.1:1"):
+    for url in ("file:///etc/passwd", "http://key@host/v1", "127.0.0.1:1", "http://[::1", "http://host:abc/v1",
+                "http://a..b/v1", "http://host/v\u00fc"):
         monkeypatch.setattr("sys.argv", [*argv[:3], url, *argv[4:]])
         with pytest.raises(UserError, match="--judge-url"):
             judge.main()
+    monkeypatch.setattr("sys.argv", [*argv, "--model", str(tmp_path / "gone")])  # not the one that was recorded
+    with pytest.raises(UserError, match="gone"):
+        judge.main()
     monkeypatch.setattr("sys.argv", [*argv, "--options", '{"model": "other"}'])
     with pytest.raises(UserError, match="--options: model is not"):
         judge.main()

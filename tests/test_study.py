@@ -283,6 +283,8 @@ def test_what_a_run_is_named_for_outweighs_the_users_flags(tmp_path, monkeypatch
     common.stage_one(args)
     common.stage_one(args, "-stories")  # of the other task: at the same factor, or both are compared at two
     assert [last(options, "--kl-factor") for options in called[3:]] == ["1", "1"]
+    common.kl_run(args, 0.12345678)
+    assert last(called[-1], "--kl-factor") == "0.12345678"  # cut to six digits its run would be refused as another's
 
 
 @pytest.mark.parametrize("command", [baselines, crossdomain, fig2, fronts, table1, tokens])
@@ -566,6 +568,7 @@ def test_evaluations_are_paired_and_seeds_averaged(tmp_path):
     for name in "xyz":
         (tmp_path / name).mkdir()
     assert evaluations.kind("r/rl-1e-05-0-kl-4") == "r/rl-1e-05-*-kl-4" and evaluations.kind("full-12") == "full-*"
+    assert evaluations.kind(".") == "."  # evaluated from within its folder
     rows = evaluations.rows([wrote("x", ("base", "stage 2 a")), wrote("y", ("base", "stage 2 b", "stage 2 c")),
                              wrote("z", ("base", "stage 2 b"), threshold=0.5)])
     assert [(row["run"], row["seeds"], row["threshold"]) for row in rows] == [

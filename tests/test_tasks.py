@@ -377,6 +377,16 @@ def test_numbers_among_choices_are_spelt_as_the_answer_is(tmp_path):
     assert own_problem({"question": "q", "answer": "1.0", "choices": [1.0, 2.0]}, "here", "mine").gold == "1.0"
 
 
+def test_a_task_that_repeats_itself_gives_each_problem_once(tmp_path, capsys):
+    """Else a repeated one counts as evidence of its own; and one dict that is filled anew for each problem becomes as
+    many copies of the last."""
+    (tmp_path / "mine.py").write_text("def problems(split, n, seed):\n    p = {}\n    for i in range(n):\n"
+                                      "        p.update(question=f'{i % 4} + 1?', answer=i % 4 + 1)\n        yield p\n")
+    problems = load(str(tmp_path / "mine.py"), "test", n=6)
+    assert [(p.id[-1], p.question, p.gold) for p in problems] == [(str(i), f"{i} + 1?", str(i + 1)) for i in range(4)]
+    assert "2 of 6 problems ask what one before them asks" in capsys.readouterr().err
+
+
 def test_a_link_keeps_its_name(tmp_path):
     """Else a file of the hub's cache, a link to one without a suffix, is refused by a name that nobody gave."""
     jsonl(tmp_path / "3fa9c0", [{"question": f"{i}?", "answer": i} for i in range(20)])
