@@ -343,6 +343,28 @@ def test_a_telephone_needs_no_sideways_scroll(tmp_path):
 
 
 @needs_browser
+def test_a_page_of_many_exits_fits_its_window(tmp_path):
+    """If it fails, of an exit after each of 36 layers the last can't be read, or the page slides sideways."""
+    record = make_record()
+    record |= {"n_layers": 36, "exits": list(range(1, 36))}
+    for metric in record["metrics"]:
+        metric["exit_histogram"] = {str(depth): 1 / 36 for depth in range(1, 37)}
+    for run in record["problems"][0]["runs"].values():
+        run |= {"depths": [1, 12, 35, 36], "exit_probs": run["exit_probs"] and 4 * [35 * [0.5]],
+                "top": 4 * [36 * [run["top"][0][0]]]}
+    page, top, bottom, hidden, way, reached = browse(tmp_path, record, """
+        const tip = d.getElementById("tip");
+        d.querySelectorAll(".tokens")[1].children[2].focus();
+        const box = tip.getBoundingClientRect(), hidden = tip.scrollHeight > tip.clientHeight;
+        tip.scrollTop = 1e6;
+        const last = [...tip.querySelectorAll("tr")].at(-1).getBoundingClientRect().bottom;
+        return [d.documentElement.scrollWidth, box.top, box.bottom, hidden, w.getComputedStyle(tip).pointerEvents,
+                last <= box.bottom];""", width=400)
+    assert page <= 400 and 0 <= top < bottom <= 800
+    assert hidden and way == "auto" and reached  # it scrolls, and can be reached by the mouse
+
+
+@needs_browser
 def test_empty_record_makes_a_page(tmp_path):
     """If it fails, a model that answers nothing, or an evaluation without transcripts, leaves the page blank."""
     record = make_record()
