@@ -42,6 +42,7 @@ from fast.packing import send
 from sample import generate
 
 FLAT = 10  # steps in a row without a difference in task reward before it is said
+SECONDS = ("seconds_rollout", "seconds_score", "seconds_update")  # of the three parts of a step, in metrics.jsonl
 
 
 def reward(task, depth, mean_kl, lam: float, beta: float) -> torch.Tensor:
@@ -106,6 +107,18 @@ def score_responses(policy: Policy, responses: list[Response], micro_batch: int)
     return base, mean_kl.cpu(), torch.cat(drift).cpu()  # copied last, since each copy waits for the device
 
 
+def earnings(problem_of: list, records: list[dict], mean_kl: torch.Tensor, n_layers: int, tokenizer, args) -> dict:
+    """The parts of (1), R_i and A_i of each response, all (P k,), by the names under which completions.jsonl has them.
+    """
+    task = torch.tensor([problem.reward(row["text"], row["finished"], row["correct"],
+                                        tokenizer.think_open(row["prompt_ids"]))
+                         for problem, row in zip(problem_of, records, strict=True)], dtype=torch.double)
+    depth = depth_charged(records, n_layers, args.gate_depth_on_correct)
+    rewards = reward(task, depth, mean_kl, args.lam, args.beta)
+    return {"reward_task": task, "depth_charged": depth, "mean_kl": mean_kl, "reward": rewards,
+            "advantage": leave_one_out(rewards.view(-1, args.samples)).flatten()}
+
+
 def accumulate_gradient(policy: Policy, responses: list[Response], advantages: torch.Tensor, base: list,
                         micro_batch: int, beta: float, c: int, count: int) -> None:
     """What these responses add to the gradient of rloo_loss over a step's `count`, micro-batch by micro-batch."""
@@ -133,6 +146,14 @@ def summarise(records: list[dict], drift: torch.Tensor, depth_of_outcome: list[i
         "groups_of_equal_task_reward": sum(len(group) == 1 for group in groups) / len(groups),
         "kl": average("mean_kl"), "drift_max": float(drift.max()), "drift_mean": float(drift.mean()),
     }
+
+
+def progress(metrics: dict) -> str:
+    """A step's metrics, as the bar shows them."""
+    return (f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.0%}  "
+            f"compute {metrics['average_compute']:.2f}  length {metrics['length']:.0f}  KL {metrics['kl']:.3f}  "
+            f"drift {metrics['drift_mean']:.0e}  "
+            f"rollout/score/update {'/'.join(f'{metrics[name]:.1f}' for name in SECONDS)} s")
 
 
 def trend(rows: list[dict], where) -> str:
@@ -222,30 +243,23 @@ def main() -> None:
 
         # Score: the reward needs the KL to the base model.
         base, mean_kl, drift = score_responses(policy, responses, args.micro_batch)
-        task = torch.tensor([problem.reward(row["text"], row["finished"], row["correct"],
-                                            tokenizer.think_open(row["prompt_ids"]))
-                             for problem, row in zip(problem_of, records, strict=True)], dtype=torch.double)
-        depth = depth_charged(records, policy.n_layers, args.gate_depth_on_correct)
-        rewards = reward(task, depth, mean_kl, args.lam, args.beta)
-        advantages = leave_one_out(rewards.view(-1, args.samples)).flatten()
+        earned = earnings(problem_of, records, mean_kl, policy.n_layers, tokenizer, args)
         times.append(time.perf_counter())
 
         # Update: one gradient step.
-        accumulate_gradient(policy, responses, advantages, base, args.micro_batch, args.beta, c=args.max_new_tokens,
-                            count=args.prompts_per_step * args.samples)
+        accumulate_gradient(policy, responses, earned["advantage"], base, args.micro_batch, args.beta,
+                            c=args.max_new_tokens, count=args.prompts_per_step * args.samples)
         del base  # else it is held through the next rollout, where memory is scarcest
         updated = run.apply_gradients(optimizer, args.lr * optim.schedule(step, args.steps))
         times.append(time.perf_counter())
 
         seconds = [end - start for start, end in pairwise(times)]
-        found = {"reward_task": task, "depth_charged": depth, "mean_kl": mean_kl, "reward": rewards,
-                 "advantage": advantages}
         records = parallel.all_gather([{"step": step, "sample": i % args.samples, **row,
-                                        **{name: float(values[i]) for name, values in found.items()}}
+                                        **{name: float(values[i]) for name, values in earned.items()}}
                                        for i, row in enumerate(records)])
         drift = torch.cat(parallel.all_gather([drift]))
-        metrics = {"step": step, **summarise(records, drift, policy.depth_of_outcome.tolist(), args), **updated}
-        metrics |= {f"seconds_{name}": s for name, s in zip(("rollout", "score", "update"), seconds, strict=True)}
+        metrics = {"step": step, **summarise(records, drift, policy.depth_of_outcome.tolist(), args), **updated,
+                   **dict(zip(SECONDS, seconds, strict=True))}
         run.log("completions.jsonl", records)
         run.log("metrics.jsonl", [metrics])
         if metrics["finished"] < 0.8 and not warned:
@@ -257,10 +271,7 @@ def main() -> None:
             run.bar.clear()
             runs.say(f"{FLAT} steps in a row the samples of every prompt earned the same task reward: depth and KL are "
                      f"all that is trained. Where accuracy stays at 0%, stop: has stage 1 converged?")
-        run.bar.set_postfix_str(f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.0%}  "
-                                f"compute {metrics['average_compute']:.2f}  length {metrics['length']:.0f}  "
-                                f"KL {metrics['kl']:.3f}  drift {metrics['drift_mean']:.0e}  "
-                                f"rollout/score/update {'/'.join(f'{s:.1f}' for s in seconds)} s")
+        run.bar.set_postfix_str(progress(metrics))
     run.complete(run.last_metrics()[0])
     print(trend(run.last_metrics(args.steps), run.folder / "metrics.jsonl"))
     print("next:", next_command(run.folder, init, args))
