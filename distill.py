@@ -212,6 +212,21 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
             "target": summary(target.cpu() / count, depth_of_outcome)}
 
 
+def in_words(measured: dict, depth_of_outcome: list[int], longest: int) -> str:
+    """What held_out has measured, in words; `longest`: tokens of the longest response."""
+    whole = f" ({measured['intact_whole']:.0%} of whole ones)" if longest > STRETCH else ""
+    lines = [f"held-out responses, {measured['positions']} positions: token KL {measured['token_kl']:.4f} "
+             f"({measured['token_kl_at_own_exits']:.4f} where the student itself exits), exit CE "
+             f"{measured['exit_cross_entropy']:.3f}; about {measured['intact']:.0%} of the base's responses, or "
+             f"of stretches of {STRETCH} tokens, stay as they were{whole}; {measured['intact_at_half']:.0%} with exits "
+             f"at p > 1/2, not drawn, which saves {measured['at_half']['layer_savings']:.1%} of the layers"]
+    for name in ("target", "learned"):
+        s = measured[name]
+        shares = "  ".join(f"{d}: {x:.1%}" for d, x in zip(depth_of_outcome, s["distribution"], strict=True))
+        lines.append(f"  {name:8} exit rate {s['exit_rate']:.1%}  layer savings {s['layer_savings']:.1%}   {shares}")
+    return "\n".join(lines)
+
+
 def verdict(measured: dict, training_kl: float) -> str | None:
     """What is still wrong with a calibration, in one line; None if nothing is.
 
@@ -303,17 +318,7 @@ def main() -> None:
 
     measured = held_out(policy, data["test"], args.kl_factor, args.seed, args.micro_batch)
     run.complete(measured)
-    long = f" ({measured['intact_whole']:.0%} of whole ones)" if max(map(len, data["test"])) > STRETCH else ""
-    print(f"held-out responses, {measured['positions']} positions: token KL {measured['token_kl']:.4f} "
-          f"({measured['token_kl_at_own_exits']:.4f} where the student itself exits), exit CE "
-          f"{measured['exit_cross_entropy']:.3f}; about {measured['intact']:.0%} of the base's responses, or "
-          f"of stretches of {STRETCH} tokens, stay as they were{long}; {measured['intact_at_half']:.0%} with exits at "
-          f"p > 1/2, not drawn, which saves {measured['at_half']['layer_savings']:.1%} of the layers")
-    for name in ("target", "learned"):
-        s = measured[name]
-        shares = "  ".join(f"{d}: {x:.1%}"
-                           for d, x in zip(policy.depth_of_outcome.tolist(), s["distribution"], strict=True))
-        print(f"  {name:8} exit rate {s['exit_rate']:.1%}  layer savings {s['layer_savings']:.1%}   {shares}")
+    print(in_words(measured, policy.depth_of_outcome.tolist(), max(map(len, data["test"]))))
     losses = [field(row, "token_kl", float, run.folder / "metrics.jsonl", default=None) for row in run.last_metrics(20)]
     finite = [loss for loss in losses if loss is not None]
     if problem := verdict(measured, sum(finite) / len(finite) if finite else math.inf):
