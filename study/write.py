@@ -47,7 +47,8 @@ def change(row: dict, name: str = "accuracy") -> str:
     return signed(row[f"{name}_change"], row[f"{name}_change_half"], 100 if name == "accuracy" else 1)
 
 
-def verdict(difference: float, half: float, more: str, less: str, same: str) -> str:
+def verdict(difference: float, half: float, more: str = "better", less: str = "worse",
+            same: str = "no significant difference") -> str:
     return same if abs(difference) <= half else more if difference > 0 else less
 
 
@@ -154,14 +155,12 @@ def fronts(data: dict) -> list[str]:
     for gated in front.get("gated", ()):
         if "less_ungated" in gated:
             text += ["", "Depth charged for right answers only, against depth charged for all, from one start and "
-                     f"seed: {signed(*gated['less_ungated'])} points, " + verdict(
-                         *gated["less_ungated"], "better", "worse", "no significant difference") + "."]
+                     f"seed: {signed(*gated['less_ungated'])} points, {verdict(*gated['less_ungated'])}."]
     if found := data.get("recovery"):
         def said(gain: dict) -> str:
             start = gain["start"]
-            changes = [f"{signed(*gain[f'change_from_{name}'])} points on {whom}, " + verdict(
-                *gain[f"change_from_{name}"], "better", "worse", "no significant difference")
-                for name, whom in (("start", "that start"), ("base", "the base"))]
+            changes = [f"{signed(*gain[name])} points on {whom}, {verdict(*gain[name])}" for name, whom in (
+                ("change_from_start", "that start"), ("change_from_base", "the base"))]
             return (f"from {percent(start['accuracy'])} at {percent(start['average_compute'])} of the compute to "
                     f"{percent(gain['accuracy'])} at {percent(gain['average_compute'])}: {'; '.join(changes)}")
 
@@ -234,8 +233,7 @@ def baselines(data: dict) -> list[str]:
                   ("heads", start_of(home)): "its start's heads at a threshold",
                   ("heads", whose): "its own heads at a threshold",
                   ("plain RL", "plain RL"): "reinforcement learning without exits"}
-        texts = [f"{signed(c['change'], c['half'])} points against {other}"
-                 + verdict(c["change"], c["half"], ", better", ", worse", ", no significant difference")
+        texts = [f"{signed(c['change'], c['half'])} points against {other}, {verdict(c['change'], c['half'])}"
                  for (rule, weights), other in others.items() if (c := found.get((whose, rule, weights)))]
         return f"{whose[0].upper()}{whose[1:]}: {'; '.join(texts)}." if texts else ""
 
