@@ -135,6 +135,7 @@ def fig2(data: dict) -> list[str]:
 
 def fronts(data: dict) -> list[str]:
     front, base = data["front"], data["base"]
+
     def undrawn(r: dict) -> list[str]:
         at_half = r.get("thresholded")
         return [percent(at_half["average_compute"]), accuracy(at_half), change(at_half)] if at_half else ["", "", ""]
@@ -156,42 +157,54 @@ def fronts(data: dict) -> list[str]:
         if "less_ungated" in gated:
             text += ["", "Depth charged for right answers only, against depth charged for all, from one start and "
                      f"seed: {signed(*gated['less_ungated'])} points, {verdict(*gated['less_ungated'])}."]
-    if found := data.get("recovery"):
-        def said(gain: dict) -> str:
-            start = gain["start"]
-            changes = [f"{signed(*gain[name])} points on {whom}, {verdict(*gain[name])}" for name, whom in (
-                ("change_from_start", "that start"), ("change_from_base", "the base"))]
-            return (f"from {percent(start['accuracy'])} at {percent(start['average_compute'])} of the compute to "
-                    f"{percent(gain['accuracy'])} at {percent(gain['average_compute'])}: {'; '.join(changes)}")
-
-        text += ["", f"Does stage 2 win back what an earlier exit costs? Stage 1 at κ = {found['kappa']:g}, then λ = "
-                 f"0.1, mean of {found['seeds']} seeds, {said(found['drawn'])}. With exits where a head's probability "
-                 f"is above 1/2, in place of drawn, {said(found['thresholded'])}."]
+    if data.get("recovery"):
+        text += recovery(data["recovery"])
     if front["lambda"]:
-        by_price = {value: [r for r in front["lambda"] if r["value"] == value]
-                    for value in sorted({r["value"] for r in front["lambda"]})}
-        text += ["", "Does a price on depth take depth? Average compute, seed by seed: " + "; ".join(
-            f"{', '.join(percent(r['average_compute']) for r in alike)} at λ = {value:g}"
-            for value, alike in by_price.items()) + ".", "",
-                 f"Does a price on depth make texts longer? At λ = {max(by_price):g}: " + "; ".join(
-                     f"{change(r, 'length')} tokens a response, " + verdict(
-                         r["length_change"], r["length_change_half"], "significantly longer than the base's",
-                         "shorter than the base's", "no significant difference from the base")
-                     for r in by_price[max(by_price)]) + ".", "",
-                 "![Length and total compute against λ](figures/verbosity.png)"]
-    if training := data["training"]:
-        def share(depth: str, part: list[dict]) -> str:
-            return percent(mean(m["exit_histogram"][depth] for m in part))
-
-        k = min(10, math.ceil(len(training) / 2))
-        shares = [f"{depth}: {share(depth, training[:k])} → {share(depth, training[-k:])}"
-                  for depth in training[0]["exit_histogram"]]
-        text += ["", f"Does stage 2 just drop the last layers? Tokens that leave at each depth, first {k} steps → last "
-                 f"{k} (λ = 0.1, seed 0): {', '.join(shares)}.", "",
-                 "![Where tokens leave over the steps of stage 2](figures/histogram.png)"]
+        text += price_of_depth(front["lambda"])
+    if data["training"]:
+        text += where_tokens_leave(data["training"])
     return text + table(["swept", "value", "average compute", "accuracy (95% interval)", "change, points",
                          "length, tokens", "change", "total compute, full-depth tokens", "change",
                          "at p > 1/2: average compute", "accuracy", "change, points"], rows)
+
+
+def recovery(found: dict) -> list[str]:
+    def said(gain: dict) -> str:
+        start = gain["start"]
+        changes = [f"{signed(*gain[name])} points on {whom}, {verdict(*gain[name])}" for name, whom in (
+            ("change_from_start", "that start"), ("change_from_base", "the base"))]
+        return (f"from {percent(start['accuracy'])} at {percent(start['average_compute'])} of the compute to "
+                f"{percent(gain['accuracy'])} at {percent(gain['average_compute'])}: {'; '.join(changes)}")
+
+    return ["", f"Does stage 2 win back what an earlier exit costs? Stage 1 at κ = {found['kappa']:g}, then λ = 0.1, "
+            f"mean of {found['seeds']} seeds, {said(found['drawn'])}. With exits where a head's probability is above "
+            f"1/2, in place of drawn, {said(found['thresholded'])}."]
+
+
+def price_of_depth(rows: list[dict]) -> list[str]:
+    by_price = {value: [r for r in rows if r["value"] == value] for value in sorted({r["value"] for r in rows})}
+    compute = "; ".join(f"{', '.join(percent(r['average_compute']) for r in alike)} at λ = {value:g}"
+                        for value, alike in by_price.items())
+    highest = max(by_price)
+    lengths = "; ".join(f"{change(r, 'length')} tokens a response, " + verdict(
+        r["length_change"], r["length_change_half"], "significantly longer than the base's",
+        "shorter than the base's", "no significant difference from the base") for r in by_price[highest])
+    return ["", f"Does a price on depth take depth? Average compute, seed by seed: {compute}.",
+            "", f"Does a price on depth make texts longer? At λ = {highest:g}: {lengths}.",
+            "", "![Length and total compute against λ](figures/verbosity.png)"]
+
+
+def where_tokens_leave(training: list[dict]) -> list[str]:
+    k = min(10, math.ceil(len(training) / 2))
+
+    def share(depth: str, part: list[dict]) -> str:
+        return percent(mean(m["exit_histogram"][depth] for m in part))
+
+    shares = ", ".join(f"{depth}: {share(depth, training[:k])} → {share(depth, training[-k:])}"
+                       for depth in training[0]["exit_histogram"])
+    return ["", f"Does stage 2 just drop the last layers? Tokens that leave at each depth, first {k} steps → last {k} "
+            f"(λ = 0.1, seed 0): {shares}.",
+            "", "![Where tokens leave over the steps of stage 2](figures/histogram.png)"]
 
 
 def heads(data: dict) -> list[str]:
