@@ -27,7 +27,7 @@ import report
 import runs
 from checkpoints import checkpoint, checkpoints, digest, exits_of, fingerprint, load_policy, merge, write_tensors
 from data import tasks
-from data.hub import UserError, as_json, field, parse_object, read_json, read_text, resolve, write_json, write_text
+from data.hub import UserError, as_json, field, read_json, read_lines, resolve, write_json, write_text
 from exits import Policy, Response, adapters_off, collate, token_logp_all
 from fast.chunks import in_chunks
 from model import Transformer
@@ -224,9 +224,8 @@ def refuse_unlike(folders: list[Path], args) -> list[dict]:
     return configs
 
 
-def checked_row(line: str, where: str, config) -> dict:
-    """A row of completions.jsonl, with a response in it that the model can have given."""
-    row = parse_object(line, where)
+def check_row(row: dict, where: str, config) -> None:
+    """Refuses a row of completions.jsonl unless it holds a response that the model can have given."""
     field(row, "model", str, where)
     for name, most in (("prompt_ids", config.vocab_size - 1), ("token_ids", config.vocab_size - 1),
                        ("depths", config.num_hidden_layers)):
@@ -236,7 +235,6 @@ def checked_row(line: str, where: str, config) -> dict:
         if not isinstance(row.get(name), list) or len(row[name]) != len(row["token_ids"]):
             raise UserError(f"{where}: {name} must be a list with a number for each of token_ids: delete this line "
                             f"and the model's after it")
-    return row
 
 
 def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[str, Path], chosen: dict[str, Path]):
@@ -254,11 +252,11 @@ def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[
     begun, done = out / "begun.json", out / "completions.jsonl"
     before = read_json(begun) if begun.exists() else {}
     known = field(before, "weights", dict, begun, default={})
-    text = read_text(done) if done.exists() else ""  # empty, where a kill came before begun.json
+    empty = not done.exists() or not done.stat().st_size  # where a kill came before begun.json
     # The runs' weights may have changed, and then their rows are dropped below; the base's must not have.
-    same = not text or (before | {"weights": weights} == about and known.get(BASE) == weights[BASE])
-    for number, line in enumerate(text.split("\n")[:-1] if same else (), start=1):  # but for a line cut short
-        row = checked_row(line, f"{done}:{number}", model.config)
+    same = empty or (before | {"weights": weights} == about and known.get(BASE) == weights[BASE])
+    for where, row in read_lines(done) if same and not empty else ():
+        check_row(row, where, model.config)
         label = row.pop("model")
         if known.get(label) == weights.get(label, ""):
             kept.setdefault(label, []).append(row)

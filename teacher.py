@@ -4,12 +4,13 @@ They are sampled once at temperature 1, or taken from another run of stage 1 (--
 what they depend on, each other one is a response. A kill loses those under way.
 """
 
+from itertools import islice
 from pathlib import Path
 
 import parallel
 import runs
 from checkpoints import fingerprint
-from data.hub import UserError, as_json, field, parse_object, read_text, write_text
+from data.hub import UserError, as_json, field, read_lines, read_text, write_text
 from data.text import Tokenizer
 from exits import Policy, Response, adapters_off
 from sample import generate_shared, responses_per_write
@@ -31,19 +32,16 @@ def path_of(run: str) -> str:
 def read_responses(path, model, args) -> dict[str, list[Response]]:
     """The base's responses that a teacher.jsonl holds, by split. Raises UserError naming file, line and field."""
     kept: dict[str, list[Response]] = {"train": [], "test": []}
-    lines, ours, config = read_text(path).split("\n"), origin(model, args), model.config
-    for i, line in enumerate(lines[:-1], start=1):  # what follows the last line break was cut short by a kill
-        where = f"{path}:{i}"
-        row = parse_object(line, where)
-        if i == 1:
-            for name in ours.keys() - {"model"}:
-                same = Path(str(row.get(name))).name == Path(str(ours[name])).name  # wherever a file lies by now
-                if name not in row or not same:
-                    name = "model" if name == "base" else name
-                    raise UserError(f"{path} holds responses for {name} {row.get(name)!r:.80}, but this run has "
-                                    f"{ours[name]!r:.80}: give the flags of the run that sampled them, or start a new "
-                                    f"run without --teacher")
-            continue
+    lines, ours, config = read_lines(path), origin(model, args), model.config
+    for _, theirs in islice(lines, 1):
+        for name in ours.keys() - {"model"}:
+            same = Path(str(theirs.get(name))).name == Path(str(ours[name])).name  # wherever a file lies by now
+            if name not in theirs or not same:
+                name = "model" if name == "base" else name
+                raise UserError(f"{path} holds responses for {name} {theirs.get(name)!r:.80}, but this run has "
+                                f"{ours[name]!r:.80}: give the flags of the run that sampled them, or start a new run "
+                                f"without --teacher")
+    for where, row in lines:
         prompt, tokens = (field(row, name, list, where, 0, config.vocab_size - 1)
                           for name in ("prompt_ids", "token_ids"))
         split, length = field(row, "split", str, where), len(prompt) + len(tokens)

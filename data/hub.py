@@ -6,6 +6,7 @@ import os
 import re
 import reprlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import constants, errors, snapshot_download
@@ -97,6 +98,13 @@ def parse_object(text: str, where) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{where} does not hold a JSON object")
     return value
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """(file:line, object) of each line of a file that is written line by line, but for what follows the last line
+    break: it is being written, or a kill cut it short. Raises UserError."""
+    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+        yield f"{path}:{number}", parse_object(line, f"{path}:{number}")
 
 
 def is_text(value) -> bool:

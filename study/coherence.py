@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import flags
 import runs
-from data.hub import UserError, field, parse_object, read_json, read_text, write_json
+from data.hub import UserError, field, read_json, read_lines, write_json
 from exits import Policy, Response, adapters_off, micro_batches, per_response, score
 
 N_GRAM = 4
@@ -166,10 +166,7 @@ def read(folder: Path, n: int, vocab_size: int = 2**24) -> dict[str, list[dict]]
     models, a run's the tenths of its steps."""
     rows = []
     for path in sorted(folder.glob("completions*.jsonl")):  # a long run has completions-STEP.jsonl, too
-        lines = read_text(path).split("\n")[:-1]  # what follows the last line break is being written, or was cut short
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            row = parse_object(line, where)
+        for where, row in read_lines(path):
             for name in ("prompt_ids", "token_ids"):
                 if not field(row, name, list, where, 0, vocab_size - 1):
                     raise UserError(f"{where}: {name} is empty: is the file what evaluate.py or rloo.py wrote?")

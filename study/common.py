@@ -36,7 +36,7 @@ import flags
 import runs
 from checkpoints import checkpoint, digest, fingerprint, load_policy
 from data import tasks
-from data.hub import UserError, as_json, field, parse_object, read_json, read_text, write_json, write_text
+from data.hub import UserError, as_json, field, read_json, read_lines, write_json, write_text
 from data.text import Tokenizer
 from evaluate import Z, graded, measure, paired
 from exits import Policy, adapters_off
@@ -233,7 +233,7 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
     name = f"{label}.{how}.{Path(args.task).stem}.n{args.n}.t{args.temperature:g}.d{delta:g}.jsonl"
     path = Path(args.runs) / "answers" / re.sub("[ /]", "-", name)
     if path.exists():
-        first, *rows = (parse_object(line, path) for line in read_text(path).splitlines())
+        first, *rows = (row for _, row in read_lines(path))
         if {key: first.get(key) for key in head} == head:
             return Answers(rows, field(first, "outcomes", list, path), path)
     gc.collect()  # a rule's closure and its policy hold each other, and with that the last model

@@ -12,7 +12,7 @@ from statistics import fmean as mean
 
 import flags
 import runs
-from data.hub import UserError, field, parse_object, read_json, read_text, write_json
+from data.hub import UserError, field, read_json, read_lines, write_json
 from evaluate import BASE, paired
 
 SETTING = {"model": str, "task": str, "thinking": bool, "max_new_tokens": int, "n": int, "seed": int,
@@ -35,8 +35,7 @@ def run_name(run: str | None) -> str:
 def completions(folder: Path) -> dict[str, dict[str, dict]]:
     """Model -> problem -> its row in an evaluation's completions.jsonl."""
     models, where = defaultdict(dict), folder / "completions.jsonl"
-    for number, line in enumerate(read_text(where).splitlines(), start=1):
-        row, at = parse_object(line, where), f"{where}:{number}"
+    for at, row in read_lines(where):
         models[field(row, "model", str, at)][field(row, "id", str, at)] = row
     if BASE not in models:  # who is asked first
         raise UserError(f"{where} holds no answers of the base: let evaluate.py finish, or give another evaluation")

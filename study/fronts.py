@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean as mean
 
 import runs
-from data.hub import parse_object, read_json, read_text
+from data.hub import read_json, read_lines
 from evaluate import BASE, paired
 from study import common
 from study.common import answers, correct, mean_correct, point, undrawn
@@ -41,8 +41,7 @@ def main() -> None:
         for delta in DELTAS if run else ():
             front[name].append(point(args, answers(args, run, delta=delta), value=delta))
     training = [{"step": m["step"], **{name: m[name] for name in ("exit_histogram", "average_compute", "length")}}
-                for run in [common.rl_run(args)] if run
-                for m in (parse_object(text, run) for text in read_text(run / "metrics.jsonl").splitlines())]
+                for run in [common.rl_run(args)] if run for _, m in read_lines(run / "metrics.jsonl")]
     data = common.save(args, "fronts", "fronts", base=point(args, common.base_answers(args)), front=front,
                        recovery=recovery, training=training)
     draw(args, data, "fronts")
