@@ -72,8 +72,9 @@ def set_heads(policy: Policy, bias: float) -> Policy:
 
 
 def responses(prompts, tokens, depths) -> list[Response]:
-    """As if they had been sampled."""
-    return [Response(*row, [], []) for row in zip(prompts, tokens, depths, strict=True)]
+    """As if they had been sampled, all with log-probability 0."""
+    return [Response(prompt, ids, at, [0.0] * len(ids), [0.0] * len(ids))
+            for prompt, ids, at in zip(prompts, tokens, depths, strict=True)]
 
 
 def reference(policy: Policy) -> Reference:
