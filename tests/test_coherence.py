@@ -13,7 +13,6 @@ from exits import Policy
 from model import Transformer
 from study import coherence
 from tests.commands import ROOT, config
-from tests.reference import Reference
 from tests.toys import PROMPTS, reference, toy_policy
 
 ROWS = [dict(prompt_ids=prompt, token_ids=tokens, finished=finished) for prompt, tokens, finished in zip(
@@ -25,7 +24,7 @@ def test_columns_against_a_slow_computation():
     """If it fails, perplexity isn't the base's at full depth (adapters or exits leak in), or a column isn't what its
     name says."""
     policy = toy_policy().double()
-    base, logs = Reference(reference(policy).w, policy.model.config), []  # no exits, no adapters
+    base, logs = reference(policy, base=True), []
     for row in ROWS:
         ids, P = row["prompt_ids"] + row["token_ids"], len(row["prompt_ids"])
         logits = base.read_out(base.streams(ids[:-1], [base.L] * (len(ids) - 1))[-1])

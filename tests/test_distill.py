@@ -10,7 +10,6 @@ import runs
 from exits import base_pass, collate
 from optim import adamw
 from tests.chance import splitmix
-from tests.reference import Reference
 from tests.toys import EXITS, L, assert_close, reference, responses, set_heads, toy_policy
 
 ANSWERS = responses([[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15, 16], [17]], [[L] * n for n in (2, 4, 1)])
@@ -32,9 +31,7 @@ def slow_target(kl_e, kappa):
 
 def slow_kls(policy, ids):
     """KL from the base model's final answer after a text to its answer at each exit."""
-    slow = reference(policy)
-    base = Reference(slow.w, slow.config, slow.exits)  # without adapters
-    _, (*lenses, final) = base.policy(ids, [policy.n_layers] * (len(ids) - 1))
+    _, (*lenses, final) = reference(policy, base=True).policy(ids, [policy.n_layers] * (len(ids) - 1))
     return [sum(p * math.log(p / q) for p, q in zip(final.tolist(), lens.tolist(), strict=True)) for lens in lenses]
 
 

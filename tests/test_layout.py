@@ -61,8 +61,7 @@ def test_base_pass_gives_the_base_models_streams_at_every_exit():
     batch = collate(responses(PROMPTS, [[1, 2, 3]] * 4, [[2, 4, 2]] * 4), L)  # the recorded depths must not matter
     base_h, lenses = base_pass(policy, batch)
     assert all(adapter.on for adapter in policy.adapters) and not base_h.requires_grad
-    slow, wanted = reference(policy), []
-    slow.lora_scale = 0.0
+    slow, wanted = reference(policy, base=True), []
     for prompt in PROMPTS:
         streams = slow.streams([*prompt, 1, 2], [L] * (len(prompt) + 2))
         wanted.append(torch.stack([streams[depth][len(prompt) - 1 :] for depth in (2, 4, 6)]))

@@ -18,7 +18,6 @@ import runs
 from checkpoints import load_policy
 from model import Transformer
 from tests.commands import RL, config, fresh, lines, run, toy_checkpoint
-from tests.reference import Reference
 from tests.test_fields import said
 from tests.toys import assert_close, reference, toy_policy
 
@@ -125,8 +124,7 @@ def test_the_page_shows_what_heads_and_lenses_said_of_each_token(base):
            "finished": True, "correct": True, "value": "3"}
     tokenizer = argparse.Namespace(pieces=lambda ids: list(map(str, ids)))
     shown = evaluate.transcript(policy, row, tokenizer, base, argparse.Namespace(delta=0.5))
-    slow, ids = reference(policy), [5, 17, 42, 9, 1, 30]
-    slow = Reference(slow.w, slow.config, slow.exits) if base else slow
+    slow, ids = reference(policy, base), [5, 17, 42, 9, 1, 30]
     streams = slow.streams(ids, [6, 6, *depths])
     assert shown["tokens"] == ["9", "1", "30", "8"] and shown["depths"] == depths and len(shown["top"]) == 4
     for t, lenses in enumerate(shown["top"]):

@@ -77,10 +77,10 @@ def responses(prompts, tokens, depths) -> list[Response]:
             for prompt, ids, at in zip(prompts, tokens, depths, strict=True)]
 
 
-def reference(policy: Policy) -> Reference:
-    """The slow policy with the same parameters, in float64."""
+def reference(policy: Policy, base: bool = False) -> Reference:
+    """The slow policy with the same parameters, in float64; `base`: without the adapters, as the base model."""
     weights = {name.removeprefix("model."): p.detach().double().clone() for name, p in policy.named_parameters()}
-    return Reference(weights, policy.model.config, policy.exits, policy.alpha / policy.rank)
+    return Reference(weights, policy.model.config, policy.exits, 0.0 if base else policy.alpha / policy.rank)
 
 
 def edit(path: Path, change) -> None:
