@@ -112,7 +112,7 @@ def test_folders_and_rows_that_do_not_fit_are_refused_by_name(tmp_path):
     assert len(coherence.read(tmp_path, 9, 61)["m"]) == 7
 
 
-def test_the_file_of_a_task_may_be_away(home, monkeypatch, capsys):
+def test_the_file_of_a_task_may_be_away(home, monkeypatch):
     """Else an evaluation that was copied from another machine can't be read."""
     config(home / "two", task="/gone/own.py")
     monkeypatch.chdir(home)

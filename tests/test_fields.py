@@ -242,7 +242,7 @@ def close(stream: int) -> None:
     os.dup2(writing, stream)
 
 
-def test_faults_of_ours_show_their_traceback(monkeypatch):
+def test_faults_of_ours_show_their_traceback():
     """Else a bug is taken for the user's mistake."""
     def broken():
         return 1 / 0
@@ -264,7 +264,7 @@ def test_misleading_words_are_gone(home, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("thinks", [True, False])
-def test_only_a_model_that_can_think_is_told_not_to(tmp_path, capsys, thinks):
+def test_only_a_model_that_can_think_is_told_not_to(tmp_path, thinks):
     """Else SmolLM2's user is told to pass --no-thinking, and in stage 1 that unfinished responses count as wrong."""
     folder = toy_checkpoint(tmp_path / "toy", layers=2)
     (folder / "generation_config.json").write_text('{"eos_token_id": 262}')

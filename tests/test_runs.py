@@ -121,8 +121,7 @@ def test_a_signal_saves_the_step_and_names_the_run(home, number):
         process.join(60)
     said = (home / "log.err").read_text().splitlines()[-1]
     assert process.exitcode == 128 + number and said == "stopped; python rloo.py --resume 'long run' goes on"
-    steps = len(lines(home / "long run" / "metrics.jsonl"))
-    assert (home / "long run" / f"step-{steps:06d}").exists()
+    assert saved_at_its_last_step(home / "long run")
 
 
 def unread():
@@ -144,8 +143,7 @@ def test_a_reader_that_ends_costs_no_step(home):
     """Else Ctrl-C under `2>&1 | tee log` loses what came after the last checkpoint, without a word."""
     with running("rloo.py", *RL[:-1], 5000, "--init", "one", "--out", "piped", cwd=home, before=unread) as process:
         process.join(60)
-    steps = len(lines(home / "piped" / "metrics.jsonl"))
-    assert process.exitcode and (home / "piped" / f"step-{steps:06d}").exists()
+    assert process.exitcode and saved_at_its_last_step(home / "piped")
 
 
 def test_a_second_signal_ends_a_step_at_once(home):
@@ -182,8 +180,7 @@ def test_a_terminal_that_closes_costs_no_step(home):
     command = ("rloo.py", *RL[:-1], 5000, "--init", "one", "--out", "hung")
     with running(*command, cwd=home, before=in_a_terminal) as process:
         process.join(60)
-    steps = len(lines(home / "hung" / "metrics.jsonl"))
-    assert process.exitcode == 128 + signal.SIGHUP and (home / "hung" / f"step-{steps:06d}").exists()
+    assert process.exitcode == 128 + signal.SIGHUP and saved_at_its_last_step(home / "hung")
 
 
 def endless_steps():
@@ -194,6 +191,11 @@ def endless_steps():
         time.sleep(60)
 
     rloo.accumulate_gradient = endless
+
+
+def saved_at_its_last_step(folder) -> bool:
+    steps = len(lines(folder / "metrics.jsonl"))
+    return (folder / f"step-{steps:06d}").exists()
 
 
 def wait_for(path, process):
@@ -223,7 +225,7 @@ def test_as_many_checkpoints_stay_as_asked_for(home):
         assert [c.name for c in runs.checkpoints(home / f"keep-{keep}")] == [f"step-{step:06d}" for step in kept]
 
 
-def test_completions_are_set_aside_when_they_grow(home, monkeypatch):
+def test_completions_are_set_aside_when_they_grow(home):
     """Else a long run writes one file of gigabytes."""
     run("rloo.py", *RL[:-1], 3, "--save-every", 1, "--init", "one", "--out", "long", cwd=home, before=rotate_early)
     names = sorted(path.name for path in (home / "long").glob("completions*"))
