@@ -10,6 +10,7 @@ import runs
 from exits import base_pass, collate
 from optim import adamw
 from tests.chance import splitmix
+from tests.reference import stick_breaking
 from tests.toys import EXITS, L, assert_close, reference, responses, set_heads, toy_policy
 
 ANSWERS = responses([[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 15, 16], [17]], [[L] * n for n in (2, 4, 1)])
@@ -22,11 +23,7 @@ def slow_safe(kl_e, kappa):
 
 def slow_target(kl_e, kappa):
     """(3) as it stands."""
-    q, left = [], 1.0
-    for s in slow_safe(kl_e, kappa):
-        q.append(left * s)
-        left *= 1 - s
-    return [*q, left]
+    return stick_breaking(torch.tensor(slow_safe(kl_e, kappa), dtype=torch.double)).tolist()
 
 
 def slow_kls(policy, ids):
