@@ -239,15 +239,14 @@ def main() -> None:
                 comparisons += against(whose, correct(first), correct(table), rule="table", weights=name,
                                        compute=compute_of(first))
 
+    means = {whose: pooled(each) for whose, (_, each) in learned.items()}
     if plain:
-        without = pooled([answers(args, run) for run in plain])[0]
+        without = mean_correct([answers(args, run) for run in plain])
         comparisons += against("plain RL", without, correct(base), rule="full depth", weights="base", compute=1.0)
-        for whose, (_, each) in learned.items():
-            comparisons += against(whose, pooled(each)[0], without, rule="plain RL", weights="plain RL",
-                                   compute=pooled(each)[1])
-    for whose, (_, each) in learned.items():
-        comparisons += against(whose, pooled(each)[0], correct(base), rule="full depth", weights="base",
-                               compute=pooled(each)[1])
+        for whose, (accuracy, compute) in means.items():
+            comparisons += against(whose, accuracy, without, rule="plain RL", weights="plain RL", compute=compute)
+    for whose, (accuracy, compute) in means.items():
+        comparisons += against(whose, accuracy, correct(base), rule="full depth", weights="base", compute=compute)
     common.save(args, "baselines", "baselines", points=points, comparisons=comparisons,
                 runs={**{name: len(found) for name, found in trained.items()}, "plain RL": len(plain)})
 
