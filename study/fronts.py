@@ -32,16 +32,17 @@ def main() -> None:
             if run := common.rl_run(args, lam, seed):
                 front["lambda"].append(point(args, answers(args, run), value=lam, seed=seed,
                                              thresholded=point(args, undrawn(args, run))))
+    s2 = common.rl_run(args)
     if run := common.stage_two(args, "rl-0.1-gated", 0.1, 0, s1, "--gate-depth-on-correct"):
         front["gated"].append(point(args, answers(args, run), value=0.1, seed=0))
-        if ungated := common.rl_run(args):
-            front["gated"][0]["less_ungated"] = paired(*(correct(answers(args, of)) for of in (ungated, run)))
+        if s2:
+            front["gated"][0]["less_ungated"] = paired(*(correct(answers(args, of)) for of in (s2, run)))
     recovery = from_lower_kappa(args, front["lower kappa"])
-    for name, run in (("delta stage 1", s1), ("delta stage 2", common.rl_run(args))):
+    for name, run in (("delta stage 1", s1), ("delta stage 2", s2)):
         for delta in DELTAS if run else ():
             front[name].append(point(args, answers(args, run, delta=delta), value=delta))
     training = [{"step": m["step"], **{name: m[name] for name in ("exit_histogram", "average_compute", "length")}}
-                for run in [common.rl_run(args)] if run for _, m in read_lines(run / "metrics.jsonl")]
+                for _, m in (read_lines(s2 / "metrics.jsonl") if s2 else ())]
     data = common.save(args, "fronts", "fronts", base=point(args, common.base_answers(args)), front=front,
                        recovery=recovery, training=training)
     draw(args, data, "fronts")
