@@ -82,7 +82,7 @@ def after_thinking(text: str, think_open: bool = False) -> str | None:
     return None if "<think>" in answer or (think_open and not closed) else answer
 
 
-def finished_answer(text: str, finished: bool, think_open: bool = False) -> str | None:
+def finished_answer(text: str, finished: bool, think_open: bool) -> str | None:
     """What follows the thoughts; None where the response, or its thoughts, have not finished."""
     return after_thinking(text, think_open) if finished else None
 
