@@ -13,7 +13,6 @@ instead), dropout, a curriculum.
 """
 
 import argparse
-import json
 import math
 import random
 import time
@@ -30,7 +29,7 @@ from tqdm import tqdm
 import flags
 import runs
 from data import arithmetic, stories, tasks
-from data.hub import UserError, read_json, write_json
+from data.hub import UserError, as_json, read_json, write_json
 from data.text import OURS, Tokenizer
 from data.weights import config_fields
 from exits import Policy
@@ -230,7 +229,7 @@ def main() -> None:
     if args.init:
         model = Transformer.from_pretrained(args.init).requires_grad_(True)
     else:
-        model = Transformer(Config(**config_fields(json.loads((export / "config.json").read_text()))))
+        model = Transformer(Config(**config_fields(read_json(export / "config.json"))))
         initialise(model)
     optimizers, rate, seed = make_optimizers(model), 0.5 if args.init else 1.0, 10**6 if args.init else 0
     state = args.out / "state.safetensors"
@@ -263,12 +262,11 @@ def main() -> None:
         if step % SAVE_EVERY == 0 or step >= args.steps:
             save_state(state, model, optimizers, step)
             save_weights(export, model)
-            row = {"step": step, "loss": sum(losses) / len(losses)}
-            row |= {"tokens_per_s": tokens / (time.time() - clock)}
-            row |= evaluate(export, tokenizer, 50)
+            row = as_json({"step": step, "loss": sum(losses) / len(losses),
+                           "tokens_per_s": tokens / (time.time() - clock), **evaluate(export, tokenizer, 50)})
             with open(args.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            bar.write(json.dumps(row))
+                file.write(row)
+            bar.write(row, end="")
             clock, losses, tokens = time.time(), [], 0
 
 
