@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import platform
 import resource
 import sys
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import flags  # noqa: E402
-from data.hub import UserError  # noqa: E402
+from data.hub import UserError, write_json  # noqa: E402
 from exits import PROJECTIONS, Policy, exit_depths  # noqa: E402
 from fast.linear import linear  # noqa: E402
 from model import Config, Transformer  # noqa: E402
@@ -167,5 +166,5 @@ def report(args, record: dict) -> None:
     record = {"args": vars(args), "machine": machine(args), "peak_gib": peak_gib(args.device)} | record
     print(f"peak memory {record['peak_gib']:.2f} GiB")
     if args.out:
-        Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+        write_json(Path(args.out), record)
         print(f"wrote {args.out}")
