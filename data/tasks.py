@@ -224,16 +224,7 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
     problems, met, source = [], {}, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     for i, p in enumerate(made):
         where = f"{path}, problem {i}"
-        if not isinstance(p, (Problem, dict)):
-            raise UserError(f"{where}: problems() must give dicts with 'question' and 'answer', not {p!r:.60}")
-        if isinstance(p, Problem) and not all(is_text(text) for text in (p.id, p.question, p.gold)):
-            raise UserError(f"{where}: its id, question and gold must be texts, not {p.id!r:.30}, {p.question!r:.30}, "
-                            f"{p.gold!r:.30}")
-        if isinstance(p, Problem) and not (is_text(p.kind) and p.kind in ("number", "choice")):
-            raise UserError(f"{where}: its kind must be 'number' or 'choice', not {p.kind!r:.30}")
-        row = p if isinstance(p, dict) else vars(p) | {"answer": p.gold}
-        problem = own_problem(row, where, f"{Path(path).stem}/{split}/{seed}/{i}")
-        p = replace(p, choices=problem.choices) if isinstance(p, Problem) else problem
+        p = given_problem(p, where, f"{Path(path).stem}/{split}/{seed}/{i}")
         own = {f"own_{name}": getattr(module, name, getattr(p, f"own_{name}")) for name in ("grade", "reward")}
         problems.append(gradable(replace(p, **own, own_hash=source if any(own.values()) else ""), where, met))
     if not problems:
@@ -249,6 +240,20 @@ def own_module(path: str, split: str, n: int, seed: int) -> list[Problem]:
     if times > 1:  # answers of several models are compared by it
         raise UserError(f"{path}: {times} of its Problems have the id {name!r}: name them apart")
     return problems
+
+
+def given_problem(p, where: str, name: str) -> Problem:
+    """What a problems() of the user's gave, a dict or a Problem, checked, as a Problem."""
+    if isinstance(p, dict):
+        return own_problem(p, where, name)
+    if not isinstance(p, Problem):
+        raise UserError(f"{where}: problems() must give dicts with 'question' and 'answer', not {p!r:.60}")
+    if not all(is_text(text) for text in (p.id, p.question, p.gold)):
+        raise UserError(f"{where}: its id, question and gold must be texts, not {p.id!r:.30}, {p.question!r:.30}, "
+                        f"{p.gold!r:.30}")
+    if not (is_text(p.kind) and p.kind in ("number", "choice")):
+        raise UserError(f"{where}: its kind must be 'number' or 'choice', not {p.kind!r:.30}")
+    return replace(p, choices=own_problem(vars(p) | {"answer": p.gold}, where, name).choices)
 
 
 def yes_or_no(value) -> bool:
