@@ -38,7 +38,7 @@ def repetition(tokens: list[int]) -> float:
 
 
 @torch.no_grad()
-def each(policy: Policy, rows: list[dict], micro_batch: int = 64) -> list[dict]:
+def each(policy: Policy, rows: list[dict], micro_batch: int) -> list[dict]:
     """Of each row (prompt_ids, token_ids, finished): nll, the sum of -log p over its tokens in nats, and the columns.
 
     The base reads the response at full depth, adapters off, whatever depths it was written at.
@@ -122,7 +122,7 @@ def damaged(row: dict, parts: list[list[int]], steps: range, how, rng) -> dict:
     return row | {"token_ids": [token for part in parts for token in part]}
 
 
-def calibrate(policy: Policy, tokenizer, rows: list[dict], micro_batch: int = 64, seed: int = 0) -> dict:
+def calibrate(policy: Policy, tokenizer, rows: list[dict], micro_batch: int, seed: int) -> dict:
     """The columns of the rows and of each planted degradation, with the share of damaged responses that a column ranks
     below their own original, ties counted half. Rows of fewer than three different steps are left out."""
     usable = []

@@ -70,7 +70,7 @@ def test_planted_degradations_rank_below_their_originals():
     prompt = tokenizer.prompt_ids([{"role": "user", "content": "Leo has 30 pens.\nFirst Leo gives Kate 8.\nSecond Kate "
                                     "gives Leo 3.\nThird Leo finds 4 more.\nHow many pens does Leo have now?"}])
     row = dict(prompt_ids=prompt, token_ids=tokenizer.encode(text + "</think>\n\n\\boxed{29}<|im_end|>"), finished=True)
-    record = coherence.calibrate(policy, tokenizer, [row, row | {"finished": False}])
+    record = coherence.calibrate(policy, tokenizer, [row, row | {"finished": False}], 64, 0)
     assert (record["n"], record["left out"]) == (1, 1)
     for name, found in record["damaged"].items():
         assert found["ranked_below"]["coherence"] == 1.0, name
