@@ -134,6 +134,12 @@ def threshold(p: argparse.ArgumentParser) -> None:
                    "of drawing (default: draw, as in training)")
 
 
+def check_out_file(out: str | None) -> None:
+    """For a script whose --out is a file that it writes at its end, which may be hours away."""
+    if out and (Path(out).is_dir() or not Path(out).parent.is_dir()):
+        raise UserError(f"--out {out}: must be a file to write, in a folder that is there")
+
+
 def replay(saved: dict, p: argparse.ArgumentParser, where) -> argparse.Namespace:
     """A run's recorded flags, checked as if they were typed. Raises UserError for those of another version, too."""
     known = vars(p.parse_args([])).keys()

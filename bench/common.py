@@ -53,8 +53,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 def settle(args) -> None:
     if args.cuda_graphs and not args.device.startswith("cuda"):
         raise UserError(f"--cuda-graphs with --device {args.device}: only CUDA has them; leave the flag out")
-    if args.out and not Path(args.out).parent.is_dir():
-        raise UserError(f"--out {args.out}: its folder is not there")
+    flags.check_out_file(args.out)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.threads:
         torch.set_num_threads(args.threads)

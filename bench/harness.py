@@ -103,8 +103,7 @@ def main() -> None:
     flags.threshold(p)
     args = p.parse_args()
     args.asked = args.max_new_tokens
-    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
-        raise UserError(f"--out {args.out}: must be a file to write, in a folder that is there")
+    flags.check_out_file(args.out)
     if lm_eval is None:
         raise UserError("lm-evaluation-harness is not installed: python -m pip install lm-eval")
     base = args.run == "base"

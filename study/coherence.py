@@ -205,8 +205,7 @@ def main() -> None:
     p.add_argument("--calibrate", action="store_true", help="damage the base's responses, and see what ranks them "
                    "lower")
     args = p.parse_args()
-    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
-        raise UserError(f"--out {args.out}: must be a file to write, in a folder that is there")
+    flags.check_out_file(args.out)
     saved, where = about(args.folder)
     task = field(saved, "task", str, where)
     flags.inherit(args, {"args": saved}, where, task=False)
