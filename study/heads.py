@@ -88,9 +88,10 @@ def main() -> None:
         mark = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in heads.parameters())).hexdigest()[:8]
         answered = answers(args, args.run, "learned" if width is None else f"heads {width} {mark}", replaced)
         measured = held_out(policy, kept["test"], kappa, seed, args.micro_batch)
-        gained = before and dict(zip(("gained", "gained_half"), paired(before, correct(answered)), strict=True))
-        before = correct(answered)
-        rows.append(point(args, answered, width=width, **gained or {}, **{name: measured[name] for name in (
+        right = correct(answered)
+        gained = dict(zip(("gained", "gained_half"), paired(before, right), strict=True)) if before else {}
+        before = right
+        rows.append(point(args, answered, width=width, **gained, **{name: measured[name] for name in (
             "exit_cross_entropy", "token_kl", "token_kl_at_own_exits", "intact", "intact_at_half")}))
     common.save(args, "heads", "heads", run=str(args.run), trained_width=trained_width, responses=len(chosen),
                 positions=len(to_fit[0]), base=point(args, base_answers(args)), rows=rows)
