@@ -171,18 +171,7 @@ def chosen_runs(args) -> dict[str, Path]:
         if newest is None:
             raise UserError(f"no complete run under {runs.RUNS}/: run python distill.py first, name runs to compare, "
                             f"or evaluate.py base")
-        folders = [newest]
-        config = runs.read_config(newest)
-        if init := field(config["args"], "init", str, newest / "config.json", default=None):
-            first = runs.find(init, beside=newest)
-            if first.is_dir():
-                first = as_it_was(first, config.get("start"))
-                if exits_of(checkpoint(first)) == exits_of(checkpoint(newest)):
-                    folders.insert(0, first)
-                else:
-                    runs.say(f"{first} has other exits by now, and is left out")
-            else:
-                runs.say(f"{init}, where it started, is not there any more, and is left out")
+        folders = [*stage_one_of(newest), newest]
     configs = refuse_unlike(folders, args) if args.runs else [runs.read_config(folder) for folder in folders]
     stages = [{"distill": "stage 1", "rloo": "stage 2"}[config["stage"]] for config in configs]
     columns = {}
@@ -191,6 +180,23 @@ def chosen_runs(args) -> dict[str, Path]:
         name = stage if len(alike) == 1 else f"{stage} {runs.short(folder, alike)}"
         columns[name + runs.incomplete(folder)] = folder
     return columns
+
+
+def stage_one_of(run: Path) -> list[Path]:
+    """The stage-1 run that a run came from, or none: where it is one itself, or its start is gone or not comparable."""
+    config = runs.read_config(run)
+    init = field(config["args"], "init", str, run / "config.json", default=None)
+    if not init:
+        return []
+    first = runs.find(init, beside=run)
+    if not first.is_dir():
+        runs.say(f"{init}, where it started, is not there any more, and is left out")
+        return []
+    first = as_it_was(first, config.get("start"))
+    if exits_of(checkpoint(first)) != exits_of(checkpoint(run)):
+        runs.say(f"{first} has other exits by now, and is left out")
+        return []
+    return [first]
 
 
 def as_it_was(run: Path, start: str | None) -> Path:
