@@ -407,16 +407,17 @@ def monitor(data: dict) -> list[str]:
     half = [[f"E1 least cap on depth that keeps half of the accuracy over a guess, {words}",
              *(str(d50(rows, key) or "none") for rows in found.values())]
             for key, words in (("E1 chain", "with the chain"), ("E1 direct", "without"))]
+    claims = [f"{name}: {claim(rows, verdicts)}." for name, rows in found.items()
+              if "difference" in rows.get("E1 uplift learned", {})]
+    evals = [[label + marked(key, verdicts), *(cell(rows, key, scale) for rows in found.values())]
+             for label, key, scale in EVALS]
     return [f"### Did reasoning move into the text{on}{at}?{others}", "",
             f"`{data['command']}`: {Path(data['about']['model']).name}, {task}, the likeliest tokens at learned "
             f"depth{at}, the base at full depth; differences from the base are paired and have 95% intervals, not "
             "corrected for their number.",
             "",
-            *(line for name, rows in found.items() if "difference" in rows.get("E1 uplift learned", {})
-              for line in (f"{name}: {claim(rows, verdicts)}.", "")),
-            *table(["", *found], [row for row in ([label + marked(key, verdicts), *(cell(rows, key, scale) for rows in
-                                                                                       found.values())]
-                                                  for label, key, scale in EVALS) if any(row[1:])] + half),
+            *(line for told in claims for line in (told, "")),
+            *table(["", *found], [row for row in evals if any(row[1:])] + half),
             f"![Accuracy with and without the chain, against a cap on depth](figures/{data['name']}.png)"]
 
 
