@@ -258,9 +258,9 @@ def warn_fewer(name: str, asked: int, found: int) -> None:
         say(f"{name} {asked}: the task has {found} problems here, and all of them are taken")
 
 
-def warn_idle(flag: str, count: int) -> None:
+def warn_idle(name: str, count: int) -> None:
     if count < parallel.size():
-        say(f"{flag} {count}: {parallel.size() - count} of {parallel.size()} processes have nothing to do in a step")
+        say(f"{name} {count}: {parallel.size() - count} of {parallel.size()} processes have nothing to do in a step")
 
 
 # ----------------------------------------------------------------------------------------------------- run folders
