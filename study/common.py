@@ -224,7 +224,7 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
         args.prompts_hash = runs.json_hash(tasks.prompts(args.problems, tokenizer, args.thinking))
     base = isinstance(source, tuple)
     folder = None if base else checkpoint(source)
-    label = "base" if base else folder.parent.name + f"-{folder.name}"
+    label = "base" if base else f"{folder.parent.name}-{folder.name}"
     head = {"weights": list(source) if base else digest(folder), "how": how, "n": args.n, "delta": delta,
             "temperature": args.temperature, "prompts": args.prompts_hash,
             "problems": runs.problems_hash(args.problems), "base": base_mark(args.model, args.revision),
