@@ -27,21 +27,20 @@ def main() -> None:
     found = {f"{factor:g}": run for factor in factors if (run := common.kl_run(args, factor))}
     if not found:
         return
-    base = base_answers(args)
+
+    def row(name: str, answered: common.Answers, held_out: dict) -> dict:
+        return point(args, answered, name=name, paper=PAPER.get(name), **common.coherence_of(args, answered),
+                     **{key: held_out.get(key) for key in ("token_kl", "token_kl_at_own_exits")})
 
     rows, distributions = [], []
-    for name, run in (found | {BASE: None}).items():
-        answered, held_out = (answers(args, run), read_json(run / "complete.json")) if run else (base, {})
-        rows.append(point(args, answered, name=name, paper=PAPER.get(name), **common.coherence_of(args, answered),
-                          **{key: held_out.get(key) for key in ("token_kl", "token_kl_at_own_exits")}))
-        if run:
-            at_half = undrawn(args, run)
-            rows[-1] |= {"thresholded": point(args, at_half),
-                         "thresholded_change": paired(correct(answered), correct(at_half))}
-            target, learned = (held_out[which]["distribution"] for which in ("target", "learned"))
-            distributions.append({"name": name, "depths": answered.depth_of_outcome, "target": target,
-                                  "learned": learned, "positions": held_out["positions"],
-                                  "total_variation": total_variation(target, learned)})
+    for name, run in found.items():
+        answered, at_half, held_out = answers(args, run), undrawn(args, run), read_json(run / "complete.json")
+        rows.append(row(name, answered, held_out) | {
+            "thresholded": point(args, at_half), "thresholded_change": paired(correct(answered), correct(at_half))})
+        target, learned = (held_out[which]["distribution"] for which in ("target", "learned"))
+        distributions.append({"name": name, "depths": answered.depth_of_outcome, "target": target, "learned": learned,
+                              "positions": held_out["positions"], "total_variation": total_variation(target, learned)})
+    rows.append(row(BASE, base_answers(args), {}))
     common.save(args, "table1", "table1", rows=rows)
     draw(args, common.save(args, "fig4", "table1", distributions=distributions), "fig4")
 
