@@ -6,6 +6,8 @@ Writes table1.json, fig4.json and fig4.png.
     python -m study.table1
 """
 
+import math
+
 import runs
 from data.hub import read_json
 from evaluate import BASE, paired
@@ -48,7 +50,7 @@ def main() -> None:
 def draw(args, data: dict, name: str) -> None:
     distributions = data["distributions"]
     columns = min(4, len(distributions))
-    axes, finish = common.figure(args, name, columns, -(-len(distributions) // columns), 7.5, 3.6)
+    axes, finish = common.figure(args, name, columns, math.ceil(len(distributions) / columns), 7.5, 3.6)
     for ax, d in zip(axes, distributions, strict=False):
         at = range(len(d["depths"]))
         for shift, which, color in ((-0.2, "target", "0.65"), (0.2, "learned", "C0")):
