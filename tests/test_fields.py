@@ -25,7 +25,7 @@ from exits import Policy
 from model import Transformer
 from tests import fuzz
 from tests.commands import RL, ROOT, SMALL, config, run, toy_checkpoint
-from tests.toys import toy_model
+from tests.toys import edit, toy_model
 
 
 def said(monkeypatch, capsys, *command) -> str:
@@ -269,9 +269,8 @@ def test_only_a_model_that_can_think_is_told_not_to(tmp_path, thinks):
     folder = toy_checkpoint(tmp_path / "toy", layers=2)
     (folder / "generation_config.json").write_text('{"eos_token_id": 262}')
     if not thinks:
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        config["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        edit(folder / "tokenizer_config.json", lambda config: config.update(
+            chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"))
     done = run("distill.py", "--model", "toy", *SMALL, "--max-new-tokens", 1, cwd=tmp_path)
     assert ("--no-thinking" in done.stderr) == thinks == ("thinking on" in done.stdout)
     assert "learns nothing about how they end" in done.stderr and "right" not in done.stderr

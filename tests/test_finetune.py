@@ -1,7 +1,6 @@
 """Teaching a checkpoint a generator, on a toy."""
 
 import argparse
-import json
 
 import pytest
 
@@ -9,6 +8,7 @@ from data import finetune, make_tiny
 from data.hub import UserError
 from model import Transformer
 from tests.commands import lines, toy_checkpoint
+from tests.toys import edit
 
 
 @pytest.fixture
@@ -58,8 +58,7 @@ def test_what_it_can_not_teach_is_refused(teach, tmp_path):
     (tmp_path / "begun").rename(tmp_path / "moved")
     assert teach("moved") == tmp_path / "moved"  # where it lies is no flag
     for name in ("generation_config.json", "config.json"):
-        path = tmp_path / "toy" / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 7}))
+        edit(tmp_path / "toy" / name, lambda config: config.update(eos_token_id=7))
     with pytest.raises(UserError, match="use a ChatML checkpoint"):
         teach("other")
 

@@ -27,6 +27,7 @@ from data.text import Tokenizer
 from exits import Response
 from tests import kill
 from tests.commands import RL, ROOT, SMALL, config, forked, fresh, lines, run, running, toy_checkpoint
+from tests.toys import edit
 
 STAGES = [("distill.py", "one"), ("rloo.py", "two")]
 
@@ -249,7 +250,7 @@ def test_a_run_that_is_set_back_has_no_step_twice(home):
 def test_a_resumed_run_names_the_commit_that_it_was_started_with(home):
     """Else who edits the method between the two can't tell what the first steps ran."""
     path = home / "one" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "0123456789ab"}))
+    edit(path, lambda found: found.update(commit="0123456789ab"))
     run("distill.py", "--resume", "one", "--steps", 3, cwd=home)
     found = json.loads(path.read_text())
     assert found["commit"] == "0123456789ab" and found["resumed_commit"] == runs.commit()
