@@ -26,7 +26,6 @@ import parallel
 import runs
 import teacher
 from data import tasks
-from data.hub import field
 from exits import (
     Policy,
     Response,
@@ -319,9 +318,8 @@ def main() -> None:
     measured = held_out(policy, data["test"], args.kl_factor, args.seed, args.micro_batch)
     run.complete(measured)
     print(in_words(measured, policy.depth_of_outcome.tolist(), max(map(len, data["test"]))))
-    losses = [field(row, "token_kl", float, run.folder / "metrics.jsonl", default=None) for row in run.last_metrics(20)]
-    finite = [loss for loss in losses if loss is not None]
-    if problem := verdict(measured, sum(finite) / len(finite) if finite else math.inf):
+    losses = runs.finite(run.last_metrics(20), "token_kl", run.folder / "metrics.jsonl")
+    if problem := verdict(measured, sum(losses) / len(losses) if losses else math.inf):
         print(problem)
     print(f"next: python rloo.py --lam 0.1 --init {quote(str(run.folder))}")
 

@@ -160,8 +160,7 @@ def trend(rows: list[dict], where) -> str:
     """What has become of the means that matter, from the first tenth of a run's metrics to the last."""
     tenth, told = math.ceil(len(rows) / 10), []
     for name in ("accuracy", "average_compute", "length", "kl"):
-        first, last = ([x for row in part if (x := field(row, name, float, where, default=None)) is not None]
-                       for part in (rows[:tenth], rows[-tenth:]))
+        first, last = (runs.finite(part, name, where) for part in (rows[:tenth], rows[-tenth:]))
         told.append(f"{name} {mean(first):.3g} -> {mean(last):.3g}" if first and last else f"{name} not finite")
     return f"from the first {tenth} to the last of {len(rows)} steps: {', '.join(told)}"
 

@@ -486,6 +486,11 @@ class Run:
             self.curves.finish()
 
 
+def finite(rows: list[dict], name: str, where) -> list[float]:
+    """A number of each line of metrics.jsonl, but for those that were not finite, of which null stands there."""
+    return [x for row in rows if (x := field(row, name, float, where, default=None)) is not None]
+
+
 def lock_folder(folder: Path) -> None:
     """Holds a folder while this process lives."""
     Run.lock = open(folder / ".lock", "a+", encoding="utf-8", errors="replace")
