@@ -237,6 +237,19 @@ def summary(found: list[dict | str]) -> dict:
     return record
 
 
+def endpoint(judge_url: str) -> str:
+    """Where requests go to. Raises UserError where no request could."""
+    try:
+        parts = urllib.parse.urlsplit(judge_url)
+        sound = parts.port != 0 and (parts.hostname or "").encode("idna") and judge_url.isascii()
+    except ValueError:  # no such port or host; UnicodeError is one, too
+        sound = False
+    if not sound or parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.query:
+        raise UserError(f"--judge-url {judge_url}: give http:// or https:// with a host, like "
+                        f"http://127.0.0.1:8000/v1, and a key by the environment variable JUDGE_API_KEY")
+    return judge_url.rstrip("/") + "/chat/completions"
+
+
 def table(models: dict[str, dict]) -> str:
     width = max(map(len, models)) + 2
     lines = [f"{'':{width}}{'scored':>9}" + "".join(f"{name:>14}" for name in SCORES) + f"{'mean of the four':>20}"]
@@ -264,14 +277,7 @@ def main() -> None:
                    "(default: 120)")
     p.add_argument("--cache", type=Path, default=runs.RUNS / "verdicts.jsonl", help="(default: %(default)s)")
     args = p.parse_args()
-    try:
-        parts = urllib.parse.urlsplit(args.judge_url)
-        sound = parts.port != 0 and (parts.hostname or "").encode("idna") and args.judge_url.isascii()
-    except ValueError:  # no such port or host; UnicodeError is one, too
-        sound = False
-    if not sound or parts.scheme not in ("http", "https") or "@" in parts.netloc or parts.query:
-        raise UserError(f"--judge-url {args.judge_url}: give http:// or https:// with a host, like "
-                        f"http://127.0.0.1:8000/v1, and a key by the environment variable JUDGE_API_KEY")
+    url = endpoint(args.judge_url)
     key = os.environ.get("JUDGE_API_KEY", "").strip() or None
     if key and not (key.isascii() and key.isprintable()):
         raise UserError("JUDGE_API_KEY holds characters that no key has")
@@ -285,7 +291,6 @@ def main() -> None:
                                           None if args.model else saved["revision"])
     groups = read(args.folder, args.n)
     pairs = [(tokenizer.decode(row["prompt_ids"]), row["text"]) for rows in groups.values() for row in rows]
-    url = args.judge_url.rstrip("/") + "/chat/completions"
     found = judge(pairs, url, request, key, args.timeout, Cache(args.cache))
     models, rows, left = {}, [], iter(found)
     for name, group in groups.items():
