@@ -347,7 +347,8 @@ def main() -> None:
             print(f"{runs.describe(args, tokenizer)}, {len(problems)} held-out problems, {drawn}; to {out}")
         runs.share_out(policy, args)
         print(f"  {name}: {run or args.model}")
-        for label in [BASE] * (not metrics) + [name] * bool(run):  # the base once, by the first run, its adapters off
+        # The base once, by the first run, its adapters off.
+        for label in ([] if metrics else [BASE]) + ([name] if run else []):
             base, depth_of_outcome = label == BASE, policy.depth_of_outcome.tolist()
             rows = answer(policy, problems, prompts, tokenizer, label, kept.get(label, []), out, args)
             metrics.append({"name": label, "run": None if base else str(run), **measure(rows, depth_of_outcome),

@@ -168,7 +168,8 @@ def guarded(main) -> tuple[str | None, int]:
         raise
     except OSError as error:
         where = error.filename or Run.current  # neither, where a disk is full and no run is open
-        return f"error: {UserError(f'{where}: ' * bool(where) + (error.strerror or str(error)))}", 2
+        told = error.strerror or str(error)
+        return f"error: {UserError(f'{where}: {told}' if where else told)}", 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
                 words in str(error) for words in OUT_OF_MEMORY):
@@ -217,8 +218,9 @@ def describe(args, tokenizer: Tokenizer) -> str:
     """What a script says of itself when it starts."""
     thinking = f", thinking {'on' if args.thinking else 'off'}" if tokenizer.can_think else ""
     blind = torch.version.cuda and not torch.cuda.is_available()  # a driver older than torch wants, for one
-    return (f"{args.model}, {args.dtype} on {args.device}{' (torch has CUDA, but finds no GPU)' * bool(blind)}: "
-            f"{args.task}{thinking}, at most {args.max_new_tokens} new tokens")
+    no_gpu = " (torch has CUDA, but finds no GPU)" if blind else ""
+    return (f"{args.model}, {args.dtype} on {args.device}{no_gpu}: {args.task}{thinking}, at most "
+            f"{args.max_new_tokens} new tokens")
 
 
 def prompt_ids(problems, model: Transformer, tokenizer: Tokenizer, args) -> list[list[int]]:

@@ -78,7 +78,7 @@ def sentences(tokens: list[int], pieces: list[str]) -> list[list[int]]:
         if piece.endswith("\n") and not following.isspace() or re.search(r"[.!?]$", piece) and following[:1] == " ":
             parts.append(part)
             part = []
-    return parts + [part] * bool(part)
+    return [*parts, part] if part else parts
 
 
 def body(texts: list[str]) -> range:

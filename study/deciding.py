@@ -51,7 +51,7 @@ def main() -> None:
         layers = f"{row['low']}" if row["low"] == row["high"] else f"{row['low']}-{row['high']}"
         solved = [f"{row[name]:.1%}" if row["n"] else "" for name in ("own", "full", "base")]
         print(f"{row['model']:24}{layers:>8}{row['n']:>9}{row['share']:>8.1%}{solved[0]:>11}{solved[1]:>12}"
-              f"{solved[2]:>8}" + f"   mean depth {row['mean_depth']:.2f}" * (row["low"] == 1))
+              f"{solved[2]:>8}" + (f"   mean depth {row['mean_depth']:.2f}" if row["low"] == 1 else ""))
 
 
 if __name__ == "__main__":

@@ -454,7 +454,7 @@ def coherence(data: dict) -> list[str]:
 
 def evaluations(data: dict) -> list[str]:
     which = data.get("name", "").removeprefix("evaluations").replace("-", " ")
-    text = [f"### evaluate.py's comparisons, one by one{':' * bool(which)}{which}", "",
+    text = ["### evaluate.py's comparisons, one by one" + (f":{which}" if which else ""), "",
             "`python -m study.evaluations`, from what `python evaluate.py base RUN … --n N --seed S` wrote, with "
             "--temperature and --threshold as named; a star stands for the seeds that are averaged. Problems are those "
             "of --seed."]
