@@ -309,18 +309,19 @@ class Run:
         refuse_stage(config, folder, stage)
         before = replay(config["args"], p, where)
         # All flags start as None, so what isn't None afterwards was given now.
-        given = vars(p.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(before)))))
+        now = p.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(before))))
+        given = {name: value for name, value in vars(now).items() if value is not None}
         was_lr = before.lr
         for name, value in given.items():
             was = getattr(before, name)
             moved = name in ("task", "init") and name_of_run(str(value)) == name_of_run(str(was))
-            if value is not None and name not in (*FREE_ON_RESUME, *RATES) and value != was and not moved:
+            if name not in (*FREE_ON_RESUME, *RATES) and value != was and not moved:
                 so = f"with {typed(name, was)}" if was is not None else f"without --{flag(name)}"
                 raise UserError(f"--resume {folder}: it was started {so}, not with {typed(name, value)}: leave the "
                                 f"flag out, or start a new run")
-            if value is not None and name != "resume":
+            if name != "resume":
                 setattr(before, name, value)
-        if given["lr"] is not None and given.get("head_lr") is None and was_lr and getattr(before, "head_lr", None):
+        if "lr" in given and "head_lr" not in given and was_lr and getattr(before, "head_lr", None):
             before.head_lr *= given["lr"] / was_lr  # as many times the adapters' as before
         done, planned = folder / "complete.json", field(config["args"], "steps", int, where)
         ended = any(int(path.name[-6:]) >= planned for path in checkpoints(folder))  # not gone back to an earlier one
