@@ -96,10 +96,6 @@ def draw_fronts(args, data: dict, name: str, factors: list[dict], simpler: list[
             ax.plot([100 * row["average_compute"] for row in rows], [100 * row["accuracy"] for row in rows],
                     label=label, **style)
 
-    def of(rule, weights):
-        return [p for p in simpler if (p["rule"], p["weights"]) == (rule, weights)]
-
-    lower = next((p["weights"] for p in simpler if p["weights"].startswith("stage 2 from")), None)
     axes, finish = common.figure(args, name, 2 if simpler else 1, width=9 if simpler else 4)
     front = data["front"]
     for ax in axes:
@@ -114,19 +110,20 @@ def draw_fronts(args, data: dict, name: str, factors: list[dict], simpler: list[
     curve(axes[0], factors, "stage 1: κ swept", color="C2", marker="s", linestyle=":")
     curve(axes[0], [row["thresholded"] for row in factors if "thresholded" in row], "… exits at p > 1/2, not drawn",
           color="C9", marker="p", linestyle="--")
+    lower = next((p["weights"] for p in simpler if p["weights"].startswith("stage 2 from")), "")
     for rule, weights, style in (
             ("confidence", "base", dict(color="C1", marker="^")),
             ("confidence", "stage 1", dict(color="C1", marker="^", linestyle="--", markerfacecolor="w")),
             ("heads", "stage 1", dict(color="C9", marker="p", linestyle="--")),
-            *((("heads", lower, dict(color="C9", marker="p", linestyle=":", markerfacecolor="w")),) if lower else ()),
+            ("heads", lower, dict(color="C9", marker="p", linestyle=":", markerfacecolor="w")),
             ("confidence", "stage 2", dict(color="C1", marker="^", linestyle=":", markerfacecolor="w")),
-            ("oracle", "base", dict(color="0.5", marker="v")), ("oracle", "stage 2", dict(color="0.5", marker="v",
-                                                                                         linestyle=":")),
-            ("static", "base", dict(color="C4", marker="x")), ("random", "stage 2", dict(color="C5", marker="D",
-                                                                                       linestyle="")),
-            ("plain RL", None, dict(color="C6", marker="P", linestyle=""))) if simpler else ():
-        rows = of(rule, weights) if weights else [p for p in simpler if p["rule"] == rule]
-        curve(axes[1], rows, f"{rule}, {weights}" if weights else rule, **style)
+            ("oracle", "base", dict(color="0.5", marker="v")),
+            ("oracle", "stage 2", dict(color="0.5", marker="v", linestyle=":")),
+            ("static", "base", dict(color="C4", marker="x")),
+            ("random", "stage 2", dict(color="C5", marker="D", linestyle="")),
+            ("plain RL", None, dict(color="C6", marker="P", linestyle=""))):  # None: each seed has weights of its own
+        rows = [p for p in simpler if p["rule"] == rule and weights in (None, p["weights"])]
+        curve(axes[-1], rows, f"{rule}, {weights}" if weights else rule, **style)
     for ax in axes:  # last, since a limit set stops the axis from growing
         ax.set(xlabel="average compute (% of layers)", ylabel="accuracy (%)", ylim=(0, None))
     axes[0].legend(fontsize=7, loc="lower right")
