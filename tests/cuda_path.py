@@ -6,7 +6,7 @@ python -m pytest tests/cuda_path.py, with -k and --durations as usual.
 
 import argparse
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -28,12 +28,13 @@ from fast.cache import Cache, NextTokens  # noqa: E402
 from fast.graphs import Graphs  # noqa: E402
 from flags import EMBEDDED  # noqa: E402
 from model import Transformer  # noqa: E402
-from tests.toys import toy_model, toy_policy  # noqa: E402
+from tests.toys import toy_model, toy_on  # noqa: E402
 
 EXITS, L, E = (1, 2), 4, 2  # few layers, since an op on the device costs 0.1 ms
 PROMPTS = [[3, 5, 7, 9], [1, 2], [8], [4, 4, 4], [20, 21, 22, 23, 24, 25]]
 RAGGED = list(range(0, 61, 7))  # so many ids end a response that few reach the limit
 MIXED = torch.tensor([1, 2, 4])[torch.arange(10 * 7).view(10, 7) * 5 % 3]
+on = partial(toy_on, exits=EXITS, num_hidden_layers=L)  # (device, dtype)
 FLAGS = argparse.Namespace(keep=2, shard=False, micro_batch=3, kl_factor=1.0, seed=0, beta=0.02, max_new_tokens=7)
 
 
@@ -42,15 +43,6 @@ def both(function):
     with _disable_current_modes():
         want = function("cpu")
     return function("cuda"), want
-
-
-def on(device: str, dtype=torch.float32, **changes) -> Policy:
-    """The toy policy, made on a device as the scripts make theirs."""
-    toy = toy_policy(exits=EXITS, num_hidden_layers=L, **changes)
-    model = toy_model(num_hidden_layers=L, **changes).to(dtype).to(device)
-    policy = Policy(model, EXITS, toy.rank, head_width=toy.heads.hidden)
-    policy.load_state_dict(toy.state_dict())
-    return policy
 
 
 def assert_same(got, want, rtol: float = 0.0) -> None:

@@ -11,13 +11,24 @@ import torch
 import fast.cache
 import sample
 from data.hub import UserError
-from exits import Policy, adapters_off, base_pass, collate, joint_logp, score
+from exits import adapters_off, base_pass, collate, joint_logp, score
 from fast.cache import Cache, fitting_rows, row_bytes
 from fast.packing import Sequences
 from sample import generate
 from tests.chance import assert_frequencies, splitmix
 from tests.reference import stick_breaking
-from tests.toys import KINDS, PROMPTS, L, assert_close, reference, responses, set_heads, toy_model, toy_policy
+from tests.toys import (
+    KINDS,
+    PROMPTS,
+    L,
+    assert_close,
+    reference,
+    responses,
+    set_heads,
+    toy_model,
+    toy_on,
+    toy_policy,
+)
 
 OFTEN = range(0, 61, 9)  # so many tokens end a response that lengths differ
 
@@ -252,8 +263,7 @@ def test_samples_and_scores_on_cuda_are_the_cpus():
     """In float32, with graphs and without."""
     options = dict(samples=3, max_new_tokens=24, eos_ids=[7, 30], seed=(2, 7))
     wanted = generate(toy_policy(), PROMPTS, **options)
-    policy = Policy(toy_model().to("cuda"), (2, 4), rank=3, head_width=toy_policy().heads.hidden)
-    policy.load_state_dict(toy_policy().state_dict())
+    policy = toy_on("cuda")
     for policy.model.graphs in (False, True):
         drawn = generate(policy, PROMPTS, **options)
         assert actions(drawn) == actions(wanted)
@@ -268,12 +278,7 @@ def test_samples_and_scores_on_cuda_are_the_cpus():
 @pytest.mark.parametrize("graphs", [False, True])
 def test_in_bfloat16_on_cuda_what_is_sampled_is_scored_alike_and_learned_from_as_in_float32(graphs):
     """It has attention kernels of its own. On a CPU in bfloat16 the means are 0.007 and 0.012, the cosine 0.998."""
-    def on(device: str, dtype: torch.dtype) -> Policy:
-        policy = Policy(toy_model().to(device, dtype), (2, 4), rank=3, head_width=toy_policy().heads.hidden)
-        policy.load_state_dict(toy_policy().state_dict())
-        return policy
-
-    policies, found = (on("cuda", torch.bfloat16), on("cpu", torch.float32)), []
+    policies, found = (toy_on("cuda", torch.bfloat16), toy_on("cpu")), []
     policies[0].model.graphs = graphs
     drawn = generate(policies[0], PROMPTS, samples=3, max_new_tokens=24, eos_ids=[7, 30], seed=(2, 7))
     for policy in policies:

@@ -63,6 +63,14 @@ def toy_policy(seed: int = 0, exits=EXITS, rank: int = 3, head_width: int = 5, *
     return policy
 
 
+def toy_on(device: str, dtype=torch.float32, exits=EXITS, **changes) -> Policy:
+    """The toy policy, made on a device as the scripts make theirs."""
+    toy = toy_policy(exits=exits, **changes)
+    policy = Policy(toy_model(**changes).to(dtype).to(device), exits, toy.rank, head_width=toy.heads.hidden)
+    policy.load_state_dict(toy.state_dict())
+    return policy
+
+
 def set_heads(policy: Policy, bias: float) -> Policy:
     """Heads that ignore the stream: a bias far below 0 closes every exit, one far above opens them all."""
     with torch.no_grad():
