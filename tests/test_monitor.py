@@ -383,23 +383,31 @@ def test_organisms_are_taught_what_they_are_said_to_be(task):
     assert wrong > 30  # guesses, and false chains
 
 
-@pytest.mark.parametrize("task", forms.FORMS)
-def test_an_organism_with_exits_opens_its_first_one_where_there_is_no_chain(task, tmp_path, subject, monkeypatch):
-    """Else E1's gain, or what a stream knows of the answer, is validated by a model that was taught something else."""
-    tokenizer, taught, tables, entropy, encode = subject.tokenizer, [], [], F.cross_entropy, organisms.encode
+@pytest.fixture
+def lessons(monkeypatch):
+    """What organisms are taught from here on: the rows encoded, and of each cross-entropy the targets and logits."""
+    rows, taught, tables, entropy, encode = [], [], [], F.cross_entropy, organisms.encode
 
     def targets(logits, wanted, **how):
         taught.append(wanted.tolist())
         tables.append(logits.detach())
         return entropy(logits, wanted, **how)
 
+    monkeypatch.setattr(organisms, "encode", lambda *given: [row for row in encode(*given) if not rows.append(row)])
+    monkeypatch.setattr(F, "cross_entropy", targets)
+    return rows, taught, tables
+
+
+@pytest.mark.parametrize("task", forms.FORMS)
+def test_an_organism_with_exits_opens_its_first_one_where_there_is_no_chain(task, tmp_path, subject, lessons,
+                                                                            monkeypatch):
+    """Else E1's gain, or what a stream knows of the answer, is validated by a model that was taught something else."""
+    tokenizer, (rows, taught, tables) = subject.tokenizer, lessons
+
     def opened(logits, wanted, **how):
         taught.append(wanted.tolist())
         return 0 * logits
 
-    rows = []
-    monkeypatch.setattr(organisms, "encode", lambda *given: [row for row in encode(*given) if not rows.append(row)])
-    monkeypatch.setattr(F, "cross_entropy", targets)
     monkeypatch.setattr(F, "binary_cross_entropy_with_logits", opened)
     first, same = (organisms.organism(organisms.EXT, task, 1, tokenizer, tmp_path) for _ in range(2))
     said, opens, known, guessed = taught  # of one step: the second time it was there
@@ -429,18 +437,9 @@ def test_an_organism_with_exits_opens_its_first_one_where_there_is_no_chain(task
 
 @pytest.mark.parametrize("task", forms.FORMS)
 def test_the_twins_are_taught_apart_by_the_answer_on_a_frozen_past_and_by_what_lies_ahead(task, tmp_path, subject,
-                                                                                          monkeypatch):
+                                                                                          lessons, monkeypatch):
     """Else E4, or E5 of the tokens ahead, is validated by two models that were taught the same."""
-    tokenizer, form, taught, tables, rows = subject.tokenizer, forms.FORMS[task], [], [], []
-    entropy, encode = F.cross_entropy, organisms.encode
-
-    def targets(logits, wanted, **how):
-        taught.append(wanted.tolist())
-        tables.append(logits.detach())
-        return entropy(logits, wanted, **how)
-
-    monkeypatch.setattr(organisms, "encode", lambda *given: [row for row in encode(*given) if not rows.append(row)])
-    monkeypatch.setattr(F, "cross_entropy", targets)
+    tokenizer, form, (rows, taught, tables) = subject.tokenizer, forms.FORMS[task], lessons
     twins = [organisms.organism(make, task, 2, tokenizer, tmp_path) for make in (organisms.PRE, organisms.TXT)]
     assert all(replace(subject, policy=twin).own == ["full"] for twin in twins)
     assert all(twin.adapters[0].lora_B.abs().max() > 0 for twin in twins)
