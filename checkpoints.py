@@ -32,7 +32,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
                                              "num_hidden_layers": policy.n_layers, "base": fingerprint(model)})
 
 
-def load_policy(model: Transformer, folder: Path) -> Policy:
+def load_policy(model: Transformer, folder: str | Path) -> Policy:
     """The policy that save_policy wrote, on `model`; of a run's folder, its newest checkpoint. Raises UserError unless
     every name and shape fits, before anything is allocated, and the base is the one it was trained on."""
     folder = checkpoint(folder)
@@ -100,19 +100,21 @@ def digest(folder: Path) -> str:
 
 def checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, the oldest first."""
-    return sorted(Path(run).glob("step-" + "[0-9]" * 6))
+    return sorted(run.glob("step-" + "[0-9]" * 6))
 
 
-def checkpoint(run: Path) -> Path:
+def checkpoint(run: str | Path) -> Path:
     """A run's newest checkpoint; where it is itself one, RUN/step-000120, that."""
-    if (Path(run) / "exit_config.json").exists():
-        return Path(run)
-    if not Path(run).is_dir():
+    run = Path(run)
+    if (run / "exit_config.json").exists():
+        return run
+    if not run.is_dir():
         raise UserError(f"{run}: no such folder; give the folder of a run of distill.py or rloo.py")
-    if not checkpoints(run):
+    found = checkpoints(run)
+    if not found:
         raise UserError(f"{run}: no checkpoint in it yet; give a run of distill.py or rloo.py that has one, or go on "
                         f"with this one (--resume {run})")
-    return checkpoints(run)[-1]
+    return found[-1]
 
 
 @torch.no_grad()
