@@ -18,6 +18,9 @@ def message(content) -> bytes:
     return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
 
 
+OK = (200, message(json.dumps(GOOD)))
+
+
 @pytest.fixture
 def stub(monkeypatch):
     """A server that gives `script`'s answers one after another, the last one again and again: (status, body), where a
@@ -40,7 +43,7 @@ def stub(monkeypatch):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.seen, server.script, server.over = [], [(200, message(json.dumps(GOOD)))], threading.Event()
+    server.seen, server.script, server.over = [], [OK], threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("no_proxy", "*")
@@ -55,9 +58,6 @@ def ask(stub, tmp_path, *script, pairs=(("a question", "a response"),), key=None
     if script:
         stub.script = list(script)
     return judge.judge(list(pairs), stub.url, {"model": "m"}, key, 0.3, judge.Cache(tmp_path / "verdicts.jsonl"))
-
-
-OK = (200, message(json.dumps(GOOD)))
 
 
 @pytest.mark.parametrize("first", [(429, b""), (408, b""), (500, b"oops"), (503, b"", ("Retry-After", "0"))])
