@@ -93,7 +93,10 @@ def swapped(steps, rng):
 
 
 def shuffled(steps, rng):
-    return next(order for order in iter(lambda: rng.sample(steps, len(steps)), None) if order != steps)
+    order = steps
+    while order == steps:
+        order = rng.sample(steps, len(steps))
+    return order
 
 
 def dropped(steps, rng, count=1):
