@@ -83,7 +83,8 @@ def source_of(folder: Path | None, args) -> Path | None:
 def kept_responses(run, policy: Policy, prompts: dict, args) -> dict[str, list[Response]]:
     """Begins the run's teacher.jsonl, with what there is already, and returns that."""
     path, source = run.folder / "teacher.jsonl", source_of(run.folder, args)
-    whole = "".join(read_text(source).rpartition("\n")[:2]) if source else ""
+    text = read_text(source) if source else ""
+    whole = text[: text.rfind("\n") + 1]  # lines: a kill may have cut the last one short
     write_text(path, whole or as_json(origin(policy.model, args)))
     return checked_responses(path, policy.model, prompts, args)
 
