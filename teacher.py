@@ -75,9 +75,11 @@ def source_of(folder: Path | None, args) -> Path | None:
     """Whose responses a run in a folder starts from: its own teacher.jsonl once that is begun, else --teacher's."""
     if folder and (own := folder / "teacher.jsonl").exists():
         return own
-    if args.teacher and not Path(args.teacher).is_file():
+    if not args.teacher:
+        return None
+    if not Path(args.teacher).is_file():
         raise UserError(f"--teacher {args.teacher}: no such file; give a stage-1 run, or its teacher.jsonl")
-    return Path(args.teacher) if args.teacher else None
+    return Path(args.teacher)
 
 
 def kept_responses(run, policy: Policy, prompts: dict, args) -> dict[str, list[Response]]:
