@@ -108,8 +108,7 @@ def score_responses(policy: Policy, responses: list[Response], micro_batch: int)
 
 
 def earnings(problem_of: list, records: list[dict], mean_kl: torch.Tensor, n_layers: int, tokenizer, args) -> dict:
-    """The parts of (1), R_i and A_i of each response, all (P k,), by the names under which completions.jsonl has them.
-    """
+    """The parts of (1), R_i and A_i of each response, all (P k,), by their names in completions.jsonl."""
     task = torch.tensor([problem.reward(row["text"], row["finished"], row["correct"],
                                         tokenizer.think_open(row["prompt_ids"]))
                          for problem, row in zip(problem_of, records, strict=True)], dtype=torch.double)

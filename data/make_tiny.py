@@ -142,16 +142,6 @@ def make_optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
-def save_state(path: Path, model: Transformer, optimizers: list, step: int) -> None:
-    """Weights, optimizer moments and the step in one safetensors file, replaced in one go."""
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    for o, optimizer in enumerate(optimizers):
-        for i, p in enumerate(optimizer.param_groups[0]["params"]):
-            tensors |= {f"optimizer.{o}.{i}.{key}": value for key, value in optimizer.state[p].items()}
-    save_file(tensors, path.with_suffix(".part"), {"step": str(step)})
-    path.with_suffix(".part").replace(path)
-
-
 def begin(args, free: tuple[str, ...]) -> None:
     """Makes the folder; refuses another's, and to go on under other flags than it was begun with, but the free ones."""
     path, mine = args.out / "flags.json", {name: str(value) for name, value in vars(args).items() if name not in free}
@@ -164,6 +154,16 @@ def begin(args, free: tuple[str, ...]) -> None:
         if mine.get(name) != was:
             raise UserError(f"--out {args.out} was begun with --{flags.flag(name)} {was}, not {mine.get(name)}: give "
                             f"that, or choose another --out")
+
+
+def save_state(path: Path, model: Transformer, optimizers: list, step: int) -> None:
+    """Weights, optimizer moments and the step in one safetensors file, replaced in one go."""
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    for o, optimizer in enumerate(optimizers):
+        for i, p in enumerate(optimizer.param_groups[0]["params"]):
+            tensors |= {f"optimizer.{o}.{i}.{key}": value for key, value in optimizer.state[p].items()}
+    save_file(tensors, path.with_suffix(".part"), {"step": str(step)})
+    path.with_suffix(".part").replace(path)
 
 
 def load_state(path: Path, model: Transformer, optimizers: list) -> int:
