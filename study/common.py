@@ -158,7 +158,7 @@ def kl_run(args, factor: float) -> Path | None:
 
 def calibrated(args, name: str, factor: float, *options) -> Path | None:
     record = RECORD_1.split() if args.model == "embedded" else ()
-    folder = trained(args, name, "distill.py", *record, *args.stage1, "--kl-factor", str(factor),
+    folder = trained(args, name, "distill.py", *record, *args.stage1, "--kl-factor", factor,
                      *options)  # last, since of a flag given twice the last one counts
     return folder and about_the_same(args, folder, kl_factor=factor)
 
@@ -178,7 +178,7 @@ def stage_two(args, name: str, lam: float, seed: int, init: Path | None, *option
         refuse_other_start(begun, "trained from", runs.read_config(begun).get("start"), init)
     record = RECORD_2.split() if args.model == "embedded" else ()
     folder = trained(args, name, "rloo.py", *record, "--keep", 999, *args.stage2, "--init", init, "--lam",
-                     f"{lam:g}", "--seed", seed, *options)
+                     lam, "--seed", seed, *options)
     return folder and about_the_same(args, folder, lam=lam, seed=seed)
 
 
