@@ -1,7 +1,8 @@
 """Stage 1: calibrate exit heads and adapters by self-distillation from the base model.
 
-The base model answers training prompts once. At every predicting position the lens W_U norm(h^e) of each exit is
-compared with the final distribution; where they agree, exiting is safe:
+The base model answers training prompts once. At every predicting position its lens W_U norm(h^e) at each exit is
+compared with its final distribution, so that the target stays while the student learns; where they agree, exiting is
+safe:
 
     s_e = 2 (1 - sigmoid(kappa KL_e)),   q = stick-breaking of s                                  (4), (3)
     loss = mean_t [ KL(student at l*_t || base) - log pi_student(l*_t) ],   l*_t ~ q              (5)
@@ -42,7 +43,7 @@ from fast.chunks import in_chunks, kl_in_place
 from fast.packing import send
 from sample import NEVER, draw, uniforms
 
-DEPTHS, HELD_OUT = 1, 2  # purposes of random numbers (0: teacher.RESPONSES)
+DEPTHS, HELD_OUT = 1, 2  # purposes of stage 1's random numbers (0: teacher.RESPONSES)
 STRETCH = 100  # tokens: about two of the embedded model's responses
 
 

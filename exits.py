@@ -58,9 +58,9 @@ def projections(model: Transformer) -> dict[str, nn.Module]:
 
 class ExitHeads(nn.Module):
     """z_e = w_e · silu(U_e x + u_e) + b_e with `hidden` units, or z_e = w_e · x + b_e with none, of x = h / rms(h): the
-    length of a stream grows by orders of magnitude with depth. Linear heads are enough for the embedded model; on one
-    of 135M parameters they cost 6 points of accuracy (docs/results.md). b_e starts at -4, p_e at sigmoid(-4) = 0.018,
-    so that few tokens leave an untrained policy: 5% of them at 3 exits, 12% at 7."""
+    length of a stream grows by orders of magnitude with depth. Linear heads, the embedded model's default, cost it 2 to
+    4 points where exits are drawn, one of 135M parameters 6 (docs/results.md). b_e starts at -4, p_e at sigmoid(-4) =
+    0.018, so that few tokens leave an untrained policy: 5% of them at 3 exits, 12% at 7."""
 
     def __init__(self, exits: int, width: int, hidden: int, eps: float, device):
         super().__init__()
@@ -165,7 +165,7 @@ class Policy(nn.Module):
 @contextmanager
 def adapters_off(policy: Policy, off: bool = True):
     """Inside, where `off`, and at full depth, the network is the base model bit for bit: the teacher of stage 1, and
-    what both stages' token KL is to."""
+    what both stages measure their token KL against."""
     before = [adapter.on for adapter in policy.adapters]
     for adapter in policy.adapters:
         adapter.on = adapter.on and not off
@@ -241,9 +241,10 @@ def joint_logp(policy: Policy, h, exit_logits, depths, tokens=None, base_h=None,
     def chunk(h, tokens, base_h):
         with torch.no_grad():
             base = None if base_h is None else token_logp_all(policy.model, base_h, temperature)
-        # log p(x), and `kl` above of the softmax of these logits, with fewer passes over tables of N x V.
+        # log p(x), and `kl` above of the softmax of these logits, in fewer passes over tables of N x V; uses `base` up.
         return TokenValues.apply(token_logits(policy.model, h, temperature), tokens, base)
 
+    # chunk(h, tokens, base_h), some positions at a time.
     logp_token, token_kl = in_chunks(chunk, policy.model.config.vocab_size, h, tokens, base_h)
     return logp_depth(policy, exit_logits, depths, delta), logp_token, token_kl
 

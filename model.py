@@ -23,7 +23,7 @@ from data.hub import read_json, resolve
 from data.weights import config_fields, load_weights
 from fast.linear import Linear
 
-# Else cuBLAS may round partial sums to bfloat16 at some shapes, at sampling's few rows for one, and not in scoring.
+# Else cuBLAS may round partial sums to bfloat16 at some shapes, such as sampling's few rows, and not in scoring.
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.set_float32_matmul_precision("highest")  # NVIDIA's containers may turn TF32 on, and heads are float32
 
@@ -58,12 +58,12 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
-def rope(slots: int, config: Config, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tables (slots, 1, C) of the rotary cos and sin, computed at least in float32. The first half of sin is negated,
-    so that `rotate` need not negate half of every head."""
+def rope(positions: int, config: Config, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables (positions, 1, C) of the rotary cos and sin, computed at least in float32. The first half of sin is
+    negated, so that `rotate` need not negate half of every head."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     exponent = torch.arange(0, config.head_dim, 2, device=like.device, dtype=dtype) / config.head_dim
-    angle = torch.arange(slots, device=like.device, dtype=dtype)[:, None] * (1.0 / config.rope_theta**exponent)
+    angle = torch.arange(positions, device=like.device, dtype=dtype)[:, None] * (1.0 / config.rope_theta**exponent)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], -1)[:, None].to(like.dtype), torch.cat([-sin, sin], -1)[:, None].to(like.dtype)
 

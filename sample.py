@@ -122,7 +122,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     rows = rows or fitting_rows(policy.model.config, slots, weight)
     group = samples_per_prefill(samples, len(prompts), rows)
     groups = [prompt for prompt in prompts for _ in range(samples // group)]
-    R = group * min(len(groups), max(1, rows // group))
+    R = group * min(len(groups), rows // group)
     cache = Cache(policy.model.config, R, slots, E + 1, weight, Graphs() if policy.model.graphs else None)
     holds = torch.full((R,), -1)  # which response is in each row of the cache, -1: none
     token = torch.zeros(R, dtype=torch.long)  # its last token

@@ -15,7 +15,7 @@ from data.text import Tokenizer
 from exits import Policy, Response, adapters_off
 from sample import generate_shared, responses_per_write
 
-RESPONSES = 0  # a purpose of random numbers; distill.py has the others
+RESPONSES = 0  # a purpose of stage 1's random numbers; distill.py has the others
 
 
 def origin(model, args) -> dict:

@@ -17,7 +17,7 @@ import parallel
 from fast.packing import send
 from model import Config, rope
 
-LONG = 2**15  # numbers of K in a row from which a CPU attends row by row: one call for all costs more (bench/LOG.md)
+LONG = 2**15  # numbers in a row's keys from which a CPU attends row by row: all in one call cost more (bench/LOG.md)
 # cuDNN's attention plans anew for every shape, and a cache has a new length at every token.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -69,8 +69,9 @@ class Cache:
         if self.graphs is not None:
             return self.graphs.run(self, model, h, segment, layers, running)[:, None]
         site = self.next_tokens(segment, running)
-        part = model.run(h if site.rows is None else h.index_select(0, site.rows), layers, site)
-        return (part if site.rows is None else h.index_copy(0, site.rows, part))[:, None]
+        if site.rows is None:  # all
+            return model.run(h, layers, site)[:, None]
+        return h.index_copy(0, site.rows, model.run(h.index_select(0, site.rows), layers, site))[:, None]
 
     def end(self, h: torch.Tensor) -> None:
         """Ends a step: every row that had a new token is one longer, and its final stream h[r] (R, 1, D) is kept."""
@@ -94,7 +95,7 @@ class Cache:
         """The site of the new tokens of the `running` rows (R,). If the same rows ran the segment below, and no token
         waits in this one, its site serves again."""
         again = self.site is not None and torch.equal(self.site.running, running)
-        if again and torch.equal(self.filled[segment] * running, self.length * running):
+        if again and (self.filled[segment] == self.length)[running].all():
             self.filled[segment] += running
         else:
             self.site = NextTokens.of_rows(self, segment, running)
@@ -111,6 +112,7 @@ class NextTokens:
         self.cos, self.sin = cache.cos[slot], cache.sin[slot]
         self.frozen = None  # (m, D) streams of the tokens that waited
         self.rows = None  # the n rows that attend; None: all
+        self.running = None  # (R,) on the host: the same, to tell whether this site serves again
         self.mask = None  # (n, 1, 1, longest) -inf beyond a row's end; None: every row ends at `longest`
         self.ends = None  # (row, end) pairs, where each row attends in a call of its own
 

@@ -21,8 +21,8 @@ class Sequences:
 
     shared_from (B, T), on the host, gives every position the flat index b T + t of the one whose keys and values it
     uses: of a prompt that several sequences have, the first one's positions run, and the others' have depth 0. With a
-    `cache`, its `rows` (B, G), on the device, get the keys and values of each sequence: so prompts are read for G
-    samples at once.
+    `cache`, the keys and values of sequence b also go into its rows rows[b], of `rows` (B, G) on the device: so a
+    prompt is read once for G samples.
     """
 
     def __init__(self, shape, shared_from: torch.Tensor | None = None, cache=None, rows: torch.Tensor | None = None):
@@ -48,11 +48,11 @@ class Packed:
 
     def __init__(self, place: Sequences, h: torch.Tensor, running: torch.Tensor):
         self.shape, self.place = place.shape, place
-        kept = place.present & ~running
-        self.run_at, kept_at = (send(x.flatten().nonzero()[:, 0], h.device) for x in (running, kept))  # indices of B T
-        self.all_at = torch.cat([self.run_at, kept_at])
+        frozen = place.present & ~running
+        self.run_at, frozen_at = (send(x.flatten().nonzero()[:, 0], h.device) for x in (running, frozen))  # of B T
+        self.all_at = torch.cat([self.run_at, frozen_at])
         self.cos, self.sin = (table[self.all_at % self.shape[1]] for table in place.tables)
-        self.frozen = h.index_select(0, kept_at) if len(kept_at) else None  # streams, for model.Block
+        self.frozen = h.index_select(0, frozen_at) if len(frozen_at) else None  # streams, for model.Block
 
     def unpack(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """Packed (n, heads, C) -> (B, T, heads, C), zero where nothing stands."""
