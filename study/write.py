@@ -225,6 +225,12 @@ def heads(data: dict) -> list[str]:
                     "average compute"], rows)]
 
 
+def which(data: dict, section: str) -> str:
+    """What tells a section from others of its kind: its file's name behind theirs."""
+    more = data["name"].removeprefix(section).replace("-", " ")
+    return f":{more}" if more else ""
+
+
 def baselines(data: dict) -> list[str]:
     found = {(c["of"], c["rule"], c["weights"]): c for c in data["comparisons"]}
     labels = {"static": "static exit", "heads": "heads, thresholded", "confidence": "confidence threshold",
@@ -257,7 +263,7 @@ def baselines(data: dict) -> list[str]:
         value = "" if p.get("value") is None else f"{p['value']}: "
         sweeps.setdefault((p["rule"], p["weights"]), []).append(
             f"{value}{percent(p['accuracy'])} at {percent(p['average_compute'])}")
-    return ["### Baselines at equal compute", "",
+    return [f"### Baselines at equal compute{which(data, 'baselines')}", "",
             about(data, "; runs: " + ", ".join(f"{count} of {name}" for name, count in data["runs"].items())),
             "A sweep is read at the learned policy's compute by mixing the two settings around it; differences are "
             "over the same problems and not corrected for their number. Compute counts layers alone; a threshold on "
@@ -269,7 +275,7 @@ def baselines(data: dict) -> list[str]:
             *(line for whose in policies for line in ("", verdicts(whose))),
             *table(["learned", "against", "average compute", "accuracy", "the other's", "difference, points"],
                    [row(c) for c in data["comparisons"]]),
-            "Every setting, as accuracy at average compute; intervals are in data/baselines.json.",
+            f"Every setting, as accuracy at average compute; intervals are in data/{data['name']}.json.",
             *table(["rule", "weights", "setting: accuracy at compute"],
                    [[rule, weights, "; ".join(found)] for (rule, weights), found in sweeps.items()])]
 
@@ -453,8 +459,7 @@ def coherence(data: dict) -> list[str]:
 
 
 def evaluations(data: dict) -> list[str]:
-    which = data.get("name", "").removeprefix("evaluations").replace("-", " ")
-    text = ["### evaluate.py's comparisons, one by one" + (f":{which}" if which else ""), "",
+    text = [f"### evaluate.py's comparisons, one by one{which(data, 'evaluations')}", "",
             "`python -m study.evaluations`, from what `python evaluate.py base RUN … --n N --seed S` wrote, with "
             "--temperature and --threshold as named; a star stands for the seeds that are averaged. Problems are those "
             "of --seed."]

@@ -510,10 +510,11 @@ def test_the_verdict_follows_the_interval(change, half, wanted):
     """A text that says 'beats' whatever was measured."""
     comparison = {"of": "stage 2", "rule": "plain RL", "weights": "plain RL", "compute": 0.7, "accuracy": 0.6,
                   "other": 0.6 - change, "change": change, "half": half}
-    text = "\n".join(write.baselines({"command": "c", "model": "m", "task": "t", "n": 9, "temperature": 1.0,
-                                      "points": [], "comparisons": [comparison],
+    text = "\n".join(write.baselines({"name": "baselines-300-steps", "command": "c", "model": "m", "task": "t", "n": 9,
+                                      "temperature": 1.0, "points": [], "comparisons": [comparison],
                                       "runs": {"stage 2": 5, "plain RL": 5}}))
     assert f"points against reinforcement learning without exits, {wanted}." in text
+    assert text.startswith("### Baselines at equal compute: 300 steps\n") and "data/baselines-300-steps.json" in text
 
 
 def test_the_monitors_table_reads_the_regime_that_is_the_models_own(tmp_path, monkeypatch):
@@ -578,11 +579,11 @@ def test_evaluations_are_paired_and_seeds_averaged(tmp_path):
     assert rows[3]["accuracy"] == 0.625 and rows[4]["accuracy_change"] == -0.5
     more, = (row["n"] for row in evaluations.rows([wrote("z", ("base",), n=5000)]))
     assert more == 4  # all that there are, where more were asked for
-    text = "\n".join(write.evaluations({"rows": rows}))
+    text = "\n".join(write.evaluations({"name": "evaluations", "rows": rows}))
     assert "| 4, seed 0 | 1 | drawn | runs/rl-0.1-* | 2 | 62.5% | +12.5 ± " in text
     assert "| p > 0.5 | base | 1 | 50.0% |  |" in text
     rows[0] |= {"model": "a/b", "thinking": False, "delta": -1.0}
-    text = "\n".join(write.evaluations({"rows": rows}))
+    text = "\n".join(write.evaluations({"name": "evaluations", "rows": rows}))
     assert "On arithmetic, b, without thinking:" in text and "| p > 0.5, δ = -1 | base |" in text
     wrote("z", ("base", "stage 2 b"), seed=1)
     saved = json.loads((tmp_path / "z" / "evaluation.json").read_text())
