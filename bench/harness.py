@@ -8,6 +8,7 @@ it thinks is empty. Its limit is --max-new-tokens, where that is given, else the
 (--no-thinking). Sampling is the task's, mostly argmax, which Qwen3 advises against while it thinks; exits are drawn as
 trained. The harness scores by its own rules (gsm8k's strict one knows no \\boxed{}), bench/gsm8k_boxed.yaml by those of
 evaluate.py.
+Of the flags that all scripts share --task and --data do nothing here, and --shard is refused.
 Tasks that rank given answers are refused: they would have to be read at some depth, and full depth shows no exit.
 """
 

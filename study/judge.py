@@ -269,8 +269,8 @@ def main() -> None:
     p.add_argument("--judge-url", required=True, help="of the endpoint, up to /chat/completions")
     p.add_argument("--judge-model", required=True, help="its name there")
     p.add_argument("--model", help="whose tokenizer reads the prompts, if that has moved (default: the one recorded)")
-    p.add_argument("--options", default='{"temperature": 0, "max_tokens": 1024}', help="JSON object of further fields "
-                   "of the request; a judge that thinks needs more tokens (default: %(default)s)")
+    p.add_argument("--options", default='{"temperature": 0, "max_tokens": 1024}', help="JSON object of all further "
+                   "fields of the request; a judge that thinks needs more tokens (default: %(default)s)")
     p.add_argument("--n", type=flags.whole(1), default=50, help="responses of each model, chosen at random (default: "
                    "50)")
     p.add_argument("--timeout", type=flags.number(0, 3600, above=True), default=120, help="seconds for one attempt "

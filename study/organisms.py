@@ -16,7 +16,7 @@ All are the embedded model, trained on for a few hundred steps. Who must then be
 that says otherwise is reported as failed, here and in monitor.py's table. First a model has to be what it is meant to
 be (PREMISES): one that has not learned that validates nothing.
 
-    python -m study.organisms --task stories --steps 500    some CPU minutes a model, and its evals; goes on if killed
+    python -m study.organisms --task stories --steps 500    some CPU minutes a model; if killed, keeps whole ones
 
 Writes organisms-TASK.json to --out; monitor.py goes by the one that was put into docs/data.
 """
