@@ -255,7 +255,7 @@ def verdict(measured: dict, training_kl: float) -> str | None:
     elif at_target > 1.5 * training_kl:
         cure = f"training responses are at {training_kl:.4f}, learned by heart: raise --responses, with more problems"
     else:
-        cure = longer
+        cure = f"{longer}; where that no longer helps, raise --kl-factor in a new run"
     return f"not converged: {problem}; {cure}"
 
 
