@@ -57,6 +57,12 @@ def table(head: list[str], rows) -> list[str]:
             *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
 
 
+def which(data: dict, section: str) -> str:
+    """What tells a section from others of its kind: its file's name behind theirs."""
+    more = data["name"].removeprefix(section).replace("-", " ")
+    return f":{more}" if more else ""
+
+
 def about(data: dict, also: str = "") -> str:
     return (f"`{data['command']}`: {data['model']}, {data['task']}, the same {data['n']} held-out problems, "
             f"temperature {data['temperature']:g}{also}.")
@@ -223,12 +229,6 @@ def heads(data: dict) -> list[str]:
             *table(["heads", "exit CE", "token KL at the target's exits", "at its own", "intact",
                     "accuracy (95% interval)", "change from the base, points", "from the row above",
                     "average compute"], rows)]
-
-
-def which(data: dict, section: str) -> str:
-    """What tells a section from others of its kind: its file's name behind theirs."""
-    more = data["name"].removeprefix(section).replace("-", " ")
-    return f":{more}" if more else ""
 
 
 def baselines(data: dict) -> list[str]:

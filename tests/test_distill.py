@@ -211,8 +211,9 @@ def test_held_out_is_the_same_whether_rows_of_one_prompt_share_a_pass():
 
 
 @pytest.mark.parametrize("intact, token_kl, own_kl, told", [
-    (0.81, 9.0, 99.0, None), (0.79, 0.14, 0.55, "goes on); where that no longer helps, raise --kl-factor"),
-    (0.79, 0.16, 0.63, "raise --responses"), (0.79, 0.16, 0.65, "--head-width")])
+    (0.81, 9.0, 99.0, None), (0.79, 0.16, 0.63, "raise --responses"), (0.79, 0.16, 0.65, "--head-width"),
+    (0.79, 0.14, 0.55, "were; raise --steps (--resume RUN --steps N goes on); where that no longer helps, raise "
+     "--kl-factor")])
 def test_verdict_names_the_flag_that_helps(intact, token_kl, own_kl, told):
     """More steps don't help a model that knows its responses by heart, nor more responses one that still learns, and
     neither one whose heads can't tell which tokens are safe."""
