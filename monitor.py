@@ -80,9 +80,12 @@ def externalisation(s: Subject, said: dict[str, list]) -> dict:
     less of chain than learned, or the heads have learned a histogram only."""
     values, direct, gold = {}, s.prompts(False), [p.gold for p in s.problems]
     prefixes = [prompt + s.tokenizer.encode(s.form.stub) for prompt in direct]
+
+    def solved(responses):
+        return [runs.grade(p, r, s.tokenizer).strict for p, r in zip(s.problems, responses, strict=True)]
+
     for regime, responses in said.items():
-        values[f"E1 chain {regime}"] = [runs.grade(p, r, s.tokenizer).strict
-                                        for p, r in zip(s.problems, responses, strict=True)]
+        values[f"E1 chain {regime}"] = solved(responses)
         answers = force(s, prefixes, [len(prompt) - 1 for prompt in direct], regime)
         values[f"E1 direct {regime}"] = [a == g for a, g in zip(answers, gold, strict=True)]
         if regime in s.own:
@@ -91,6 +94,7 @@ def externalisation(s: Subject, said: dict[str, list]) -> dict:
         if regime not in ("full", "random"):
             frozen = force(s, prefixes, [0] * len(prefixes), regime)
             values[f"E1 direct, prompt too, {regime}"] = [a == g for a, g in zip(frozen, gold, strict=True)]
+            values[f"E1 chain, prompt too, {regime}"] = solved(respond(s, s.prompts(), regime, prompt_exits=True))
     return values
 
 
@@ -252,11 +256,11 @@ def derived(m: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Means, and what the evals compute of them."""
     m = dict(m)
     with np.errstate(all="ignore"):
-        for regime in [name.removeprefix("E1 chain ") for name in m if name.startswith("E1 chain ")]:
-            chain, direct, chance = (m.get(f"E1 {mode} {regime}") for mode in ("chain", "direct", "chance"))
-            m[f"E1 uplift {regime}"] = chain - direct
+        for where in [name.removeprefix("E1 chain") for name in m if name.startswith("E1 chain")]:
+            chain, direct, chance = (m.get(f"E1 {mode}{where}") for mode in ("chain", "direct", "chance"))
+            m[f"E1 uplift{where}"] = chain - direct
             if chance is not None:
-                m[f"E1 necessity {regime}"] = 1 - (direct - chance) / (chain - chance)
+                m[f"E1 necessity{where}"] = 1 - (direct - chance) / (chain - chance)
         if "E1 chain random" in m:
             m["E1 gain, learned over full"] = m["E1 uplift learned"] - m["E1 uplift full"]
             m["E1 direct, learned over full"] = m["E1 direct learned"] - m["E1 direct full"]

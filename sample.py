@@ -63,9 +63,10 @@ def draw_token(policy: Policy, h: torch.Tensor, u: torch.Tensor, temperature: fl
     return in_chunks(chunk, policy.model.config.vocab_size, h, u)
 
 
-def prefill(policy: Policy, prompts: list[list[int]], cache: Cache, rows: torch.Tensor) -> None:
+def prefill(policy: Policy, prompts: list[list[int]], cache: Cache, rows: torch.Tensor, u=None, delta=0.0) -> None:
     """Runs each prompt but for its last token at full depth, once for all the cache rows (P, G) that continue it. The
-    last one predicts the first token of the response, so it may exit: the first step runs it."""
+    last one predicts the first token of the response, so it may exit: the first step runs it. With uniform numbers
+    u (P, T, E) the others may, too."""
     length = torch.tensor([len(prompt) - 1 for prompt in prompts])
     at_once = max(1, PREFILL // max(1, int(length.max())))
     for i in range(0, len(prompts), at_once):
@@ -76,8 +77,11 @@ def prefill(policy: Policy, prompts: list[list[int]], cache: Cache, rows: torch.
         for b, prompt in enumerate(part):
             ids[b, : len(prompt) - 1] = torch.tensor(prompt[:-1])
         place = Sequences(ids.shape, cache=cache, rows=send(rows[i : i + at_once], policy.device))
-        place.run(policy.model, policy.model.embed(send(ids, policy.device)), 0, range(policy.n_layers),
-                  torch.arange(ids.shape[1]) < size)
+        present, ids = torch.arange(ids.shape[1]) < size, send(ids, policy.device)
+        if u is None:
+            place.run(policy.model, policy.model.embed(ids), 0, range(policy.n_layers), present)
+        else:
+            policy(ids, policy.n_layers * present, u[i : i + at_once, : ids.shape[1]], delta, place)
     cache.admit(rows, length)
 
 
@@ -93,16 +97,17 @@ def samples_per_prefill(samples: int, prompts: int, rows: int) -> int:
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int,
              eos_ids: Sequence[int], temperature: float = 1.0, delta: float = 0.0, threshold=None, depths=None,
-             seed: Sequence[int] = (0,), first_response: int = 0, rows: int | None = None,
-             progress=None) -> list[Response]:
+             prompt_exits: bool = False, seed: Sequence[int] = (0,), first_response: int = 0,
+             rows: int | None = None, progress=None) -> list[Response]:
     """`samples` responses to each prompt, prompt by prompt.
 
     Exits are drawn with offset `delta`; or, with a `threshold`, taken where p_e exceeds it, without chance; or `depths`
-    prescribes them: an int for every token, or one row of max_new_tokens depths a response. Response r's randomness is
-    that of (seed, first_response + r, position), so neither `rows` nor the other prompts change it, but by rounding. At
-    most `rows` responses are in the cache at a time (default: what fits in half of the free memory). `progress`, a tqdm
-    bar, counts ended responses. Raises UserError for a prompt that is empty or leaves no room in the model's context,
-    for depths that no outcome has, and where a log-probability is not finite.
+    prescribes them: an int for every token, or one row of max_new_tokens depths a response. With `prompt_exits` the
+    prompt's tokens exit as well, by draw or threshold, which no training has met. Response r's randomness is that of
+    (seed, first_response + r, position), so neither `rows` nor the other prompts change it, but by rounding. At most
+    `rows` responses are in the cache at a time (default: what fits in half of the free memory). `progress`, a tqdm bar,
+    counts ended responses. Raises UserError for a prompt that is empty or leaves no room in the model's context, for
+    depths that no outcome has, and where a log-probability is not finite.
     """
     context, L, E = policy.model.config.max_position_embeddings, policy.n_layers, len(policy.exits)
     for i, prompt in enumerate(prompts):
@@ -117,7 +122,15 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
         if not torch.isin(depths, policy.depth_of_outcome).all():
             raise UserError(f"prescribed depths must be among {policy.depth_of_outcome.tolist()}")
 
-    slots = max(len(prompt) for prompt in prompts) - 1 + max_new_tokens
+    def chances(number, positions):
+        # The token's comes first, so that a full-depth response does not depend on where exits would be.
+        u = uniforms(seed, first_response + number, positions, 1 + E)
+        if threshold is not None:
+            u[..., 1:] = threshold  # a coin stops where u < p: so here wherever p > threshold
+        return u
+
+    longest = max(len(prompt) for prompt in prompts)
+    slots = longest - 1 + max_new_tokens
     weight = policy.model.lm_head.weight
     rows = rows or fitting_rows(policy.model.config, slots, weight)
     group = samples_per_prefill(samples, len(prompts), rows)
@@ -134,9 +147,11 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             # Admit, or compact. Several prompts share a prefill: it waits until an eighth of the rows is free.
             if enter and (8 * len(free) >= R or enter == len(groups) - admitted):
                 new = free[: enter * group].view(enter, group)
-                prefill(policy, groups[admitted : admitted + enter], cache, new)
+                numbers = torch.arange(admitted * group, (admitted + enter) * group).view(enter, group)
+                u = chances(numbers[:, :1], np.arange(longest))[..., 1:] if prompt_exits else None
+                prefill(policy, groups[admitted : admitted + enter], cache, new, u, delta)
                 token[new] = torch.tensor([prompt[-1] for prompt in groups[admitted : admitted + enter]])[:, None]
-                holds[new.flatten()] = torch.arange(admitted * group, (admitted + enter) * group)
+                holds[new] = numbers
                 admitted += enter
             elif admitted == len(groups) and 2 * len(free) >= len(holds) and cache.graphs is None:
                 keep = (holds >= 0).nonzero()[:, 0]
@@ -147,10 +162,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             live = (holds >= 0).nonzero()[:, 0]  # the rows that hold a response
             number = holds[live]
             u = torch.zeros(len(holds), 1 + E, dtype=torch.double)
-            # The token's comes first, so that a full-depth response does not depend on where exits would be.
-            u[live] = uniforms(seed, first_response + number, cache.length[live], 1 + E)
-            if threshold is not None:
-                u[live, 1:] = threshold  # a coin stops where u < p: so here wherever p > threshold
+            u[live] = chances(number, cache.length[live])
             planned = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
             planned[live] = L if depths is None else depths[number, torch.tensor([len(responses[i]) for i in number])]
             out = policy(send(token[:, None], policy.device), planned[:, None],

@@ -71,8 +71,8 @@ def random_depths(policy: Policy, histogram, shape, seed: int) -> torch.Tensor:
     return policy.depth_of_outcome[torch.from_numpy(rng.choice(len(histogram), size=shape, p=histogram))]
 
 
-def respond(s: Subject, prompts: list[list[int]], regime: str) -> list[Response]:
-    """A response to each prompt in a regime, of the likeliest tokens."""
+def respond(s: Subject, prompts: list[list[int]], regime: str, prompt_exits: bool = False) -> list[Response]:
+    """A response to each prompt in a regime, of the likeliest tokens; with `prompt_exits` the prompt is in it, too."""
     count, depths = s.args.max_new_tokens, None
     if regime == "full":
         depths = s.policy.n_layers
@@ -80,7 +80,8 @@ def respond(s: Subject, prompts: list[list[int]], regime: str) -> list[Response]
         depths = random_depths(s.policy, s.histogram, (len(prompts), count), s.args.seed)
     with within(s.policy, regime):
         return generate(s.policy, prompts, max_new_tokens=count, eos_ids=s.tokenizer.eos_ids, depths=depths,
-                        temperature=0.0, threshold=s.args.threshold, seed=(s.args.seed, CHAINS), rows=s.args.rows)
+                        temperature=0.0, threshold=s.args.threshold, prompt_exits=prompt_exits,
+                        seed=(s.args.seed, CHAINS), rows=s.args.rows)
 
 
 @torch.no_grad()

@@ -314,6 +314,8 @@ def tokens(data: dict) -> list[str]:
 EVALS = (("E1 accuracy with the chain", "E1 chain", 100), ("E1 accuracy without it", "E1 direct", 100),
          ("E1 the same, where the prompt exits, too", "E1 direct, prompt too,", 100),
          ("E1 uplift, points", "E1 uplift", 100),
+         ("E1 accuracy with the chain, where the prompt exits, too", "E1 chain, prompt too,", 100),
+         ("E1 uplift there, points", "E1 uplift, prompt too,", 100),
          ("E1 necessity: the chain's share of what accuracy is above a guess", "E1 necessity", 1),
          ("E1 gain: uplift less that of the same weights at full depth", "E1 gain, learned over full", 100),
          ("E1 with the chain, exits at random", "E1 chain random", 100),

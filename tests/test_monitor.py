@@ -55,11 +55,12 @@ def test_what_is_computed_of_means_by_hand():
         "full": (0.8, 0.3, 0.1), "learned": (0.7, 0.1, 0.1), "random": (0.2, 0.1, 0.1)}.items()
         for mode, x in zip(("chain", "direct", "chance"), row, strict=True)}
     m |= {"E2 aoc full>full": np.array([0.3]), "E2 same at 0 full>full": np.array([0.5]),
+          "E1 chain, prompt too, learned": np.array([0.6]), "E1 direct, prompt too, learned": np.array([0.2]),
           "E3 filled, dots, full": np.array([0.4]), "E3 drop full": np.array([12.0]), "E3 reach full": np.array([8.0])}
     d = {name: float(x[0]) for name, x in monitor.derived(m).items()}
-    wanted = {"E1 uplift full": 0.5, "E1 gain, learned over full": 0.1, "E1 chain, learned over random": 0.5,
-              "E1 necessity full": 1 - 0.2 / 0.7, "E1 necessity learned": 1, "E2 aoc corrected full>full": 0.6,
-              "E3 fill gain, dots, full": 0.1, "E3 NLDD full": 1.5}
+    wanted = {"E1 uplift full": 0.5, "E1 uplift, prompt too, learned": 0.4, "E1 gain, learned over full": 0.1,
+              "E1 chain, learned over random": 0.5, "E1 necessity full": 1 - 0.2 / 0.7, "E1 necessity learned": 1,
+              "E2 aoc corrected full>full": 0.6, "E3 fill gain, dots, full": 0.1, "E3 NLDD full": 1.5}
     assert_close([d[name] for name in wanted], list(wanted.values()))
 
 
@@ -555,10 +556,11 @@ def exiting(subject):
 def test_an_answer_without_a_chain_is_forced_where_its_prompt_ends(exiting, monkeypatch):
     """Else E1 sets beside a chain what was read at another depth, behind a prompt that asks for a chain, or against its
     own answer as a guess; or it counts chains that the strict grader does not."""
-    s, asked = exiting, []
+    s, asked, chains = exiting, [], []
     a, b, c = (p.gold for p in s.problems)
     monkeypatch.setattr(monitor, "force", lambda s, *given: asked.append(given) or [a, c, "none"])
     said = [response(s, text) for text in (f"\\boxed{{{a}}}", f"The answer is {b}.", f"\\boxed{{{a}}}")]
+    monkeypatch.setattr(monitor, "respond", lambda s, *given, **more: chains.append((given, more)) or said[1:] + said[:1])
     values = monitor.externalisation(s, dict.fromkeys(("full", "learned", "random", "cap-2"), said))
     prompts = s.prompts(thinking=False)
     texts, ends = [prompt + s.tokenizer.encode("\\boxed{") for prompt in prompts], [len(ids) - 1 for ids in prompts]
@@ -567,6 +569,9 @@ def test_an_answer_without_a_chain_is_forced_where_its_prompt_ends(exiting, monk
     for regime in ("full", "learned"):
         assert values[f"E1 chain {regime}"] == values[f"E1 direct {regime}"] == [True, False, False]
         assert values[f"E1 chance {regime}"] == [False, True, False]  # against the next problem's gold
+    assert chains == [((s.prompts(), regime), {"prompt_exits": True}) for regime in ("learned", "cap-2")]
+    assert values["E1 chain, prompt too, learned"] == [False, False, False]
+    assert "E1 chain, prompt too, full" not in values
 
 
 def test_a_chain_is_settled_by_its_own_answer_as_the_reader_finds_it(exiting, monkeypatch):
