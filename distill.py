@@ -1,8 +1,8 @@
 """Stage 1: calibrate exit heads and adapters by self-distillation from the base model.
 
-The base model answers training prompts once. At every predicting position its lens W_U norm(h^e) at each exit is
-compared with its final distribution, so that the target stays while the student learns; where they agree, exiting is
-safe:
+The base model answers training prompts once. At every predicting position its own lens W_U norm(h^e) at each exit is
+compared with its own final distribution, not the student's, so the target does not move as the student learns. Where
+they agree, exiting is safe:
 
     s_e = 2 (1 - sigmoid(kappa KL_e)),   q = stick-breaking of s                                  (4), (3)
     loss = mean_t [ KL(student at l*_t || base) - log pi_student(l*_t) ],   l*_t ~ q              (5)

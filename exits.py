@@ -58,9 +58,9 @@ def projections(model: Transformer) -> dict[str, nn.Module]:
 
 class ExitHeads(nn.Module):
     """z_e = w_e · silu(U_e x + u_e) + b_e with `hidden` units, or z_e = w_e · x + b_e with none, of x = h / rms(h): the
-    length of a stream grows by orders of magnitude with depth. Linear heads, the embedded model's default, cost it 2 to
-    4 points where exits are drawn, one of 135M parameters 6 (docs/results.md). b_e starts at -4, p_e at sigmoid(-4) =
-    0.018, so that few tokens leave an untrained policy: 5% of them at 3 exits, 12% at 7."""
+    length of a stream grows by orders of magnitude with depth. Linear heads cost the embedded model, whose default they
+    are, 2 to 4 points where exits are drawn, and a model of 135M parameters 6 (docs/results.md). b_e starts at -4, p_e
+    at sigmoid(-4) = 0.018, so that few tokens leave an untrained policy: 5% of them at 3 exits, 12% at 7."""
 
     def __init__(self, exits: int, width: int, hidden: int, eps: float, device):
         super().__init__()
@@ -135,7 +135,7 @@ class Policy(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def forward(self, ids, depths=None, u=None, delta: float = 0.0, place=None) -> Pass:
-        """The one forward pass, and the only point where a stream freezes: ids (B, T) -> Pass.
+        """The forward pass of training and sampling, and the only point where a stream freezes: ids (B, T) -> Pass.
 
         depths (B, T), on the host: how many layers each position runs (default: all); 0 where nothing stands, as in
             padding
@@ -244,7 +244,6 @@ def joint_logp(policy: Policy, h, exit_logits, depths, tokens=None, base_h=None,
         # log p(x), and `kl` above of the softmax of these logits, in fewer passes over tables of N x V; uses `base` up.
         return TokenValues.apply(token_logits(policy.model, h, temperature), tokens, base)
 
-    # chunk(h, tokens, base_h), some positions at a time.
     logp_token, token_kl = in_chunks(chunk, policy.model.config.vocab_size, h, tokens, base_h)
     return logp_depth(policy, exit_logits, depths, delta), logp_token, token_kl
 
@@ -321,7 +320,7 @@ def collate(responses: Sequence[Response], n_layers: int, device="cpu") -> Batch
 
 def micro_batches(policy: Policy, responses: Sequence[Response], size: int, share: slice = slice(None)):
     """Yields (index (n,), Batch) of at most `size` responses, those of like length together, so that little is padded;
-    `index` are their places in `responses`. `share`, a slice of `responses`, is this rank's part."""
+    `index` are their places in `responses`. `share`, a slice of `responses`, is this process's part."""
     order = sorted(range(len(responses))[share], key=lambda i: len(responses[i].prompt_ids) + len(responses[i]))
     for i in range(0, len(order), size):
         part = order[i : i + size]

@@ -198,9 +198,9 @@ class Transformer(nn.Module):
                 h = self.shards.in_backward(h, layer)
         return h
 
-    def rollout(self):
-        """While responses are sampled: a base that is shared out is whole meanwhile, where it fits."""
-        return nullcontext() if self.shards is None else self.shards.rollout()
+    def gathered(self):
+        """Inside, a base that is shared out among processes is whole, where it fits: for sampling."""
+        return nullcontext() if self.shards is None else self.shards.gathered()
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor:
         """The read-out W_U norm(h) that every exit and every lens shares: (..., D) -> (..., V)."""

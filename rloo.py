@@ -80,7 +80,7 @@ def roll_out(policy: Policy, problems, prompts, tokenizer, step: int, args) -> t
     the problem of each."""
     mine = parallel.share(args.prompts_per_step)  # all, but where several processes divide them
     chosen = optim.pick(len(problems), args.prompts_per_step, step, args.seed)[mine]
-    with policy.model.rollout(), parallel.bar(total=len(chosen) * args.samples, desc="samples", leave=False,
+    with policy.model.gathered(), parallel.bar(total=len(chosen) * args.samples, desc="samples", leave=False,
                                               delay=10) as bar:  # seconds; shorter rollouts need no bar of their own
         responses = generate(policy, [prompts[i] for i in chosen], samples=args.samples, rows=args.rows,
                              max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, seed=(args.seed, step),

@@ -122,8 +122,8 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
         if not torch.isin(depths, policy.depth_of_outcome).all():
             raise UserError(f"prescribed depths must be among {policy.depth_of_outcome.tolist()}")
 
-    def chances(number, positions):
-        # The token's comes first, so that a full-depth response does not depend on where exits would be.
+    def dice(number, positions):
+        # The token's die comes first, so that a full-depth response does not depend on where exits would be.
         u = uniforms(seed, first_response + number, positions, 1 + E)
         if threshold is not None:
             u[..., 1:] = threshold  # a coin stops where u < p: so here wherever p > threshold
@@ -148,7 +148,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             if enter and (8 * len(free) >= R or enter == len(groups) - admitted):
                 new = free[: enter * group].view(enter, group)
                 numbers = torch.arange(admitted * group, (admitted + enter) * group).view(enter, group)
-                u = chances(numbers[:, :1], np.arange(longest))[..., 1:] if prompt_exits else None
+                u = dice(numbers[:, :1], np.arange(longest))[..., 1:] if prompt_exits else None
                 prefill(policy, groups[admitted : admitted + enter], cache, new, u, delta)
                 token[new] = torch.tensor([prompt[-1] for prompt in groups[admitted : admitted + enter]])[:, None]
                 holds[new] = numbers
@@ -162,7 +162,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             live = (holds >= 0).nonzero()[:, 0]  # the rows that hold a response
             number = holds[live]
             u = torch.zeros(len(holds), 1 + E, dtype=torch.double)
-            u[live] = chances(number, cache.length[live])
+            u[live] = dice(number, cache.length[live])
             planned = torch.zeros(len(holds), dtype=torch.long)  # an empty row runs no layer
             planned[live] = L if depths is None else depths[number, torch.tensor([len(responses[i]) for i in number])]
             out = policy(send(token[:, None], policy.device), planned[:, None],
@@ -202,6 +202,6 @@ def responses_per_write(rows: int | None) -> int:
 def generate_shared(policy: Policy, prompts: list[list[int]], *, first_response: int, **options) -> list[Response]:
     """generate, the prompts divided among the ranks: every rank gets all responses."""
     mine = parallel.share(len(prompts))
-    with policy.model.rollout():
+    with policy.model.gathered():
         drawn = generate(policy, prompts[mine], first_response=first_response + mine.start, **options)
     return parallel.all_gather(drawn)

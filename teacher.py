@@ -19,7 +19,8 @@ RESPONSES = 0  # a purpose of stage 1's random numbers; distill.py has the other
 
 
 def origin(model, args) -> dict:
-    """What the base's responses depend on; another run may only reuse them where it agrees."""
+    """What the base's responses depend on. Another run may reuse them where all of it agrees but the model's name, for
+    which the fingerprint stands."""
     return {"model": args.model, "base": fingerprint(model), "task": args.task, "thinking": args.thinking,
             "max_new_tokens": args.max_new_tokens}
 

@@ -17,7 +17,7 @@ def send(x: torch.Tensor, device) -> torch.Tensor:
 
 
 class Sequences:
-    """Where the streams of a pass over sequences (B, T) stand.
+    """A place: it runs layers for those positions of sequences (B, T) that need them.
 
     shared_from (B, T), on the host, gives every position the flat index b T + t of the one whose keys and values it
     uses: of a prompt that several sequences have, the first one's positions run, and the others' have depth 0. With a

@@ -87,7 +87,7 @@ class Shards:
         return free_memory(self.like) > 2 * self.bytes
 
     @contextmanager
-    def rollout(self):
+    def gathered(self):
         """Inside, every rank has all blocks whole and takes no turns, if that fits on all of them."""
         self.finish()
         self.whole = all(parallel.all_gather([self.fits()]))

@@ -26,7 +26,8 @@ class Reference:
 
     def policy(self, ids, depths, temperature=1.0, delta=0.0):
         """What the last token may do if those before it ran `depths` layers: the probability (E,) to stop at each exit,
-        once it is there, and that of the next token (E + 1, V), a row for each depth at which the last may stop."""
+        once it is there, and that of the next token (E + 1, V), a row for each depth at which the last may stop. delta
+        is added to the exits' logits; it is 0 in training."""
         h = [streams[-1] for streams in self.streams(ids, [*depths, self.L])]  # of the last token, on its way up
         z = [self.exit_logit(h[e], i) for i, e in enumerate(self.exits)]
         logits = self.read_out(torch.stack([h[depth] for depth in self.depth_of_outcome]))

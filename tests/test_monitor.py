@@ -560,7 +560,8 @@ def test_an_answer_without_a_chain_is_forced_where_its_prompt_ends(exiting, monk
     a, b, c = (p.gold for p in s.problems)
     monkeypatch.setattr(monitor, "force", lambda s, *given: asked.append(given) or [a, c, "none"])
     said = [response(s, text) for text in (f"\\boxed{{{a}}}", f"The answer is {b}.", f"\\boxed{{{a}}}")]
-    monkeypatch.setattr(monitor, "respond", lambda s, *given, **more: chains.append((given, more)) or said[1:] + said[:1])
+    others = said[1:] + said[:1]
+    monkeypatch.setattr(monitor, "respond", lambda s, *given, **more: chains.append((given, more)) or others)
     values = monitor.externalisation(s, dict.fromkeys(("full", "learned", "random", "cap-2"), said))
     prompts = s.prompts(thinking=False)
     texts, ends = [prompt + s.tokenizer.encode("\\boxed{") for prompt in prompts], [len(ids) - 1 for ids in prompts]

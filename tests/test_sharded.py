@@ -47,7 +47,7 @@ def main() -> None:
     policy.model.recompute = "recompute" in how
     whole = share_out(policy, "fits" in how) if parallel.size() > 1 else [0]
     share = parallel.share(len(PROMPTS))
-    with policy.model.rollout():
+    with policy.model.gathered():
         mine = generate(policy, PROMPTS[share], samples=2, max_new_tokens=6, eos_ids=range(0, 61, 7), seed=(4,),
                         first_response=2 * share.start)
     drawn = parallel.all_gather(mine)
