@@ -4,7 +4,7 @@ const data = JSON.parse($("data").textContent), depths = [...data.exits, data.n_
 const share = p => (100 * p).toFixed(1) + "%", decimal = x => x.toFixed(1);
 const METRICS = [  // key, name, what it means, format
   ["accuracy", "Accuracy", "right final answers, with 95% interval", share],
-  ["average_compute", "Average compute", "layers run per token, of all layers", share],
+  ["average_compute", "Average compute", "share of layers run per generated token", share],
   ["layer_savings", "Layer savings", "one minus average compute", share],
   ["exit_rate", "Early exit rate", "tokens that stopped before the last layer", share],
   ["length", "Length", "tokens per response", decimal],
@@ -61,7 +61,8 @@ function histogram(metric) {
   return el("table", "", el("caption", "", prose(metric.name)), el("tbody", "", ...rows));
 }
 function kinds(models) {  // of those that exit; the kinds that run fewest layers in the last of them come first
-  const order = Object.entries(models.at(-1).kinds).sort(([, a], [, b]) => a[1] - b[1]);
+  const order = Object.entries(models.at(-1).kinds).filter(([, [part]]) => part >= .001)  // of fewer tokens: noise
+    .sort(([, a], [, b]) => a[1] - b[1]);
   const cell = (m, kind) => m.kinds[kind] ? bar(m.kinds[kind][1], share(m.kinds[kind][1]), "") : td();
   const rows = order.map(([kind, [part]]) => row(th(`${kind} (${share(part)})`), ...models.map(m => cell(m, kind))));
   const names = row(th(), ...models.map(m => th(prose(m.name))));
@@ -199,6 +200,7 @@ function place() {  // below the token where there is room, else above it
 document.title = $("title").textContent = prose(data.title);
 $("headline").textContent = prose(data.headline ?? "");
 $("subtitle").textContent = prose(data.subtitle);
+$("shown").textContent = `Responses to the first ${data.problems.length} of ${data.metrics[0]?.n ?? 0} problems`;
 $("layers").textContent = `layers run, of ${data.n_layers}`;
 document.head.append(el("style", "", ...colours(depths.length).map(([ground, ink], k) =>
   `.d${k} { background: ${ground}; color: ${ink}; }

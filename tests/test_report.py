@@ -198,7 +198,12 @@ def test_kinds_of_tokens_are_shown_the_earliest_first(tmp_path):
     record, probe = make_record(), "return [...d.querySelectorAll('#early tr')].map(row => row.textContent);"
     rows = ["plain", "other words (75.0%)12.5%", "all of the answer (50.0%)62.5%",
             "digits of a result (after =) (25.0%)93.8%"]
-    assert browse(tmp_path, record, probe) == rows
+    record["metrics"][1]["kinds"].append({"part": "all", "kind": "operator", "share": 0.0009, "average_compute": 0})
+    assert browse(tmp_path, record, probe) == rows  # too few operators to tell
+    two = [record["metrics"][1] | {"name": "a model of a long name"}, record["metrics"][1]]
+    widths = browse(tmp_path, record | {"metrics": two},
+                    "return [...d.querySelectorAll('#early i')].map(bar => bar.offsetWidth);")
+    assert len(widths) == 6 and len(set(widths)) == 1  # so that bars can be compared
     del record["metrics"][1]  # the base alone runs all layers for every kind
     assert browse(tmp_path, record, "return d.querySelector('#early');") is None
 
@@ -222,12 +227,14 @@ def test_page_carries_the_numbers(tmp_path):
     runs["cut"] = copy.deepcopy(runs["plain"]) | {"finished": False}
     got = browse(tmp_path, record | {"headline": "One sentence."}, """
         const texts = name => [...d.querySelectorAll(name)].map(node => node.textContent);
-        return {headline: texts("#headline"), verdicts: texts("h3 span"), costs: texts(".response small"),
+        return {headline: texts("#headline"), shown: texts("#shown"), verdicts: texts("h3 span"),
+                costs: texts(".response small"),
                 rows: [...d.querySelectorAll("#results tbody tr")].map(({cells}) =>
                     [cells[0].firstChild.data, cells[2].firstChild.data, cells[2].textContent]),
                 bars: [...d.querySelectorAll("#histograms u")].map(bar => [bar.className, bar.style.width,
                     ...[...bar.closest("tr").cells].map(cell => cell.textContent)])};""")
     assert got["headline"] == ["One sentence."]
+    assert got["shown"] == ["Responses to the first 1 of 211 problems"]
     assert {name: value for name, value, _ in got["rows"]} == {
         "Accuracy": "62.5%", "Early exit rate": "12.3%", "Layer savings": "4.6%", "Average compute": "95.4%",
         "Total compute": "81.3", "Length": "90.0", "Finished": "98.7%", "Responses": "211",
@@ -302,7 +309,7 @@ def test_plot_stands_for_the_numbers(tmp_path):
     metrics = [record["metrics"][0] | {"name": f"<b>{i}</b>", "accuracy": 0.6 + i / 1000, "accuracy_low": 0.55,
                                        "accuracy_high": 0.65, "average_compute": 1 - i / 20} for i in range(12)]
     ticks, points, names, same = browse(tmp_path, record | {"metrics": metrics}, """
-        const all = name => [...d.querySelectorAll("#plot " + name)], box = node => node.getBBox();
+        const all = name => [...d.querySelectorAll("#plot > " + name)], box = node => node.getBBox();
         return [all("text:not(.name)").map(node => node.textContent),
                 all("circle").map(node => [node.getAttribute("cx"), node.getAttribute("cy")].map(Number)),
                 all(".name").map(node => [node.textContent, box(node).y, box(node).y + box(node).height]),
@@ -330,7 +337,8 @@ def test_a_telephone_needs_no_sideways_scroll(tmp_path):
         });
         return {window: w.innerWidth, page: d.documentElement.scrollWidth, body: d.body.scrollWidth,
                 tips: tips.map(box => [box.left, box.right]), bars: [...d.querySelectorAll("#histograms i")].map(
-                    bar => bar.getBoundingClientRect().width), table: [results.scrollWidth, results.clientWidth],
+                    bar => bar.getBoundingClientRect().width), filters: d.getElementById("filters").offsetHeight,
+                table: [results.scrollWidth, results.clientWidth],
                 names: [...d.querySelectorAll("#results thead th:not(:empty)")].map(th => {
                     lines.selectNodeContents(th);
                     return [lines.getClientRects().length, th.scrollWidth - th.clientWidth];
@@ -338,6 +346,7 @@ def test_a_telephone_needs_no_sideways_scroll(tmp_path):
     assert got["window"] == 400 and got["page"] <= 400 and got["body"] <= 400
     assert all(0 <= left < right <= 400 for left, right in got["tips"])
     assert max(got["bars"]) - min(got["bars"]) < 0.1 and min(got["bars"]) > 50
+    assert got["filters"] <= 128  # what page.css keeps free for them
     assert got["table"][0] > got["table"][1]  # it scrolls inside its own box
     assert got["names"] == [[1, 0]] * 3
 
