@@ -332,8 +332,8 @@ def main() -> None:
         if args.out and Path(args.out, taken).exists():
             raise UserError(f"--out {args.out} holds {taken} already: choose another folder")
 
-    drawn = f"temperature {args.temperature}, delta {args.delta}" + (
-        "" if args.threshold is None else f", threshold {args.threshold}")
+    drawn = f"temperature {args.temperature}, exits " + (
+        "drawn" if args.threshold is None else f"at p > {args.threshold}") + f", delta {args.delta}" * bool(args.delta)
     metrics, by_label = [], {}
     shown = [{"id": p.id, "question": p.question, "gold": p.gold, "runs": {}} for p in problems[: args.show]]
     for name, run in (columns or {BASE: None}).items():

@@ -93,10 +93,10 @@ def test_evaluate_compares_all_three_and_writes_its_files(trained):
     assert [m["name"] for m in metrics] == ["base", "stage 1", "stage 2"]
     assert metrics[0]["exit_rate"] == 0 and metrics[0]["average_compute"] == 1
     assert "stage 2" in done.stdout and "<html" in (trained / "eval" / "page.html").read_text()
-    assert metrics[1]["exit_rate"] > 0 and "delta 0.5, threshold" not in done.stdout
+    assert metrics[1]["exit_rate"] > 0 and "exits drawn, delta 0.5;" in done.stdout
     done = run("evaluate.py", "--n", 4, "--max-new-tokens", 12, "--threshold", 1, "--out", "full", cwd=trained)
     metrics = json.loads((trained / "full" / "evaluation.json").read_text())["metrics"]
-    assert [m["exit_rate"] for m in metrics] == [0, 0, 0] and "threshold 1.0" in done.stdout
+    assert [m["exit_rate"] for m in metrics] == [0, 0, 0] and "exits at p > 1.0;" in done.stdout
 
 
 def test_metrics_are_pooled_over_tokens_and_responses_by_hand():
