@@ -78,7 +78,7 @@ def externalisation(s: Subject, said: dict[str, list]) -> dict:
 
     Reasoning moved into the text only if the gain is positive because direct fell while chain held. Random must have
     less of chain than learned, or the heads have learned a histogram only."""
-    values, direct, gold = {}, s.prompts(False), [p.gold for p in s.problems]
+    values, prompts, direct, gold = {}, s.prompts(), s.prompts(False), [p.gold for p in s.problems]
     prefixes = [prompt + s.tokenizer.encode(s.form.stub) for prompt in direct]
 
     def solved(responses):
@@ -94,7 +94,7 @@ def externalisation(s: Subject, said: dict[str, list]) -> dict:
         if regime not in ("full", "random"):
             frozen = force(s, prefixes, [0] * len(prefixes), regime)
             values[f"E1 direct, prompt too, {regime}"] = [a == g for a, g in zip(frozen, gold, strict=True)]
-            values[f"E1 chain, prompt too, {regime}"] = solved(respond(s, s.prompts(), regime, prompt_exits=True))
+            values[f"E1 chain, prompt too, {regime}"] = solved(respond(s, prompts, regime, prompt_exits=True))
     return values
 
 
