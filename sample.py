@@ -103,11 +103,12 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
 
     Exits are drawn with offset `delta`; or, with a `threshold`, taken where p_e exceeds it, without chance; or `depths`
     prescribes them: an int for every token, or one row of max_new_tokens depths a response. With `prompt_exits` the
-    prompt's tokens exit as well, by draw or threshold, which no training has met. Response r's randomness is that of
-    (seed, first_response + r, position), so neither `rows` nor the other prompts change it, but by rounding. At most
-    `rows` responses are in the cache at a time (default: what fits in half of the free memory). `progress`, a tqdm bar,
-    counts ended responses. Raises UserError for a prompt that is empty or leaves no room in the model's context, for
-    depths that no outcome has, and where a log-probability is not finite.
+    prompt's tokens exit as well, by draw (that of the first of the samples that share its pass) or threshold, which no
+    training has met. Response r's randomness is that of (seed, first_response + r, position), so neither `rows` nor the
+    other prompts change it, but by rounding. At most `rows` responses are in the cache at a time (default: what fits in
+    half of the free memory). `progress`, a tqdm bar, counts ended responses. Raises UserError for a prompt that is
+    empty or leaves no room in the model's context, for depths that no outcome has, and where a log-probability is not
+    finite.
     """
     context, L, E = policy.model.config.max_position_embeddings, policy.n_layers, len(policy.exits)
     for i, prompt in enumerate(prompts):
