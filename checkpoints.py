@@ -130,10 +130,10 @@ def moments(policy: Policy, optimizer) -> dict[str, torch.Tensor]:
             for key, value in optimizer.state[p].items()}
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, **about: str) -> None:
     try:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path,
-                  metadata={"format": "pt"})
+                  metadata={"format": "pt", **about})
     except SafetensorError as error:  # a full disk, for one
         raise UserError(f"{path} can't be written ({error})") from None
     fsync(path)

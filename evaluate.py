@@ -131,29 +131,20 @@ def table(metrics: list[dict]) -> str:
 
 def paired(before, after, shares: bool = True) -> tuple[float, float]:
     """Mean difference and half of its 95% interval, taken problem by problem: narrower, where both solve mostly the
-    same ones. Where all differences are equal, their deviation is 0, and an interval of 0 would claim too much: then it
-    is 3 / n (the rule of three), at most 1. Not so of lengths or compute (`shares` off), where that rule means
-    nothing."""
+    same ones. Where few problems differ, or none, that would claim too much: so of `shares`, not of lengths or compute,
+    the interval counts one more that is won and one that is lost, as Bonett and Price (2012) do."""
     after, before = (torch.tensor([float(x) for x in of], dtype=torch.double) for of in (after, before))
-    gain, n = after - before, len(after)
-    spread = float(gain.std()) if n > 1 and gain.max() - gain.min() > 1e-9 else 0.0  # means over seeds round
-    return float(gain.mean()), Z * spread / math.sqrt(n) if spread or not shares else min(1.0, 3 / n)
-
-
-def sign_test(before: list[bool], after: list[bool]) -> float:
-    """The chance of so uneven a split, or a more uneven one, of the problems that only one of two models solves, if
-    neither were better (exact, two-sided: McNemar's test). An interval is too narrow where there are a few of these."""
-    lost, won = (sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((before, after), (after, before)))
-    n = lost + won
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(lost, won) + 1)) / 2**n)
+    gain = after - before
+    counted = torch.cat([gain, gain.new_tensor([1, -1])]) if shares else gain
+    return float(gain.mean()), min(1.0 if shares else math.inf,
+                                   Z * float(counted.std(correction=0)) / math.sqrt(len(counted)))
 
 
 def headline(base: dict, before: dict, other: dict, rows: dict[str, list[dict]]) -> str:
     """What happened, in one sentence; in another, what a run changed on the one `before` it."""
     of_base, of_before, of_other = ([row["correct"] for row in rows[m["name"]]] for m in (base, before, other))
     gain, half = paired(of_base, of_other)
-    unlike = abs(gain) > half and sign_test(of_base, of_other) < 0.05
-    inside = "a significant difference" if unlike else "no significant difference"
+    inside = "a significant difference" if abs(gain) > half else "no significant difference"
     finished = ("" if abs(other["finished"] - base["finished"]) < 0.01 else  # what is cut off counts as wrong
                 f"; finished are {other['finished']:.1%} against {base['finished']:.1%}")
     beside = "" if before is base else "; {:+.1f} ± {:.1f} points from {}, which runs {:.0f}%".format(
@@ -332,8 +323,10 @@ def main() -> None:
         if args.out and Path(args.out, taken).exists():
             raise UserError(f"--out {args.out} holds {taken} already: choose another folder")
 
-    drawn = f"temperature {args.temperature}, exits " + (
-        "drawn" if args.threshold is None else f"at p > {args.threshold}") + f", delta {args.delta}" * bool(args.delta)
+    drawn = f"temperature {args.temperature}"
+    if columns:
+        drawn += ", exits " + ("drawn" if args.threshold is None else f"at p > {args.threshold}")
+        drawn += f", delta {args.delta}" if args.delta else ""
     metrics, by_label = [], {}
     shown = [{"id": p.id, "question": p.question, "gold": p.gold, "runs": {}} for p in problems[: args.show]]
     for name, run in (columns or {BASE: None}).items():

@@ -451,7 +451,8 @@ class Run:
         os.replace(partial, final)
         fsync(self.folder)
         for old in checkpoints(self.folder)[: -self.args.keep]:
-            shutil.rmtree(old)
+            os.replace(old, partial)  # so that a kill leaves no half of a checkpoint under a whole one's name
+            shutil.rmtree(partial)
         if completions.exists() and completions.stat().st_size > ROTATE:
             os.replace(completions, self.folder / f"completions-{step:06d}.jsonl")
 

@@ -102,13 +102,12 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     """`samples` responses to each prompt, prompt by prompt.
 
     Exits are drawn with offset `delta`; or, with a `threshold`, taken where p_e exceeds it, without chance; or `depths`
-    prescribes them: an int for every token, or one row of max_new_tokens depths a response. With `prompt_exits` the
-    prompt's tokens exit as well, by draw (that of the first of the samples that share its pass) or threshold, which no
-    training has met. Response r's randomness is that of (seed, first_response + r, position), so neither `rows` nor the
-    other prompts change it, but by rounding. At most `rows` responses are in the cache at a time (default: what fits in
-    half of the free memory). `progress`, a tqdm bar, counts ended responses. Raises UserError for a prompt that is
-    empty or leaves no room in the model's context, for depths that no outcome has, and where a log-probability is not
-    finite.
+    prescribes them: an int for every token that is generated, or one row of max_new_tokens depths a response. With
+    `prompt_exits` the prompt's tokens exit as well, by draw or threshold, which no training has met. Response r's
+    randomness is that of (seed, first_response + r, position), so neither `rows` nor the other prompts change it, but
+    by rounding. At most `rows` responses are in the cache at a time (default: what fits in half of the free memory).
+    `progress`, a tqdm bar, counts ended responses. Raises UserError for a prompt that is empty or leaves no room in the
+    model's context, for depths that no outcome has, and where a log-probability is not finite.
     """
     context, L, E = policy.model.config.max_position_embeddings, policy.n_layers, len(policy.exits)
     for i, prompt in enumerate(prompts):
@@ -134,7 +133,8 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     slots = longest - 1 + max_new_tokens
     weight = policy.model.lm_head.weight
     rows = rows or fitting_rows(policy.model.config, slots, weight)
-    group = samples_per_prefill(samples, len(prompts), rows)
+    # A prompt that exits does so by each response's own dice.
+    group = 1 if prompt_exits else samples_per_prefill(samples, len(prompts), rows)
     groups = [prompt for prompt in prompts for _ in range(samples // group)]
     R = group * min(len(groups), rows // group)
     cache = Cache(policy.model.config, R, slots, E + 1, weight, Graphs() if policy.model.graphs else None)
@@ -149,7 +149,7 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
             if enter and (8 * len(free) >= R or enter == len(groups) - admitted):
                 new = free[: enter * group].view(enter, group)
                 numbers = torch.arange(admitted * group, (admitted + enter) * group).view(enter, group)
-                u = dice(numbers[:, :1], np.arange(longest))[..., 1:] if prompt_exits else None
+                u = dice(numbers, np.arange(longest))[..., 1:] if prompt_exits else None
                 prefill(policy, groups[admitted : admitted + enter], cache, new, u, delta)
                 token[new] = torch.tensor([prompt[-1] for prompt in groups[admitted : admitted + enter]])[:, None]
                 holds[new] = numbers

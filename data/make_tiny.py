@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 from tqdm import tqdm
 
 import flags
 import runs
+from checkpoints import write_tensors
 from data import arithmetic, stories, tasks
 from data.hub import UserError, as_json, read_json, write_json
 from data.text import OURS, Tokenizer
@@ -158,11 +158,11 @@ def begin(args, free: tuple[str, ...]) -> None:
 
 def save_state(path: Path, model: Transformer, optimizers: list, step: int) -> None:
     """Weights, optimizer moments and the step in one safetensors file, replaced in one go."""
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    tensors = {f"model.{name}": p for name, p in model.named_parameters()}
     for o, optimizer in enumerate(optimizers):
         for i, p in enumerate(optimizer.param_groups[0]["params"]):
             tensors |= {f"optimizer.{o}.{i}.{key}": value for key, value in optimizer.state[p].items()}
-    save_file(tensors, path.with_suffix(".part"), {"step": str(step)})
+    write_tensors(tensors, path.with_suffix(".part"), step=str(step))
     path.with_suffix(".part").replace(path)
 
 
@@ -183,8 +183,7 @@ def load_state(path: Path, model: Transformer, optimizers: list) -> int:
 
 def save_weights(folder: Path, model: Transformer) -> None:
     """In Hugging Face layout, float32."""
-    weights = {name: p.detach() for name, p in model.named_parameters()}  # which names a tied head once
-    save_file(weights, folder / "model.part", {"format": "pt"})
+    write_tensors(dict(model.named_parameters()), folder / "model.part")  # which name a tied head once
     (folder / "model.part").replace(folder / "model.safetensors")
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from checkpoints import checkpoints
 from tests.commands import forked, lines, run, toy_checkpoint
 
 STAGE_1 = ("distill.py", "--model", "toy", "--task", "arithmetic", "--responses", 5, "--held-out", 2, "--steps", 4,
@@ -158,8 +159,10 @@ def broken_at(command, whole: str, home: Path, at: int, kill_again: int = -1) ->
     out = f"{whole}-{at}"
     done = run(*command, "--out", out, cwd=home, ok=None, before=Hook(at=at))
     assert done.returncode == -signal.SIGKILL, done.stderr
+    files = {p.name for p in checkpoints(home / whole)[-1].iterdir()}
+    found = [f"{c.name} is not whole" for c in checkpoints(home / out) if {p.name for p in c.iterdir()} != files]
     finish(command, out, home, kill_again)
-    found = differences(home / whole, home / out)
+    found += differences(home / whole, home / out)
     shutil.rmtree(home / out)
     return found
 

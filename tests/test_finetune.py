@@ -3,7 +3,9 @@
 import argparse
 
 import pytest
+from safetensors import SafetensorError
 
+import checkpoints
 from data import finetune, make_tiny
 from data.hub import UserError
 from model import Transformer
@@ -42,6 +44,16 @@ def test_a_stopped_training_ends_where_an_unbroken_one_does(teach, monkeypatch):
     broken = teach("broken")
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     Transformer.from_pretrained(broken)  # a checkpoint like any other, whatever else lies beside it
+
+
+def test_a_full_disk_is_one_line(teach, monkeypatch):
+    """Else a traceback."""
+    def full(*_, **__):
+        raise SafetensorError("File too large")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(UserError, match="out/model.part can't be written"):
+        teach("out")
 
 
 def test_what_it_can_not_teach_is_refused(teach, tmp_path):

@@ -50,7 +50,7 @@ def unbroken(tmp_path_factory):
 @pytest.mark.parametrize("name, operation", [
     ("one", "half a write to one/teacher.jsonl"), ("one", "replace one/.partial-complete.json"),
     ("two", "half a write to two/metrics.jsonl"), ("two", "half of two/.partial-000004/optimizer.safetensors"),
-    ("two", "rmdir two/step-000001"),
+    ("two", "rmdir two/.partial-000003"),
 ])
 def test_a_run_killed_in_the_middle_of_writing_comes_to_the_same_bits(unbroken, name, operation):
     """Else a kill loses hours, or what follows it is another run. python tests/kill.py tries every operation."""

@@ -200,17 +200,15 @@ def test_with_a_threshold_exits_are_where_their_probability_says_so():
             assert_close(r.logp_exit[t], (1 - p[:stop]).log().sum() + (p[stop].log() if stop < len(p) else 0))
 
 
-@pytest.mark.parametrize("threshold, rows, group", [(None, 3, 1), (None, 8, 2), (0.4, 8, 2)])
-def test_a_prompts_tokens_exit_as_well(threshold, rows, group):
-    """Depths and scores are those of one pass over the whole text with the sampler's coins; of a prompt, those of the
-    first of the samples that share its pass."""
+@pytest.mark.parametrize("threshold, rows", [(None, 3), (None, 8), (0.4, 8)])
+def test_a_prompts_tokens_exit_as_well(threshold, rows):
+    """Depths and scores are those of one pass over the whole text with the sampler's coins."""
     policy = toy_policy(2).double()
     options = dict(samples=2, max_new_tokens=6, eos_ids=[], threshold=threshold, seed=(3,), delta=0.2, rows=rows)
     drawn = generate(policy, PROMPTS, prompt_exits=True, **options)
     for row, r in enumerate(drawn):
         ids, first = torch.tensor([r.prompt_ids + r.token_ids[:-1]]), len(r.prompt_ids) - 1
-        numbers = [row - row % group] * first + [row] * len(r)
-        u = uniforms((3,), numbers, range(ids.shape[1]), 3)[None, :, 1:]
+        u = uniforms((3,), row, range(ids.shape[1]), 3)[None, :, 1:]
         found = policy(ids, torch.full(ids.shape, L), torch.full_like(u, threshold) if threshold else u, delta=0.2)
         assert found.depths[0, first:].tolist() == r.depths
         logp = token_logp_all(policy.model, found.h[0, first:]).gather(-1, torch.tensor(r.token_ids)[:, None])[:, 0]
