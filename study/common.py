@@ -2,7 +2,7 @@
 
 Under --runs lie the runs, as distill.py and rloo.py write them, and answers/, what each said to the held-out problems:
 
-    s1                stage 1 at KL factor 16 (on other models than the embedded one at 1)
+    s1                stage 1 at KL factor 4 (on other models than the embedded one at 1)
     kl-F              stage 1 at another factor, from s1's base responses
     rl-LAM-SEED       stage 2 from s1
     rl-LAM-gated      the same, with depth charged for right answers only (study.fronts)
@@ -45,10 +45,11 @@ from sample import generate
 from study.coherence import COLUMNS, each, pooled
 
 ROOT = Path(__file__).parent.parent
-# The record on the embedded model; other models take the scripts' own defaults. 3,000 steps serve KL factor 16: of
-# smaller ones more accuracy comes with 6,000 and 12,000 (docs/results.md).
-RECORD_1 = "--exit-every 1 --rank 16 --steps 3000 --responses 24000 --lr 0.01 --held-out 200"
-RECORD_2 = "--steps 150 --lr 0.0015 --save-every 30"
+# The record on the embedded model; other models take the scripts' own defaults. A smaller KL factor takes more steps of
+# stage 1 to converge (docs/results.md).
+RECORD_1 = "--exit-every 1 --rank 64 --responses 24000 --lr 0.0015 --held-out 200 --steps"
+STEPS = {16: 3000, 2: 6000, 0: 12000}  # from a KL factor on
+RECORD_2 = "--steps 150 --lr 0.0004 --save-every 30"
 PASSED = ("model", "revision", "task", "data", "thinking", "max_new_tokens", "rows", "micro_batch", "recompute",
           "cuda_graphs", "device", "dtype")  # flags that go to the trainings
 
@@ -145,8 +146,12 @@ def about_the_same(args, folder: Path, **named) -> Path:
 
 
 def stage_one(args, suffix: str = "") -> Path | None:
-    """s1, the run that stage 2 starts from."""
-    return calibrated(args, f"s1{suffix}", 16 if args.model == "embedded" else 1)
+    """s1, the run that stage 2 starts from, or its like on another task; by hand it may have been given another factor.
+    """
+    where, factor = Path(args.runs, "s1", "config.json"), 4 if args.model == "embedded" else 1
+    if where.exists():
+        factor = field(runs.read_config(where.parent)["args"], "kl_factor", float, where)
+    return calibrated(args, f"s1{suffix}", factor)
 
 
 def kl_run(args, factor: float) -> Path | None:
@@ -158,7 +163,8 @@ def kl_run(args, factor: float) -> Path | None:
 
 
 def calibrated(args, name: str, factor: float, *options) -> Path | None:
-    record = RECORD_1.split() if args.model == "embedded" else ()
+    steps = next(steps for above, steps in STEPS.items() if factor >= above)
+    record = (*RECORD_1.split(), steps) if args.model == "embedded" else ()
     folder = trained(args, name, "distill.py", *record, *args.stage1, "--kl-factor", factor,
                      *options)  # last, since of a flag given twice the last one counts
     return folder and about_the_same(args, folder, kl_factor=factor)

@@ -40,6 +40,7 @@ def main() -> None:
     for name, run in found.items():
         answered, at_half, held_out = answers(args, run), undrawn(args, run), read_json(run / "complete.json")
         rows.append(row(name, answered, held_out) | {
+            "steps": runs.read_config(run)["args"]["steps"],
             "thresholded": point(args, at_half), "thresholded_change": paired(correct(answered), correct(at_half))})
         target, learned = (held_out[which]["distribution"] for which in ("target", "learned"))
         distributions.append({"name": name, "depths": answered.depth_of_outcome, "target": target, "learned": learned,

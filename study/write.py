@@ -71,8 +71,13 @@ def about(data: dict, also: str = "") -> str:
 # -------------------------------------------------------------------------------------------------------- sections
 
 
+def factor(r: dict) -> str:
+    """A row's KL factor, with the steps of its stage 1 where that is told."""
+    return r["name"] + (f" ({r['steps']:,} steps)" if "steps" in r else "")
+
+
 def table1(data: dict) -> list[str]:
-    rows = [[r["name"], f"{r['coherence']:.3f}", f"{r['perplexity']:.3f}",
+    rows = [[factor(r), f"{r['coherence']:.3f}", f"{r['perplexity']:.3f}",
              percent(r["exit_rate"]), percent(r["layer_savings"]), accuracy(r),
              *(("", "") if r["token_kl"] is None else (change(r), f"{r['token_kl']:.4f}")),
              f"{r['paper'][0]}, {r['paper'][1]:.0%}, {r['paper'][2]:.1%}" if r["paper"] else ""] for r in data["rows"]]
@@ -89,7 +94,7 @@ def without_chance(rows: list[dict]) -> list[str]:
     """Table 1 with exits at a threshold."""
     def row(r: dict) -> list:
         found, (gain, half) = r["thresholded"], r["thresholded_change"]
-        return [r["name"], percent(found["exit_rate"]), percent(found["layer_savings"]), accuracy(found), change(found),
+        return [factor(r), percent(found["exit_rate"]), percent(found["layer_savings"]), accuracy(found), change(found),
                 signed(gain, half)]
 
     return ["The same runs with their exits where a head's probability is above 1/2, in place of drawn "
