@@ -644,7 +644,7 @@ def test_figures_are_small(tmp_path):
     assert len(sizes) > 1 and 2000 < min(sizes) and max(sizes) < 150_000
 
 
-@pytest.mark.parametrize("folder", ["docs", "docs/stories", "docs/smollm2", "docs/smollm2-gsm8k"])
+@pytest.mark.parametrize("folder", ["docs", "docs/short", "docs/stories", "docs/smollm2", "docs/smollm2-gsm8k"])
 def test_the_docs_say_what_their_data_do(folder):
     """Else a table of results.md is of older data, or a number in it was typed."""
     text = (ROOT / folder / "results.md").read_text(encoding="utf-8")
