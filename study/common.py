@@ -355,7 +355,7 @@ def figure(args, name: str, columns: int = 1, rows: int = 1, width: float = 7, h
     def finish():
         path = Path(args.out) / "figures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        drawing.savefig(path, dpi=150)
+        drawing.savefig(path, dpi=140)
         plt.close(drawing)
         print(f"wrote {path}")
 
