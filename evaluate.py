@@ -136,8 +136,8 @@ def paired(before, after, shares: bool = True) -> tuple[float, float]:
     after, before = (torch.tensor([float(x) for x in of], dtype=torch.double) for of in (after, before))
     gain = after - before
     counted = torch.cat([gain, gain.new_tensor([1, -1])]) if shares else gain
-    return float(gain.mean()), min(1.0 if shares else math.inf,
-                                   Z * float(counted.std(correction=0)) / math.sqrt(len(counted)))
+    half = Z * float(counted.std(correction=0)) / math.sqrt(len(counted))
+    return float(gain.mean()), min(1.0, half) if shares else half
 
 
 def headline(base: dict, before: dict, other: dict, rows: dict[str, list[dict]]) -> str:

@@ -26,7 +26,7 @@ def total_variation(p: list[float], q: list[float]) -> float:
 def main() -> None:
     args = common.arguments(__doc__)
     factors = (0.25, 0.5, 1, 2, 4, 16)
-    if args.model == "embedded":  # of which every row is soon trained
+    if args.model == "embedded":  # of which a row is trained in an hour or so
         factors += (64,)
     found = {f"{factor:g}": run for factor in factors if (run := common.kl_run(args, factor))}
     if not found:
