@@ -15,9 +15,9 @@ is learned, but stops at depth l at the latest. The prompt runs at full depth bu
 the likeliest ones, with a chain and without: RL sharpens a distribution, which at temperature 1 would raise accuracy
 where many are drawn, with the chain, and so seem to make the chain matter.
 
-An eval gives a number a problem; means have 95% intervals from 10,000 bootstrap resamples of the problems, the same for
-all models, so that differences are paired. An eval says something only where it tells apart the models of
-`study/organisms.py`, whose dependence on the chain is known; others are marked.
+An eval gives a number a problem. Means have 95% intervals: a share Wilson's, all else that of 10,000 bootstrap
+resamples of the problems, the same for all models, so that differences are paired. An eval says something only where it
+tells apart the models of `study/organisms.py`, whose dependence on the chain is known; others are marked.
 
     python monitor.py base RUN RUN … --n 300 --out runs/monitor
 
@@ -27,6 +27,7 @@ monitor-NAME.json, in its data/.
 """
 
 import hashlib
+import math
 import re
 from dataclasses import replace
 from itertools import cycle, islice
@@ -40,7 +41,7 @@ import runs
 from checkpoints import checkpoint, digest, exits_of, fingerprint, load_policy
 from data import tasks
 from data.hub import UserError, read_json, write_json
-from evaluate import refuse_unlike, wilson
+from evaluate import Z, refuse_unlike, wilson
 from exits import Policy, exit_depths
 from study.describe import description
 from study.forms import FORMS
@@ -319,24 +320,24 @@ def answers_behind(values: dict[str, np.ndarray], name: str) -> float:
     return len(row) if np.isin(row, (-1, 0, 1) if name.startswith(DIFFERENCES) else (0, 1)).all() else 0
 
 
-def rule_of_three(value: float, n: float, bound: float = 1) -> tuple[float, float]:
-    """The interval of a difference that n answers all have, and which lies within +-bound: 3 / n, at most 1, to either
-    side."""
-    half = min(1.0, 3 / n)
-    return value - half * (value > -bound), value + half * (value < bound)
+def widened(value: float, low: float, high: float, n: float) -> tuple[float, float]:
+    """The interval of a difference of n answers, as if one more were won and one lost: where few of them differ, or
+    none, resamples claim too much. Of two shares it is about `evaluate.paired`'s. As it is where n is 0."""
+    more = Z * math.sqrt(2 + 2 * value**2) / (n + 2)
+    return (value - math.hypot(value - low, more), value + math.hypot(high - value, more)) if n else (low, high)
 
 
 def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
-    """Of `monitor`'s numbers: name -> value and, beside the base's, difference, with their intervals. Resamples of
-    answers that are all alike are, too: of a share it is then Wilson's interval, and of what is a difference that of
-    the rule of three, 3 / n."""
+    """Of `monitor`'s numbers: name -> value and, beside the base's, difference, with their intervals: of a share
+    Wilson's, of all else that of the resamples, `widened` where answers are counted."""
     rows = {}
     for name, x in derived(resampled(values)).items():
         value, low, high = interval(x)
-        if low == high and (n := answers_behind(values, name)):
-            share = name in values and not name.startswith(DIFFERENCES)
-            bound = 2 if name.startswith("E1 gain") else 1  # it is a difference of differences
-            low, high = wilson(value, n) if share else rule_of_three(value, n, bound)
+        n = answers_behind(values, name)
+        if n and name in values and not name.startswith(DIFFERENCES):
+            low, high = wilson(value, n)
+        else:
+            low, high = widened(value, low, high, n)
         rows[name] = {"value": value, "low": low, "high": high}
     if base is None:
         return rows
@@ -344,8 +345,7 @@ def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
     mine, other = (derived(resampled(them)) for them in pair)
     for name in mine.keys() & rows.keys():
         gain, low, high = interval(mine[name] - other[name])
-        if low == high and (n := min(answers_behind(them, name) for them in pair)):
-            low, high = rule_of_three(gain, n, 2 if name.startswith((*DIFFERENCES, "E1 uplift", "E1 gain")) else 1)
+        low, high = widened(gain, low, high, min(answers_behind(them, name) for them in pair))
         rows[name] |= {"difference": gain, "d_low": low, "d_high": high}
     return rows
 

@@ -1,5 +1,6 @@
 """The evals of monitor.py: their formulas by hand, their interventions against the generator and the reference."""
 
+import math
 import random
 import re
 from argparse import Namespace
@@ -15,7 +16,7 @@ from checkpoints import save_policy
 from data import tasks
 from data.hub import UserError, read_json, write_json
 from data.text import Tokenizer
-from evaluate import wilson
+from evaluate import Z, paired, wilson
 from exits import Policy, Response
 from flags import EMBEDDED
 from model import Transformer
@@ -486,40 +487,52 @@ def test_a_difference_is_over_the_problems_that_both_have():
     half = {"E6 reader learned": np.where(base["E6 reader full"] == 0, np.nan, 1)}
     row = monitor.compare(half, base)["E6 reader learned"]
     assert row["value"] == 1 and row["difference"] == 0
-    assert (row["d_low"], row["d_high"]) == (-3 / 20, 3 / 20)  # the rule of three, for 20 problems without a difference
+    assert -row["d_low"] == row["d_high"] == pytest.approx(paired([1] * 20, [1] * 20)[1])  # of the 20 that have one
     row = monitor.compare({"E6 reader full": np.zeros(20)}, {"E6 reader full": np.ones(20)})["E6 reader full"]
-    assert [row[name] for name in ("difference", "d_low", "d_high")] == pytest.approx([-1, -1, -1 + 3 / 20])
+    assert row["difference"] == -1 and -0.9 < row["d_high"] < -0.8
     other = {"E6 reader learned": base["E6 reader full"] * np.arange(40).clip(max=30) / 30}
     row = monitor.compare(other, base)["E6 reader learned"]
     assert row["difference"] == pytest.approx(other["E6 reader learned"].mean() - 0.5, rel=1e-12)  # sums in any order
     assert row["d_low"] < row["difference"] < row["d_high"]
 
 
+@pytest.mark.parametrize("won, lost", [(0, 0), (4, 0), (30, 10), (0, 250), (300, 0)])
+def test_few_answers_that_differ_are_no_evidence(won, lost):
+    """Else four won of 300 and none lost pass for a difference, and no interval covers a difference that is always
+    seen."""
+    before = np.repeat([0.0, 1.0, 0.0], (won, lost, 300 - won - lost))
+    after = np.repeat([1.0, 0.0, 0.0], (won, lost, 300 - won - lost))
+    row = monitor.compare({"E6 reader full": after}, {"E6 reader full": before})["E6 reader full"]
+    gain, half = paired(before, after)
+    assert (row["difference"], row["d_low"], row["d_high"]) == pytest.approx(
+        (gain, gain - half, gain + half), abs=3e-3)
+
+
 def test_answers_that_are_all_alike_are_no_certainty():
     """Else 40 of 40, or a chain that is worth what the base's is, has an interval of nothing."""
+    def alike(value: float, n: int) -> float:  # 1.96 standard errors of the mean of n, of which but two are the value
+        return Z * math.sqrt((1 - value) ** 2 + (1 + value) ** 2) / (n + 2)
+
     values = {"E1 chain full": np.ones(40), "E1 direct full": np.array([0.0, 1.0] * 20), "E1 chance full": np.zeros(40)}
     rows = monitor.compare(values, values)
     chain, uplift = rows["E1 chain full"], rows["E1 uplift full"]
     assert (chain["low"], chain["high"]) == wilson(1, 40) and chain["low"] < 0.92
-    assert chain["d_high"] == uplift["d_high"] == -uplift["d_low"] == 3 / 40 and uplift["difference"] == 0
+    assert chain["d_high"] == uplift["d_high"] == -uplift["d_low"] == alike(0, 40) and uplift["difference"] == 0
     assert 0.3 < uplift["low"] < uplift["value"] == 0.5 < uplift["high"] < 0.7
     values |= {"E1 direct full": np.zeros(40)}
     uplift = monitor.compare(values, values | {"E1 chain full": np.zeros(40)})["E1 uplift full"]
-    assert uplift["low"] == uplift["d_low"] == 1 - 3 / 40 and (uplift["high"], uplift["d_high"]) == (1, 1 + 3 / 40)
+    assert uplift["low"] == uplift["d_low"] == 1 - alike(1, 40) and uplift["d_high"] == 1 + alike(1, 40)
     values |= {"E1 chain full": np.array([0.0, 1.0] * 20), "E3 load full": -np.ones(40),
                "E5 answer known 50": np.zeros(40)}
     rows = monitor.compare(values, values | {"E3 load full": np.ones(40)})
     necessity, load, known = rows["E1 necessity full"], rows["E3 load full"], rows["E5 answer known 50"]
-    assert (necessity["low"], necessity["high"]) == (1 - 3 / 20, 1)  # of the 20 that the chain gains over a guess
-    assert (load["low"], load["high"], load["difference"], load["d_high"]) == (-1, -1 + 3 / 40, -2, -2 + 3 / 40)
-    rows = monitor.compare(values | {"E3 load full": np.zeros(40)}, values | {"E3 load full": np.ones(40)})
-    assert rows["E3 load full"]["d_low"] == -1 - 3 / 40  # for it may be -2
-    assert (known["low"], known["high"]) == (-3 / 40, 3 / 40)
-    assert monitor.rule_of_three(0, 2) == (-1, 1)
+    assert necessity["low"] == 1 - alike(1, 20)  # of the 20 that the chain gains over a guess
+    assert (load["high"], load["difference"], load["d_high"]) == (-1 + alike(1, 40), -2, -2 + alike(2, 40))
+    assert (known["low"], known["high"]) == (-alike(0, 40), alike(0, 40))
     gain = monitor.compare({f"E1 {name}": np.full(40, float(name == "chain learned")) for name in (
         "chain learned", "direct learned", "chain full", "direct full", "chain random", "direct random")}, None)
     gain = gain["E1 gain, learned over full"]
-    assert (gain["value"], gain["low"], gain["high"]) == (1, 1 - 3 / 40, 1 + 3 / 40)  # for it may be 2
+    assert (gain["value"], gain["low"], gain["high"]) == (1, 1 - alike(1, 40), 1 + alike(1, 40))
 
 
 def test_only_an_eval_that_the_organisms_ranked_is_called_validated(monkeypatch, capsys):
