@@ -124,7 +124,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, kappa: floa
 
         loss += torch.stack([scores.token_kl.sum(), exit_loss.sum()]).detach()
         q_sum += log_q.exp().sum(0)
-        p, visited = hazards(scores.exit_logits.detach().sigmoid(), depths, policy.exits)
+        p, visited = hazard_sums(scores.exit_logits.detach().sigmoid(), depths, policy.exits)
         p_sum, visits = p_sum + p, visits + visited
     sums = torch.cat([loss, q_sum, p_sum, visits])  # together, since each copy waits for the device
     parallel.all_reduce(sums)  # over the processes; apply_gradients adds the gradients
@@ -146,7 +146,7 @@ def summary(distribution: torch.Tensor, depth_of_outcome: torch.Tensor) -> dict:
             "exit_rate": 1 - float(distribution[-1]), "layer_savings": float(savings)}
 
 
-def hazards(p: torch.Tensor, depths: torch.Tensor, exits) -> tuple[torch.Tensor, torch.Tensor]:
+def hazard_sums(p: torch.Tensor, depths: torch.Tensor, exits) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each exit e the sum of p_e over the positions that reach it at given depths, and how many do: p (N, E) and
     depths (N,) -> two (E,). One over the other is the exit's hazard."""
     at = reached(depths, exits, p.device)
@@ -199,9 +199,10 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         scores = score(policy, batch_q, base_h, tokens=False)
         lost = per_response(torch.stack([kl_own, kl_half], 1).double(), batch)
         whole = torch.exp(-lost[:, 0]).sum()
-        lost *= send(torch.tensor([[min(1, STRETCH / len(responses[i]))] for i in index]), policy.device)
+        stretch = send(torch.tensor([[min(1, STRETCH / len(responses[i]))] for i in index]), policy.device)
         exit_loss = exit_cross_entropy(scores.exit_logits, p_safe, depths, policy.exits)
-        totals += torch.stack([scores.token_kl.sum(), exit_loss.sum(), kl_own.sum(), whole, *torch.exp(-lost).sum(0)])
+        intact = torch.exp(-lost * stretch).sum(0)
+        totals += torch.stack([scores.token_kl.sum(), exit_loss.sum(), kl_own.sum(), whole, *intact])
     for sums in (drawn, at_half, target, totals):
         parallel.all_reduce(sums)  # over the processes, each of which has seen its share of the responses
     token_kl, cross_entropy, own_kl, whole, intact, intact_at_half = totals.tolist()

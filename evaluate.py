@@ -244,7 +244,7 @@ def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[
              "problems": runs.problems_hash(problems, judge=False), "runs": list(map(str, columns.values())),
              "weights": weights}
     out, kept = Path(args.out) if args.out else runs.free_folder("evaluate"), {}
-    out.mkdir(parents=True, exist_ok=True)
+    runs.make_folder(out)
     runs.lock_folder(out)
     begun, done = out / "begun.json", out / "completions.jsonl"
     before = read_json(begun) if begun.exists() else {}
@@ -317,6 +317,8 @@ def main() -> None:
     for run in reversed(columns.values()):  # stage 2 may have had a task of its own
         flags.inherit(args, runs.read_config(run), run / "config.json")
     args = flags.settle(p, args)
+    if not columns and (args.threshold is not None or args.delta):
+        raise UserError("--threshold and --delta are about exits, and the base has none: name a run, or leave them out")
     problems = tasks.load(args.task, "test", data=args.data, n=args.n, seed=args.seed)
     runs.warn_fewer("--n", args.n, len(problems))
     for taken in ("config.json", "evaluation.json"):

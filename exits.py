@@ -58,9 +58,8 @@ def projections(model: Transformer) -> dict[str, nn.Module]:
 
 class ExitHeads(nn.Module):
     """z_e = w_e · silu(U_e x + u_e) + b_e with `hidden` units, or z_e = w_e · x + b_e with none, of x = h / rms(h): the
-    length of a stream grows by orders of magnitude with depth. Linear heads cost the embedded model, whose default they
-    are, 2 to 4 points where exits are drawn, and a model of 135M parameters 6 (docs/results.md). b_e starts at -4, p_e
-    at sigmoid(-4) = 0.018, so that few tokens leave an untrained policy: 5% of them at 3 exits, 12% at 7."""
+    length of a stream grows by orders of magnitude with depth. b_e starts at -4, p_e at sigmoid(-4) = 0.018, so that
+    few tokens leave an untrained policy: 5% of them at 3 exits, 12% at 7."""
 
     def __init__(self, exits: int, width: int, hidden: int, eps: float, device):
         super().__init__()
@@ -113,7 +112,8 @@ class Pass(NamedTuple):
 class Policy(nn.Module):
     """A transformer that may exit early: base weights (never trained), LoRA adapters and exit heads (trained).
 
-    It takes `model` over: projections are replaced where they are, so a model has one policy.
+    It takes `model` over: projections are replaced where they are, so a model has one policy. Raises UserError for a
+    second one, which would change the first.
     """
 
     def __init__(self, model: Transformer, exits: Sequence[int] | None = None, rank: int = 16,
@@ -122,6 +122,8 @@ class Policy(nn.Module):
         L = model.config.num_hidden_layers
         exits = exit_depths(L) if exits is None else exits
         refuse_exits(exits, L)
+        if any(isinstance(module, LoRALinear) for module in projections(model).values()):
+            raise UserError("this model has a policy already: load the model again for another one")
         self.model = model.requires_grad_(False)
         self.exits, self.n_layers, self.rank, self.alpha = tuple(exits), L, rank, float(alpha or 2 * rank)
         for name, base in projections(model).items():
@@ -137,8 +139,8 @@ class Policy(nn.Module):
     def forward(self, ids, depths=None, u=None, delta: float = 0.0, place=None) -> Pass:
         """The forward pass of training and sampling, and the only point where a stream freezes: ids (B, T) -> Pass.
 
-        depths (B, T), on the host: how many layers each position runs (default: all); 0 where nothing stands, as in
-            padding
+        depths (B, T), on the host: how many layers each position runs, an exit's depth or L (default: L); 0 where
+            nothing stands, as in padding
         u (B, T, E), on the host: uniform numbers. With them a position that was given depth L stops at the first exit
             with u_e < p_e = sigmoid(z_e + delta), or not at all; one given less runs just that. u above 1
             (sample.NEVER) takes no exit
@@ -192,7 +194,7 @@ def adapters_rounded(policy: Policy):
 
 
 def stick_breaking(log_p: torch.Tensor, log_not_p: torch.Tensor) -> torch.Tensor:
-    """Eq. (S): log pi(e_i) = log p_i + sum_{j<i} log(1 - p_j); what is left goes to the full stack.
+    """Eq. (S): log pi(e_m) = log p_m + sum_{n<m} log(1 - p_n); what is left goes to the full stack.
 
     log p and log (1 - p) of each exit (..., E) -> log-probabilities of the outcomes (..., E + 1). In log space, since
     a product of probabilities rounds to 0 or 1 where a head is sure, and its logarithm's gradient is then lost.

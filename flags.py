@@ -211,7 +211,7 @@ def settle(p: Parser, args: argparse.Namespace) -> argparse.Namespace:
     """Fills the flags left open with the default for the embedded model or any other, and refuses what can't run before
     anything is loaded."""
     if args.model is not None and Path(args.model).is_absolute() and not Path(args.model).is_dir():
-        raise UserError(f"the model's folder {args.model} is not there: name it by --model")
+        raise UserError(f"there is no folder {args.model}: give the model's new place, or a hub id, by --model")
     args.model = name_of(args.model)
     for name, pair in p.pairs.items():
         if getattr(args, name) is None:

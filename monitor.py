@@ -447,7 +447,7 @@ def main() -> None:
     exits = exits_of(checkpoint(folders[0])) if folders else exit_depths(model.config.num_hidden_layers)
     base, reader = f"{fingerprint(model)} {list(exits)}", closed(Policy(model, exits))
     out = Path(args.out) if args.out else runs.free_folder("monitor")
-    out.mkdir(parents=True, exist_ok=True)
+    runs.make_folder(out)
     about = {name: getattr(args, name)
              for name in ("model", "task", "n", "seed", "max_new_tokens", "threshold", "dtype")}
     about |= {"problems": runs.problems_hash(problems), "evals": evals_mark()}

@@ -90,21 +90,21 @@ def roll_out(policy: Policy, problems, prompts, tokenizer, step: int, args) -> t
 
 @torch.no_grad()
 def score_responses(policy: Policy, responses: list[Response], micro_batch: int):
-    """Before the update: the base's streams by micro-batch, which the update needs again; each response's mean token KL
-    (P k,); and |log-prob when sampled - here| of every generated token's depth and id (2N,), which must stay at
-    rounding level."""
-    base, drift = [], [policy.heads.bias.new_zeros(0)]
+    """Before the update: the micro-batches, each (index, Batch, the base's streams), which the update needs again; each
+    response's mean token KL (P k,); and |log-prob when sampled - here| of every generated token's depth and id (2N,),
+    which must stay at rounding level."""
+    parts, drift = [], [policy.heads.bias.new_zeros(0)]
     mean_kl = torch.zeros(len(responses), dtype=torch.double, device=policy.device)
     for index, batch in micro_batches(policy, responses, micro_batch):
         base_h, _ = base_pass(policy, batch)
+        parts.append((index, batch, base_h))
         scores = score(policy, batch, base_h)
         sampled = torch.tensor([[x for i in index for x in getattr(responses[i], name)]
                                 for name in ("logp_exit", "logp_token")])
         index, sampled = (send(x, policy.device) for x in (index, sampled))
         mean_kl[index] = response_mean(scores.token_kl, batch).double()
         drift.append((torch.stack([scores.logp_exit, scores.logp_token]) - sampled).abs().flatten())
-        base.append(base_h)
-    return base, mean_kl.cpu(), torch.cat(drift).cpu()  # copied last, since each copy waits for the device
+    return parts, mean_kl.cpu(), torch.cat(drift).cpu()  # copied last, since each copy waits for the device
 
 
 def earnings(problem_of: list, records: list[dict], mean_kl: torch.Tensor, n_layers: int, tokenizer, args) -> dict:
@@ -118,11 +118,9 @@ def earnings(problem_of: list, records: list[dict], mean_kl: torch.Tensor, n_lay
             "advantage": leave_one_out(rewards.view(-1, args.samples)).flatten()}
 
 
-def accumulate_gradient(policy: Policy, responses: list[Response], advantages: torch.Tensor, base: list,
-                        micro_batch: int, beta: float, c: int, count: int) -> None:
-    """What these responses add to the gradient of rloo_loss over a step's `count`, micro-batch by micro-batch."""
-    parts = micro_batches(policy, responses, micro_batch)  # the same as in score_responses, where base comes from
-    for (index, batch), base_h in zip(parts, base, strict=True):
+def accumulate_gradient(policy: Policy, parts: list, advantages: torch.Tensor, beta: float, c: int, count: int) -> None:
+    """What the responses of score_responses' `parts` add to the gradient of rloo_loss over a step's `count`."""
+    for index, batch, base_h in parts:
         scores = score(policy, batch, base_h)
         advantage = send(advantages[index].to(scores.token_kl.dtype), policy.device)
         rloo_loss(advantage, per_response(scores.logp_exit + scores.logp_token, batch),
@@ -241,14 +239,14 @@ def main() -> None:
         times.append(time.perf_counter())
 
         # Score: the reward needs the KL to the base model.
-        base, mean_kl, drift = score_responses(policy, responses, args.micro_batch)
+        parts, mean_kl, drift = score_responses(policy, responses, args.micro_batch)
         earned = earnings(problem_of, records, mean_kl, policy.n_layers, tokenizer, args)
         times.append(time.perf_counter())
 
         # Update: one gradient step.
-        accumulate_gradient(policy, responses, earned["advantage"], base, args.micro_batch, args.beta,
-                            c=args.max_new_tokens, count=args.prompts_per_step * args.samples)
-        del base  # else it is held through the next rollout, where memory is scarcest
+        accumulate_gradient(policy, parts, earned["advantage"], args.beta, c=args.max_new_tokens,
+                            count=args.prompts_per_step * args.samples)
+        del parts  # else they are held through the next rollout, where memory is scarcest
         updated = run.apply_gradients(optimizer, args.lr * optim.schedule(step, args.steps))
         times.append(time.perf_counter())
 

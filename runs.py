@@ -283,9 +283,7 @@ class Run:
     def create_folder(self, stage: str, about: dict) -> Path:
         """The new folder, which this process holds from now on."""
         self.folder = Path(self.args.out) if self.args.out else free_folder(stage)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--out {self.folder} is a file: choose a folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         # A run that was refused or killed before it did anything leaves these, and may be started again.
         if any(p.name not in ("config.json", ".lock", ".partial-config.json") for p in self.folder.iterdir()):
             ours = (self.folder / "metrics.jsonl").exists() or (self.folder / "teacher.jsonl").exists()
@@ -568,6 +566,12 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, promp
     return run, policy, optimizer, start
 
 
+def make_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: choose a folder")
+    out.mkdir(parents=True, exist_ok=True)
+
+
 def free_folder(what: str) -> Path:
     """A new folder under runs/; another run may have started in the same second."""
     RUNS.mkdir(exist_ok=True)
@@ -585,6 +589,8 @@ def free_folder(what: str) -> Path:
 def read_config(run: Path) -> dict:
     """What a run, or the run of a checkpoint, RUN/step-000120, was started with: stage, args, versions."""
     where = run_of(run) / "config.json"
+    if not where.parent.is_dir():
+        raise UserError(f"{run}: no such folder; give the folder of a run of distill.py or rloo.py")
     if not where.exists():
         raise UserError(f"{run}: not the folder of a run, for it has no config.json; give one that distill.py or "
                         f"rloo.py wrote")

@@ -106,19 +106,28 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     `prompt_exits` the prompt's tokens exit as well, by draw or threshold, which no training has met. Response r's
     randomness is that of (seed, first_response + r, position), so neither `rows` nor the other prompts change it, but
     by rounding. At most `rows` responses are in the cache at a time (default: what fits in half of the free memory).
-    `progress`, a tqdm bar, counts ended responses. Raises UserError for a prompt that is empty or leaves no room in the
-    model's context, for depths that no outcome has, and where a log-probability is not finite.
+    `progress`, a tqdm bar, counts ended responses. Raises UserError for a prompt that is empty, leaves no room in the
+    model's context or holds an id beyond its vocabulary, for depths that no outcome has or that are of another shape,
+    and where a log-probability is not finite.
     """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
     context, L, E = policy.model.config.max_position_embeddings, policy.n_layers, len(policy.exits)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= context - max_new_tokens:
             raise UserError(f"prompt {i} has {len(prompt)} tokens: it must have one at least, and leave room for "
                             f"--max-new-tokens {max_new_tokens} in a context of {context}; shorten either")
+        if not 0 <= min(prompt) <= max(prompt) < policy.model.config.vocab_size:
+            raise UserError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, and the model a vocabulary of "
+                            f"{policy.model.config.vocab_size}: encode it with the model's own tokenizer")
     if not prompts:  # as where a step has fewer of them than there are processes
         return []
     responses, eos_ids = [Response(prompt) for prompt in prompts for _ in range(samples)], frozenset(eos_ids)
     if depths is not None:
-        depths = torch.as_tensor(depths).expand(len(responses), max_new_tokens)
+        depths, shape = torch.as_tensor(depths), (len(responses), max_new_tokens)
+        if depths.dim() and depths.shape != shape:
+            raise UserError(f"prescribed depths {tuple(depths.shape)}: must be one number, or {shape}")
+        depths = depths.expand(shape)
         if not torch.isin(depths, policy.depth_of_outcome).all():
             raise UserError(f"prescribed depths must be among {policy.depth_of_outcome.tolist()}")
 
@@ -200,9 +209,11 @@ def responses_per_write(rows: int | None) -> int:
     return 4 * (rows or 64) * parallel.size()
 
 
-def generate_shared(policy: Policy, prompts: list[list[int]], *, first_response: int, **options) -> list[Response]:
+def generate_shared(policy: Policy, prompts: list[list[int]], *, first_response: int, samples: int = 1,
+                    **options) -> list[Response]:
     """generate, the prompts divided among the ranks: every rank gets all responses."""
     mine = parallel.share(len(prompts))
     with policy.model.gathered():
-        drawn = generate(policy, prompts[mine], first_response=first_response + mine.start, **options)
+        drawn = generate(policy, prompts[mine], samples=samples, first_response=first_response + mine.start * samples,
+                         **options)
     return parallel.all_gather(drawn)

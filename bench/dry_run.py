@@ -62,13 +62,12 @@ def main() -> None:
     timed(f"stage 1, gradient of {n}", lambda: distill.train_step(
         policy, responses, step=0, kappa=1.0, seed=0, micro_batch=args.micro_batch))
     print(f"    gradient norm {take_step(optimizer, 1e-5, 1e-5):.3g}")
-    base, mean_kl, _ = timed(f"stage 2, score {n}", lambda: rloo.score_responses(policy, responses, args.micro_batch))
+    parts, mean_kl, _ = timed(f"stage 2, score {n}", lambda: rloo.score_responses(policy, responses, args.micro_batch))
     rewards = rloo.reward(torch.arange(n) % 2, 0.0, mean_kl, 0.0, 0.02).view(args.prompts, args.samples)
     timed(f"stage 2, gradient of {n}", lambda: rloo.accumulate_gradient(
-        policy, responses, rloo.leave_one_out(rewards).flatten(), base, micro_batch=args.micro_batch, beta=0.02,
-        c=args.new, count=n))
+        policy, parts, rloo.leave_one_out(rewards).flatten(), beta=0.02, c=args.new, count=n))
     print(f"    gradient norm {take_step(optimizer, 1e-5, 1e-5):.3g}")
-    base = None  # its memory, as in rloo.py
+    parts = None  # its memory, as in rloo.py
     timed("rollout, in the memory left so", rollout)
 
 

@@ -275,8 +275,9 @@ def own_errors(about: str):
     except UserError as error:
         raise UserError(f"{about}: {error}") from None
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"{about}: {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})") from error
+        frame = traceback.extract_tb(error.__traceback__)[-1]  # here, where a function of theirs takes other arguments
+        where = f" ({frame.filename}:{frame.lineno})" if frame.filename != __file__ else ""
+        raise UserError(f"{about}: {type(error).__name__}: {error}{where}") from error
 
 
 def refuse_shared(train: list[Problem], args) -> None:

@@ -47,8 +47,8 @@ from study.coherence import COLUMNS, each, pooled
 ROOT = Path(__file__).parent.parent
 # The record on the embedded model; other models take the scripts' own defaults. A smaller KL factor takes more steps of
 # stage 1 to converge (docs/results.md).
-RECORD_1 = "--exit-every 1 --rank 64 --responses 24000 --lr 0.0015 --held-out 200 --steps"
-STEPS = {16: 3000, 2: 6000, 0: 12000}  # from a KL factor on
+RECORD_1 = "--exit-every 1 --rank 64 --responses 24000 --lr 0.0015 --held-out 200"
+STEPS = {16: 3000, 2: 6000, 0: 12000}  # of stage 1 at KL factors of at least that
 RECORD_2 = "--steps 150 --lr 0.0004 --save-every 30"
 PASSED = ("model", "revision", "task", "data", "thinking", "max_new_tokens", "rows", "micro_batch", "recompute",
           "cuda_graphs", "device", "dtype")  # flags that go to the trainings
@@ -163,8 +163,8 @@ def kl_run(args, factor: float) -> Path | None:
 
 
 def calibrated(args, name: str, factor: float, *options) -> Path | None:
-    steps = next(steps for above, steps in STEPS.items() if factor >= above)
-    record = (*RECORD_1.split(), steps) if args.model == "embedded" else ()
+    steps = next(steps for least, steps in STEPS.items() if factor >= least)
+    record = (*RECORD_1.split(), "--steps", steps) if args.model == "embedded" else ()
     folder = trained(args, name, "distill.py", *record, *args.stage1, "--kl-factor", factor,
                      *options)  # last, since of a flag given twice the last one counts
     return folder and about_the_same(args, folder, kl_factor=factor)
@@ -200,9 +200,10 @@ def over_seeds(args, make) -> list[Path]:
 
 def from_kappa(args, kappa: float | None) -> tuple[Path | None, list[Path]]:
     """Stage 1 at a KL factor (None: s1), and stage 2 from there over the seeds."""
-    start = kl_run(args, kappa) if kappa else stage_one(args)
-    end = "" if start == stage_one(args) else f"-kl-{kappa:g}"
-    return start, over_seeds(args, lambda seed: stage_two(args, f"rl-0.1-{seed}{end}", 0.1, seed, start))
+    s1 = stage_one(args)
+    start = kl_run(args, kappa) if s1 and kappa else s1
+    suffix = "" if start == s1 else f"-kl-{kappa:g}"
+    return start, over_seeds(args, lambda seed: stage_two(args, f"rl-0.1-{seed}{suffix}", 0.1, seed, start))
 
 
 def lower_kappa(args) -> tuple[float, Path | None, list[Path]]:
@@ -240,7 +241,7 @@ def answers(args, source, how: str = "learned", rule=None, delta: float = 0.0) -
     name = f"{label}.{how}.{Path(args.task).stem}.n{args.n}.t{args.temperature:g}.d{delta:g}.jsonl"
     path = Path(args.runs) / "answers" / re.sub("[ /]", "-", name)
     if path.exists():
-        first, *rows = (row for _, row in read_lines(path))
+        first, *rows = [row for _, row in read_lines(path)] or [{}]
         if {key: first.get(key) for key in head} == head:
             return Answers(rows, field(first, "outcomes", list, path), path)
     gc.collect()  # a rule's closure and its policy hold each other, and with that the last model

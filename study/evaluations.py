@@ -35,6 +35,8 @@ def run_name(run: str | None) -> str:
 def completions(folder: Path) -> dict[str, dict[str, dict]]:
     """Model -> problem -> its row in an evaluation's completions.jsonl."""
     models, where = defaultdict(dict), folder / "completions.jsonl"
+    if not where.exists():
+        raise UserError(f"{folder} holds no completions.jsonl: give a folder that evaluate.py wrote")
     for at, row in read_lines(where):
         models[field(row, "model", str, at)][field(row, "id", str, at)] = row
     if BASE not in models:  # who is asked first

@@ -273,9 +273,9 @@ def stage_1(policy, responses, step):
 
 
 def stage_2(policy, responses, step):
-    base, mean_kl, drift = rloo.score_responses(policy, responses, FLAGS.micro_batch)
+    parts, mean_kl, drift = rloo.score_responses(policy, responses, FLAGS.micro_batch)
     advantages = torch.linspace(-1, 1, len(responses), dtype=torch.double) - FLAGS.beta * mean_kl
-    rloo.accumulate_gradient(policy, responses, advantages, base, FLAGS.micro_batch, FLAGS.beta, FLAGS.max_new_tokens,
+    rloo.accumulate_gradient(policy, parts, advantages, FLAGS.beta, FLAGS.max_new_tokens,
                              len(responses))
     return {"kl": mean_kl.tolist(), "drift": drift.tolist()}
 

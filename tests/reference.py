@@ -1,17 +1,19 @@
 """The whole policy, slowly: one text at a time, whole matrices, no cache, nothing packed. Read this first.
 
 No other file of the project is used: all that is fast is tested against this one, and this one against the transformers
-library. Weights come as a dict under the checkpoint's names; equations are numbered as in the README. T tokens of a
-text, D width, C size of an attention head, L layers, V vocabulary, E exits: depths at which a token may stop.
+library. Weights come as a dict: the base's under the checkpoint's names; X.lora_A and X.lora_B, the adapter of X; and
+heads.up, up_bias, weight and bias, the U, u, w and b of all exits' heads, stacked. Equations are numbered as in the
+README. T tokens of a text, D width, C size of an attention head, L layers, V vocabulary, E exits: depths at which a
+token may stop.
 """
 
 import torch
 
-HEAD = ("up", "up_bias", "weight", "bias")  # of an exit
+EXIT_HEAD = ("up", "up_bias", "weight", "bias")
 
 
 class Reference:
-    def __init__(self, weights, config, exits=(), lora_scale=0.0):  # at scale 0 it is the base model
+    def __init__(self, weights, config, exits=(), lora_scale=0.0):  # alpha / r; at 0 it is the base model
         self.w, self.config, self.exits, self.lora_scale = weights, config, exits, lora_scale
         self.L, self.depth_of_outcome = config.num_hidden_layers, (*exits, config.num_hidden_layers)
 
@@ -35,7 +37,7 @@ class Reference:
 
     def exit_logit(self, h, i):
         """z of exit i, by its head, from the stream h (D) or (T, D) at its depth, taken at unit root mean square."""
-        x, head = self.norm(h), {name: self.w[f"heads.{name}"][i] for name in HEAD if f"heads.{name}" in self.w}
+        x, head = self.norm(h), {name: self.w[f"heads.{name}"][i] for name in EXIT_HEAD if f"heads.{name}" in self.w}
         if "up" in head:  # a hidden layer
             x = x @ head["up"].T + head["up_bias"]
             x = x * x.sigmoid()

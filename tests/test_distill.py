@@ -100,7 +100,7 @@ def test_exit_cross_entropy_has_the_expectation_of_the_exit_term_of_equation_5()
 def test_hazards_count_only_positions_that_reach_the_exit():
     """Past l* a head reads a frozen stream: averaging over all positions would log something else."""
     p = torch.tensor([[0.1, 0.9], [0.3, 0.5], [0.5, 0.7]])
-    total, reach = distill.hazards(p, torch.tensor([2, 4, 6]), (2, 4))
+    total, reach = distill.hazard_sums(p, torch.tensor([2, 4, 6]), (2, 4))
     assert total.tolist() == pytest.approx([0.9, 1.2]) and reach.tolist() == [3, 2]
     assert distill.from_hazards(torch.tensor([0.2, 0.5])).tolist() == pytest.approx([0.2, 0.4, 0.4])
 

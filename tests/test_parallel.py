@@ -78,9 +78,9 @@ def samples_of(drawn: list) -> torch.Tensor:
 
 def stage_2(policy, mine: list, share: slice, micro_batch: int) -> torch.Tensor:
     """A rank's part of stage 2's gradient, of two samples to each prompt; their mean KL."""
-    base, mean_kl, _ = rloo.score_responses(policy, mine, micro_batch)
+    parts, mean_kl, _ = rloo.score_responses(policy, mine, micro_batch)
     advantages = torch.arange(6.0, dtype=torch.double).sin()[2 * share.start : 2 * share.stop]
-    rloo.accumulate_gradient(policy, mine, advantages, base, micro_batch, 0.3, 6, 2 * len(PROMPTS))
+    rloo.accumulate_gradient(policy, parts, advantages, 0.3, 6, 2 * len(PROMPTS))
     return mean_kl
 
 

@@ -51,6 +51,12 @@ def test_bad_exits_are_refused(bad):
         Policy(toy_model(), bad, 2)
 
 
+def test_a_model_has_one_policy():
+    """Else the first one would run on the second one's adapters, without a word."""
+    with pytest.raises(UserError, match="load the model again"):
+        Policy(toy_policy().model)
+
+
 def test_fresh_heads_exit_with_sigmoid_minus_4():
     """A head that starts open ruins the first step."""
     policy = Policy(toy_model(), (2, 4), 2)

@@ -113,8 +113,8 @@ def test_accumulated_gradient_is_that_of_the_loss(micro_batch):
     rows = [row for pair in zip(everything()[5::5], everything([1])[1::5], strict=False) for row in pair][:6]
     assert {len(r) for r in rows} == {1, 2}
     advantages = torch.randn(6, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    base, mean_kl, _ = rloo.score_responses(policy, rows, micro_batch)
-    rloo.accumulate_gradient(policy, rows, advantages, base, micro_batch, BETA, STEPS, len(rows))
+    parts, mean_kl, _ = rloo.score_responses(policy, rows, micro_batch)
+    rloo.accumulate_gradient(policy, parts, advantages, BETA, STEPS, len(rows))
     slow, logp, slow_kl = slow_scores(policy, rows)
     assert_close(mean_kl, torch.stack(slow_kl))
     loss = sum(-a * lp + BETA * kl for a, lp, kl in zip(advantages, logp, slow_kl, strict=True)) / (STEPS * 6)

@@ -340,7 +340,7 @@ def test_a_moved_clone_goes_on(home):
 def test_a_moved_model_is_named_by_a_flag_and_another_one_is_refused(home):
     """Else a run on a local model ends with that model's path, or goes on, wrong, with other weights."""
     (home / "toy").rename(home / "there")
-    refused("rloo.py", *RL, "--init", "one", home=home, naming="name it by --model")
+    refused("rloo.py", *RL, "--init", "one", home=home, naming="or a hub id, by --model")
     run("rloo.py", *RL[:-1], 1, "--init", "one", "--model", "there", cwd=home)
     run("distill.py", "--resume", "one", "--model", "there", "--steps", 3, cwd=home)
     assert config(home / "one")["model"] == str(home / "there")

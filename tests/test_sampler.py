@@ -443,8 +443,9 @@ def test_prescribed_depths_are_run_and_scored():
     for i, r in enumerate(drawn):
         table[i, : len(r)] = torch.tensor(r.depths)
     assert actions(generate(policy, PROMPTS, depths=table, **options)) == actions(drawn)  # exits have dice of their own
-    with pytest.raises(UserError, match="among"):
-        generate(policy, PROMPTS, depths=3, **options)
+    for bad, told in ((3, "among"), (table[0], "must be one number, or"), (table[:, :4], "must be one number, or")):
+        with pytest.raises(UserError, match=told):
+            generate(policy, PROMPTS, depths=bad, **options)
 
 
 def test_any_eos_ends_a_response_and_is_counted():
@@ -470,6 +471,14 @@ def test_a_prompt_that_is_empty_or_too_long_is_named(prompt, new):
     """Beyond its context a RoPE model talks nonsense without an error."""
     with pytest.raises(UserError, match="prompt 1 has"):
         generate(toy_policy(), [[1], prompt], max_new_tokens=new, eos_ids=[])
+
+
+@pytest.mark.parametrize("prompt, new, told", [([1, 61], 4, "prompt 0 has ids from 1 to 61"), ([-1], 4, "from -1 to"),
+                                               ([1], 0, "max_new_tokens 0")])
+def test_what_cannot_be_continued_is_told(prompt, new, told):
+    """Else an index of torch's is out of range, or -1 reads the last embedding."""
+    with pytest.raises(UserError, match=told):
+        generate(toy_policy(), [prompt], max_new_tokens=new, eos_ids=[])
 
 
 def test_a_prompt_that_just_fits_is_accepted():

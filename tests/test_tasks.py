@@ -492,7 +492,8 @@ def test_a_line_that_makes_no_problem_is_named(tmp_path, row, named):
 
 @pytest.mark.parametrize("code, named", [
     ("def problems(split, n, seed)\n    return []", r"SyntaxError: .*"), ("import nothing_of_that_name", "nothing_of"),
-    ("x = 1", r"it defines no problems\(split, n, seed\)"), ("def problems(split):\n    return []", "TypeError"),
+    ("x = 1", r"it defines no problems\(split, n, seed\)"),
+    ("def problems(split):\n    return []", r"TypeError: problems\(\) .*given$"),
     ("def problems(split, n, seed):\n    return []", "gives none"),
     ("from data.tasks import Problem\ndef problems(split, n, seed):\n    return [Problem('a', str(i), 'x', 'choice') "
      "for i in range(3)]", "2 of its Problems have the id 'a'"),

@@ -73,10 +73,10 @@ def test_stage_2_draws_new_samples_of_its_training_problems_and_sums_their_gradi
         rows = [row for row in lines(made.home / "wired-2" / "completions.jsonl") if row["step"] == step]
         responses = sampled(made, policy, "train", 20, 5, optim.pick(20, 2, step, 5), samples=2, seed=(5, step))
         assert_drawn(rows, responses)
-        base, mean_kl, _ = rloo.score_responses(policy, responses, 8)
+        parts, mean_kl, _ = rloo.score_responses(policy, responses, 8)
         assert [row["mean_kl"] for row in rows] == pytest.approx(mean_kl.tolist(), abs=1e-5)
         advantages = torch.tensor([row["advantage"] for row in rows], dtype=torch.double)
-        rloo.accumulate_gradient(policy, responses, advantages, base, 8, beta=0.02, c=12, count=4)
+        rloo.accumulate_gradient(policy, parts, advantages, beta=0.02, c=12, count=4)
         norm = torch.cat([p.grad.flatten() for p in policy.trained().values()]).norm()
         logged = lines(made.home / "wired-2" / "metrics.jsonl")[step]
         assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
