@@ -1,6 +1,7 @@
 """Does a learned exit beat simpler ones, and does it cost or gain accuracy beside reinforcement learning without exits?
 
     static       every token stops at one depth
+    …, trained   the same, where stage 1 was trained for that depth alone, and then stage 2 at lambda 0
     confidence   stops at the first exit whose lens is sure of a token, max_x p(x) >= tau (as CALM does)
     heads        stops at the first exit where the learned head says p > C: what sampling the exits costs
     oracle       stops at the first exit whose lens is within EPS nats of this token's own final distribution: no rule,
@@ -25,6 +26,7 @@ from statistics import fmean as mean
 import torch
 import torch.nn.functional as F
 
+import flags
 import runs
 from checkpoints import checkpoint, digest, exits_of, load_policy, save_policy
 from data.hub import read_json, write_json
@@ -194,7 +196,9 @@ def against(name: str, mine: list[float], other: list[float] | None, **about) ->
 
 
 def main() -> None:
-    args = common.arguments(__doc__)
+    args = common.arguments(__doc__, lambda p: p.pair(
+        "--depths", (2, 3, 4), (), nargs="*", type=flags.whole(1), help="that stage 1, and then stage 2, are trained "
+        "for alone (default: 2 3 4 / none)"))
     s1, rl = common.from_kappa(args, None)
     if s1 is None:
         return
@@ -238,6 +242,18 @@ def main() -> None:
                 points.append(point(args, table, rule="table", weights=name, value=whose))
                 comparisons += against(whose, correct(first), correct(table), rule="table", weights=name,
                                        compute=compute_of(first))
+
+    def tuned(depth: int) -> Path | None:
+        return common.stage_two(args, f"rl-0-0-static-{depth}", 0.0, 0, common.one_depth(args, depth))
+
+    for stage, make in (("stage 1", lambda depth: common.one_depth(args, depth)), ("stage 2", tuned)):
+        sweep = {depth: undrawn(args, run) for depth in args.depths if (run := make(depth))}
+        points += [point(args, a, rule="static, trained", weights=stage, value=depth) for depth, a in sweep.items()]
+        for whose, (home, each) in learned.items():
+            if home.startswith(stage):
+                accuracy, compute = pooled(each)
+                comparisons += against(whose, accuracy, at_compute([*sweep.values(), base], compute),
+                                       rule="static, trained", weights=stage, compute=compute)
 
     means = {whose: pooled(each) for whose, (_, each) in learned.items()}
     if plain:

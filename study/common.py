@@ -8,6 +8,7 @@ Under --runs lie the runs, as distill.py and rloo.py write them, and answers/, w
     rl-LAM-gated      the same, with depth charged for right answers only (study.fronts)
     rl-LAM-SEED-kl-F  stage 2 from kl-F (study.fig2, study.fronts, study.baselines)
     full, full-SEED   s1 with exits that never open, and stage 2 from it (study.baselines)
+    static-D          stage 1 for depth D alone, and rl-0-0-static-D stage 2 from it (study.baselines)
     …-TASK            the same on another task (study.crossdomain)
 
 What is complete is not made again, what was begun goes on; so every command can be killed and repeated. Each writes
@@ -168,6 +169,14 @@ def calibrated(args, name: str, factor: float, *options) -> Path | None:
     folder = trained(args, name, "distill.py", *record, *args.stage1, "--kl-factor", factor,
                      *options)  # last, since of a flag given twice the last one counts
     return folder and about_the_same(args, folder, kl_factor=factor)
+
+
+def one_depth(args, depth: int) -> Path | None:
+    """Stage 1 for one depth alone: at a KL factor of next to nothing every exit is safe, and all take the first."""
+    s1 = stage_one(args)
+    steps = ("--steps", 3000) if args.model == "embedded" else ()
+    return s1 and calibrated(args, f"static-{depth}", 1e-4, "--exit-every", depth, *steps, "--teacher",
+                             s1 / "teacher.jsonl")
 
 
 def refuse_other_start(folder: Path, how: str, start: str | None, init: Path) -> None:

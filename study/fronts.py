@@ -119,7 +119,8 @@ def draw_fronts(args, data: dict, name: str, factors: list[dict], simpler: list[
             ("confidence", "stage 2", dict(color="C1", marker="^", linestyle=":", markerfacecolor="w")),
             ("oracle", "base", dict(color="0.5", marker="v")),
             ("oracle", "stage 2", dict(color="0.5", marker="v", linestyle=":")),
-            ("static", "base", dict(color="C4", marker="x")),
+            ("static, trained", "stage 1", dict(color="C4", marker="x")),
+            ("static, trained", "stage 2", dict(color="C4", marker="x", linestyle="--")),
             ("random", "stage 2", dict(color="C5", marker="D", linestyle="")),
             ("plain RL", None, dict(color="C6", marker="P", linestyle=""))):  # None: each seed has weights of its own
         rows = [p for p in simpler if p["rule"] == rule and weights in (None, p["weights"])]

@@ -238,12 +238,13 @@ def heads(data: dict) -> list[str]:
 
 def baselines(data: dict) -> list[str]:
     found = {(c["of"], c["rule"], c["weights"]): c for c in data["comparisons"]}
-    labels = {"static": "static exit", "heads": "heads, thresholded", "confidence": "confidence threshold",
+    labels = {"static": "static exit", "static, trained": "static exit, trained for its depth",
+              "heads": "heads, thresholded", "confidence": "confidence threshold",
               "oracle": "KL oracle (sees all layers)", "random": "random exits", "table": "exits by a table of tokens",
               "plain RL": "RLOO without exits", "full depth": "base at full depth"}
 
     def row(c: dict) -> list:
-        on = "" if c["rule"] in ("plain RL", "full depth") else f", {c['weights']}'s weights"
+        on = "" if c["rule"] in ("plain RL", "full depth", "static, trained") else f", {c['weights']}'s weights"
         return [c["of"], labels[c["rule"]] + on, percent(c["compute"]), percent(c["accuracy"]), percent(c["other"]),
                 signed(c["change"], c["half"])]
 
@@ -256,6 +257,7 @@ def baselines(data: dict) -> list[str]:
                   ("confidence", home): "such a threshold on its own adapters",
                   ("heads", start_of(home)): "its start's heads at a threshold",
                   ("heads", whose): "its own heads at a threshold",
+                  ("static, trained", home[:len("stage 1")]): "adapters trained for one depth",
                   ("plain RL", "plain RL"): "reinforcement learning without exits"}
         texts = [f"{signed(c['change'], c['half'])} points against {other}, {verdict(c['change'], c['half'])}"
                  for (rule, weights), other in others.items() if (c := found.get((whose, rule, weights)))]

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import distill
 import monitor
 from checkpoints import checkpoint, load_policy
 from data import tasks
@@ -103,16 +104,20 @@ def test_a_sweep_is_read_between_its_settings():
 
 def test_one_seeds_weights_are_compared_with_that_seed_alone(tmp_path, monkeypatch):
     """Else the mean of the seeds is set beside one seed's luck under another rule, and the heads answer for it."""
-    right = {"s1": (1, 1, 0, 0), "rl-0": (1, 1, 1, 0), "rl-1": (0, 0, 0, 0)}
+    right = {"s1": (1, 1, 0, 0), "rl-0": (1, 1, 1, 0), "rl-1": (0, 0, 0, 0),
+             "static-4": (1, 0, 0, 0), "rl-0-0-static-4": (1, 1, 0, 0)}
     depths = {"full depth": 8, "static 4": 4, **{f"static {depth}": 2 for depth in (2, 6)}}
 
     def told(args, source, how="learned", rule=None):
         return common.Answers([{"depths": [depths.get(how, 4)] * 3, "correct": x, "flexible": x, "finished": True,
                                 "prompt_ids": [1], "token_ids": [1] * 3} for x in right.get(
-                                    how == "learned" and source.name, (0, 0, 0, 0))], [2, 4, 6, 8], None)
+                                    how in ("learned", "heads 0.5") and source.name, (0, 0, 0, 0))], [2, 4, 6, 8], None)
 
     s1, found = tmp_path / "s1", {}
-    for name, value in (("arguments", lambda doc: argparse.Namespace(problems=[0] * 4, max_new_tokens=3, seed=0)),
+    for name, value in (("arguments", lambda *_: argparse.Namespace(problems=[0] * 4, max_new_tokens=3, seed=0,
+                                                                    depths=[4])),
+                        ("one_depth", lambda args, depth: tmp_path / f"static-{depth}"),
+                        ("stage_two", lambda args, name, lam, seed, init: tmp_path / f"rl-{lam:g}-{seed}-{init.name}"),
                         ("base_answers", lambda args: told(args, s1, "full depth")),
                         ("over_seeds", lambda args, make: [make(0), make(1)]),
                         ("from_kappa", lambda *_: (s1, [tmp_path / "rl-0", tmp_path / "rl-1"])),
@@ -126,6 +131,22 @@ def test_one_seeds_weights_are_compared_with_that_seed_alone(tmp_path, monkeypat
     means = {(c["weights"], c["rule"]): c["accuracy"] for c in found["comparisons"] if c["of"] == "stage 2"}
     assert means["stage 2", "static"] == means["stage 2", "heads"] == 0.75
     assert means["base", "static"] == means["stage 1", "static"] == means["plain RL", "plain RL"] == 0.375
+    assert {(c["of"], c["other"]) for c in found["comparisons"] if c["rule"] == "static, trained"} == {
+        ("stage 1", 0.25), ("stage 1, p > 1/2", 0.25), ("stage 2", 0.5), ("stage 2, p > 1/2", 0.5)}
+
+
+def test_a_static_exit_is_trained_for_its_depth_alone(tmp_path, monkeypatch):
+    """Else the baseline is handicapped by depths that it never takes, or by some other stage 1's flags."""
+    called = []
+    monkeypatch.setattr(common, "trained", lambda args, *command: called.append(command))
+    monkeypatch.setattr(common, "stage_one", lambda args: tmp_path / "s1")
+    assert common.one_depth(argparse.Namespace(model="embedded", stage1=()), 3) is None
+    name, script, *options = called[0]
+    given = dict(zip(options[::2], map(str, options[1::2]), strict=True))  # the last of each counts
+    assert (name, script, given["--exit-every"], given["--rank"]) == ("static-3", "distill.py", "3", "64")
+    assert given["--teacher"] == str(tmp_path / "s1" / "teacher.jsonl") and given["--steps"] == "3000"
+    far = torch.tensor([20.0])  # nats between a layer's read-out and the last one's
+    assert distill.log_safe(far, float(given["--kl-factor"]))[0].exp() > 0.99  # so all take the first exit
 
 
 # ------------------------------------------------------------------------------------------------ runs and answers
