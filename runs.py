@@ -4,6 +4,11 @@ README lists a run's files. config.json has all that is needed to run it again: 
 them, hashes of the problems and prompts, the versions of Python, of the libraries and of this repository. A checkpoint
 is renamed into place when whole. Only a run with complete.json, which is written last, counts as complete. At 256 MB
 completions.jsonl becomes completions-STEP.jsonl.
+
+A training goes: Run.resume, with --resume, takes the flags of then; `begin` gives the policy, anew or from the last
+checkpoint, and makes the folder or reopens it; Run.steps yields the steps, saves, and stops where it is asked to;
+each step ends with Run.apply_gradients, the optimizer's, and Run.log; Run.complete ends the run.
+
 Every random number of a step is derived from seed, step, row and position: a resumed run needs no generator state.
 """
 
@@ -536,19 +541,19 @@ def commit() -> str | None:
 
 
 def begin(run: Run | None, stage: str, args, model: Transformer, problems, prompts, fresh, init: Path | None = None):
-    """The run with its policy, optimizer and next step: a resumed one where it stopped, else a new one of fresh(), the
-    weights of `init` where there is one."""
+    """The run with its policy, optimizer and next step: where a resumed one stopped, else a new one, whose policy is
+    fresh(). `init` is the run that stage 2 started from."""
     model.recompute = args.recompute
     about = {"problems": problems_hash(problems, judge=False), "prompts": json_hash(prompts),
              "judge": problems[0].own_hash}
     if run and checkpoints(run.folder):
         policy, optimizer, start = run.load(model)
-        recorded = read_json(run.folder / "config.json")
-        if init and str(init.resolve()) != recorded["args"].get("init"):
+        before = read_json(run.folder / "config.json")
+        if init and str(init.resolve()) != before["args"].get("init"):
             # Elsewhere by now: the same, if it has those weights still. At its own path it may have trained on, and
             # have dropped them, which nobody reads here.
             found = [digest(folder) for folder in (init, *checkpoints(init)) if (folder / "exit_config.json").exists()]
-            if found and recorded.get("start") not in (None, *found):
+            if found and before.get("start") not in (None, *found):
                 about["start"] = found[-1]  # which reopen() refuses
     else:
         policy, start = share_out(fresh(), args), 0
@@ -636,7 +641,7 @@ def refuse_stage(config: dict, folder, stage: str) -> None:
                         f"{config['stage']}.py --resume {folder}")
 
 
-def recorded(stages: tuple[str, ...], model: str | None) -> Iterator[Path]:
+def all_runs(stages: tuple[str, ...], model: str | None) -> Iterator[Path]:
     """The runs of runs/* that are of one of the stages and, if given, of that model, by the name that runs record."""
     for where in RUNS.glob("*/config.json"):
         try:
@@ -649,12 +654,12 @@ def recorded(stages: tuple[str, ...], model: str | None) -> Iterator[Path]:
 
 def newest(*stages: str, model: str | None) -> Path | None:
     """The complete run that ended last, of one of the stages and, if given, of that model."""
-    found = [(done.stat().st_mtime, run) for run in recorded(stages, model) if (done := run / "complete.json").exists()]
+    found = [(done.stat().st_mtime, run) for run in all_runs(stages, model) if (done := run / "complete.json").exists()]
     return max(found)[1] if found else None
 
 
 def begun_after(run: Path, stage: str, model: str | None) -> Path | None:
     """A run of a stage, and of a model if given, that was started when `run` was complete, and is not."""
     ended = (run / "complete.json").stat().st_mtime
-    return next((other for other in recorded((stage,), model) if not (other / "complete.json").exists()
+    return next((other for other in all_runs((stage,), model) if not (other / "complete.json").exists()
                  and (other / "config.json").stat().st_mtime > ended), None)
