@@ -254,7 +254,8 @@ def test_faults_of_ours_show_their_traceback():
 def test_misleading_words_are_gone(home, monkeypatch, capsys):
     """Else a missing run is called a checkpoint, and a user is sent to a flag that does nothing."""
     monkeypatch.chdir(home)
-    assert "not the folder of a run" in said(monkeypatch, capsys, "evaluate.py", "nothing")
+    assert "nothing: no such folder" in said(monkeypatch, capsys, "evaluate.py", "nothing")
+    assert "not the folder of a run" in said(monkeypatch, capsys, "evaluate.py", "toy")
     with pytest.raises(UserError, match="nothing: no such folder; give the folder of a run"):
         load_policy(toy_model(), home / "nothing")
     (home / "empty").mkdir()
