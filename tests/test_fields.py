@@ -255,10 +255,10 @@ def test_misleading_words_are_gone(home, monkeypatch, capsys):
     """Else a missing run is called a checkpoint, and a user is sent to a flag that does nothing."""
     monkeypatch.chdir(home)
     assert "nothing: no such folder" in said(monkeypatch, capsys, "evaluate.py", "nothing")
-    assert "not the folder of a run" in said(monkeypatch, capsys, "evaluate.py", "toy")
     with pytest.raises(UserError, match="nothing: no such folder; give the folder of a run"):
         load_policy(toy_model(), home / "nothing")
     (home / "empty").mkdir()
+    assert "not the folder of a run" in said(monkeypatch, capsys, "evaluate.py", "empty")
     shutil.copy(home / "one" / "config.json", home / "empty")
     assert "no checkpoint in it yet" in said(monkeypatch, capsys, "evaluate.py", "empty")
     assert load_policy(Transformer.from_pretrained(home / "toy"), home / "one").exits == (2,)
