@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from shlex import join, quote
@@ -84,8 +85,10 @@ def on_signal(number: int, _) -> None:
     if not Run.in_steps:
         raise Stopped(number)
     Run.stop_signal = number
-    say("\nstopping when this step is done and saved; " + (
-        "once more stops at once" if parallel.size() == 1 else "torchrun waits for 30 s (--shutdown-timeout)"))
+    told = "once more stops at once" if parallel.size() == 1 else "torchrun waits for 30 s (--shutdown-timeout)"
+    if parallel.rank() == 0:
+        with suppress(OSError):  # past sys.stderr, which the bar may be writing to: Python refuses to enter it twice
+            os.write(2, f"\nstopping when this step is done and saved; {told}\n".encode())
 
 
 def silence(streams) -> None:

@@ -112,6 +112,23 @@ def test_gradients_that_stay_broken_end_the_run_and_name_a_checkpoint_only_where
     assert "or --resume saved with a lower --lr" in done.stderr and (home / "saved" / "step-000004").exists()
 
 
+def test_a_signal_while_the_bar_is_written_stops_no_step(monkeypatch, capfd):
+    """Else Python's "reentrant call" ends the run in a traceback, and the step is lost."""
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(runs.Run, "in_steps", True)
+    monkeypatch.setattr(runs.Run, "stop_signal", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Busy())
+        runs.on_signal(signal.SIGTERM, None)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert runs.Run.stop_signal == signal.SIGTERM and "stopping when this step is done" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("number", runs.STOPPING)
 def test_a_signal_saves_the_step_and_names_the_run(home, number):
     """Else Ctrl-C, a cluster's SIGTERM or a closed terminal loses what came after the last checkpoint, and doesn't say
