@@ -103,13 +103,18 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob("step-" + "[0-9]" * 6))
 
 
+def refuse_absent(run: Path) -> None:
+    """Raises UserError where a run's folder is not there."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; give the folder of a run of distill.py or rloo.py")
+
+
 def checkpoint(run: str | Path) -> Path:
     """A run's newest checkpoint; where it is itself one, RUN/step-000120, that."""
     run = Path(run)
     if (run / "exit_config.json").exists():
         return run
-    if not run.is_dir():
-        raise UserError(f"{run}: no such folder; give the folder of a run of distill.py or rloo.py")
+    refuse_absent(run)
     found = checkpoints(run)
     if not found:
         raise UserError(f"{run}: no checkpoint in it yet; give a run of distill.py or rloo.py that has one, or go on "

@@ -201,8 +201,8 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         whole = torch.exp(-lost[:, 0]).sum()
         stretch = send(torch.tensor([[min(1, STRETCH / len(responses[i]))] for i in index]), policy.device)
         exit_loss = exit_cross_entropy(scores.exit_logits, p_safe, depths, policy.exits)
-        intact = torch.exp(-lost * stretch).sum(0)
-        totals += torch.stack([scores.token_kl.sum(), exit_loss.sum(), kl_own.sum(), whole, *intact])
+        stretches = torch.exp(-lost * stretch).sum(0)
+        totals += torch.stack([scores.token_kl.sum(), exit_loss.sum(), kl_own.sum(), whole, *stretches])
     for sums in (drawn, at_half, target, totals):
         parallel.all_reduce(sums)  # over the processes, each of which has seen its share of the responses
     token_kl, cross_entropy, own_kl, whole, intact, intact_at_half = totals.tolist()

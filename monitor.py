@@ -320,11 +320,15 @@ def answers_behind(values: dict[str, np.ndarray], name: str) -> float:
     return len(row) if np.isin(row, (-1, 0, 1) if name.startswith(DIFFERENCES) else (0, 1)).all() else 0
 
 
-def widened(value: float, low: float, high: float, n: float) -> tuple[float, float]:
+def widened(value: float, low: float, high: float, n: float, bound: float = 1) -> tuple[float, float]:
     """The interval of a difference of n answers, as if one more were won and one lost: where few of them differ, or
-    none, resamples claim too much. Of two shares it is about `evaluate.paired`'s. As it is where n is 0."""
+    none, resamples claim too much. Of two shares it is about `evaluate.paired`'s. It is not widened beyond +-bound,
+    where no such difference lies, and not at all where n is 0."""
+    if not n:
+        return low, high
     more = Z * math.sqrt(2 + 2 * value**2) / (n + 2)
-    return (value - math.hypot(value - low, more), value + math.hypot(high - value, more)) if n else (low, high)
+    return (max(value - math.hypot(value - low, more), min(low, -bound)),
+            min(value + math.hypot(high - value, more), max(high, bound)))
 
 
 def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
@@ -336,8 +340,8 @@ def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
         n = answers_behind(values, name)
         if n and name in values and not name.startswith(DIFFERENCES):
             low, high = wilson(value, n)
-        else:
-            low, high = widened(value, low, high, n)
+        else:  # a gain is a difference of differences
+            low, high = widened(value, low, high, n, 2 if name.startswith("E1 gain") else 1)
         rows[name] = {"value": value, "low": low, "high": high}
     if base is None:
         return rows
@@ -345,7 +349,8 @@ def compare(values: dict[str, np.ndarray], base: dict | None) -> dict:
     mine, other = (derived(resampled(them)) for them in pair)
     for name in mine.keys() & rows.keys():
         gain, low, high = interval(mine[name] - other[name])
-        low, high = widened(gain, low, high, min(answers_behind(them, name) for them in pair))
+        low, high = widened(gain, low, high, min(answers_behind(them, name) for them in pair),
+                            2 if name.startswith((*DIFFERENCES, "E1 uplift", "E1 gain")) else 1)
         rows[name] |= {"difference": gain, "d_low": low, "d_high": high}
     return rows
 

@@ -43,6 +43,7 @@ from checkpoints import (
     fingerprint,
     load_policy,
     moments,
+    refuse_absent,
     save_policy,
     write_tensors,
 )
@@ -597,8 +598,7 @@ def free_folder(what: str) -> Path:
 def read_config(run: Path) -> dict:
     """What a run, or the run of a checkpoint, RUN/step-000120, was started with: stage, args, versions."""
     where = run_of(run) / "config.json"
-    if not where.parent.is_dir():
-        raise UserError(f"{run}: no such folder; give the folder of a run of distill.py or rloo.py")
+    refuse_absent(run_of(run))
     if not where.exists():
         raise UserError(f"{run}: not the folder of a run, for it has no config.json; give one that distill.py or "
                         f"rloo.py wrote")

@@ -243,19 +243,18 @@ def main() -> None:
                 comparisons += against(whose, correct(first), correct(table), rule="table", weights=name,
                                        compute=compute_of(first))
 
-    def tuned(depth: int) -> Path | None:
-        return common.stage_two(args, f"rl-0-0-static-{depth}", 0.0, 0, common.one_depth(args, depth))
-
-    for stage, make in (("stage 1", lambda depth: common.one_depth(args, depth)), ("stage 2", tuned)):
-        sweep = {depth: undrawn(args, run) for depth in args.depths if (run := make(depth))}
-        points += [point(args, a, rule="static, trained", weights=stage, value=depth) for depth, a in sweep.items()]
-        for whose, (home, each) in learned.items():
-            if home.startswith(stage):
-                accuracy, compute = pooled(each)
-                comparisons += against(whose, accuracy, at_compute([*sweep.values(), base], compute),
-                                       rule="static, trained", weights=stage, compute=compute)
-
     means = {whose: pooled(each) for whose, (_, each) in learned.items()}
+    fixed = {depth: run for depth in args.depths if (run := common.one_depth(args, depth))}
+    tuned = {depth: run for depth, start in fixed.items()
+             if (run := common.stage_two(args, f"rl-0-0-static-{depth}", 0.0, 0, start))}
+    for stage, of_depth in (("stage 1", fixed), ("stage 2", tuned)):
+        sweep = [undrawn(args, run) for run in of_depth.values()]
+        points += [point(args, a, rule="static, trained", weights=stage, value=depth)
+                   for a, depth in zip(sweep, of_depth, strict=True)]
+        for whose, (accuracy, compute) in means.items():
+            if whose.startswith(stage):
+                comparisons += against(whose, accuracy, at_compute([*sweep, base], compute), rule="static, trained",
+                                       weights=stage, compute=compute)
     if plain:
         without = mean_correct([answers(args, run) for run in plain])
         comparisons += against("plain RL", without, correct(base), rule="full depth", weights="base", compute=1.0)

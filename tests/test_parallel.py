@@ -94,7 +94,7 @@ def add_gradient(policy, results: dict, name: str) -> None:
 def main() -> None:
     """What the ranks of the next test do."""
     policy, results = toy_policy(seed=2).double(), {}
-    drawn = generate_shared(policy, [*PROMPTS, *PROMPTS], max_new_tokens=6, eos_ids=range(0, 61, 7), seed=(4,),
+    drawn = generate_shared(policy, PROMPTS, samples=2, max_new_tokens=6, eos_ids=range(0, 61, 7), seed=(4,),
                             first_response=6)
     results["samples"] = samples_of(drawn)
 
@@ -102,7 +102,7 @@ def main() -> None:
         add_gradient(policy, results, name)
         policy.zero_grad()
 
-    of_three = drawn[::2]  # so that the fourth rank has none
+    of_three = drawn[::3]  # so that the fourth rank has none
     metrics = distill.train_step(policy, of_three, 1, 1.0, 3, 2)
     figures = [metrics["loss"], metrics["target"]["layer_savings"], metrics["learned"]["exit_rate"]]
     gradient("stage 1")
