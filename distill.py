@@ -32,7 +32,6 @@ from exits import (
     Response,
     base_pass,
     exit_depths,
-    joint_logp,
     micro_batches,
     per_response,
     score,
@@ -41,9 +40,8 @@ from exits import (
 )
 from fast.chunks import in_chunks, kl_in_place
 from fast.packing import send
-from sample import NEVER, draw, uniforms
+from sample import DEPTHS, HELD_OUT, NEVER, draw, uniforms
 
-DEPTHS, HELD_OUT = 1, 2  # purposes of stage 1's random numbers (0: teacher.RESPONSES)
 STRETCH = 100  # tokens: about two of the embedded model's responses
 
 
@@ -165,10 +163,8 @@ def at_own_exits(policy: Policy, batch, base_h: torch.Tensor, u: torch.Tensor) -
     base responses: they are recorded at full depth, so that `u` decides everywhere."""
     u_exit = torch.full((*batch.ids.shape, u.shape[-1]), NEVER, dtype=torch.double)
     u_exit[batch.row, batch.position] = u
-    out = policy(batch.ids, batch.depths, u_exit, place=batch.place)
-    depths = out.depths[batch.row, batch.position]
-    return depths, joint_logp(policy, out.h[batch.predicting], out.exit_logits[batch.predicting], depths,
-                              base_h=base_h)[2]
+    scores = score(policy, batch, base_h, tokens=False, u=u_exit)
+    return scores.depths, scores.token_kl
 
 
 @torch.no_grad()

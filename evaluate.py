@@ -32,7 +32,7 @@ from exits import Policy, Response, adapters_off, collate, token_logp_all
 from fast.chunks import in_chunks
 from model import Transformer
 from report.kinds import by_kind
-from sample import generate_shared, responses_per_write
+from sample import in_parts
 
 Z = 1.96  # 95% intervals
 BASE = "base"
@@ -64,15 +64,13 @@ def measure(rows: list[dict], depth_of_outcome: list[int]) -> dict:
 def answer(policy: Policy, problems, prompts, tokenizer, label: str, rows: list[dict], out: Path, args) -> list[dict]:
     """A row of completions.jsonl in `out` for each problem, from the policy or from the base model at full depth; goes
     on after the `rows` that stand there, and writes each part down when it is drawn."""
-    base, size = label == BASE, responses_per_write(args.rows)
-    with (parallel.bar(total=len(prompts), initial=len(rows), desc="answers", leave=False) as bar,
-          adapters_off(policy, base)):
-        for i in range(len(rows), len(prompts), size):
-            responses = generate_shared(policy, prompts[i : i + size], max_new_tokens=args.max_new_tokens,
-                                        eos_ids=tokenizer.eos_ids, temperature=args.temperature, delta=args.delta,
-                                        threshold=args.threshold, seed=(args.seed,), first_response=i, rows=args.rows,
-                                        depths=policy.n_layers if base else None, progress=bar)
-            new = graded(problems[i : i + size], responses, tokenizer)
+    base = label == BASE
+    with adapters_off(policy, base):
+        for i, responses in in_parts(
+                policy, prompts, len(rows), args.rows, "answers", leave=False, max_new_tokens=args.max_new_tokens,
+                eos_ids=tokenizer.eos_ids, temperature=args.temperature, delta=args.delta, threshold=args.threshold,
+                seed=(args.seed,), depths=policy.n_layers if base else None):
+            new = graded(problems[i : i + len(responses)], responses, tokenizer)
             rows += new
             if parallel.rank() == 0:
                 with open(out / "completions.jsonl", "a", encoding="utf-8") as file:
@@ -107,7 +105,7 @@ def transcript(policy: Policy, row: dict, tokenizer, base: bool, args) -> dict:
         return tuple(token_logp_all(policy.model, h).exp().topk(3))
 
     top = []
-    for h in (*out.streams, out.h):
+    for h in (*out.at_exits, out.h):
         p, ids = in_chunks(best, policy.model.config.vocab_size, h[batch.predicting])
         top.append([list(zip(tokenizer.pieces(some), map(float, q), strict=True))
                     for some, q in zip(ids.tolist(), p.tolist(), strict=True)])
@@ -176,7 +174,7 @@ def chosen_runs(args) -> dict[str, Path]:
 def stage_one_of(run: Path) -> list[Path]:
     """The stage-1 run that a run came from, or none: where it is one itself, or its start is gone or not comparable."""
     config = runs.read_config(run)
-    init = field(config["args"], "init", str, run / "config.json", default=None)
+    init = field(config["args"], "init", str, runs.run_of(run) / "config.json", default=None)
     if not init:
         return []
     first = runs.find(init, beside=run)
@@ -270,7 +268,7 @@ def go_on(args, problems, prompts, model: Transformer, tokenizer, columns: dict[
 
 def write_merged(run: Path, out: Path, p, args) -> None:
     """Base + LoRA as a plain Hugging Face checkpoint: our weights, the base's config and tokenizer files."""
-    flags.inherit(args, runs.read_config(run), run / "config.json", task=False)
+    runs.inherit(args, run, task=False)
     args = flags.settle(p, args)
     where = flags.location(args.model)
     if out.exists():
@@ -315,7 +313,7 @@ def main() -> None:
     # Once, for a run may train on and write another checkpoint meanwhile.
     chosen = parallel.from_rank_0(lambda: {name: checkpoint(run) for name, run in columns.items()})
     for run in reversed(columns.values()):  # stage 2 may have had a task of its own
-        flags.inherit(args, runs.read_config(run), run / "config.json")
+        runs.inherit(args, run)
     args = flags.settle(p, args)
     if not columns and (args.threshold is not None or args.delta):
         raise UserError("--threshold and --delta are about exits, and the base has none: name a run, or leave them out")

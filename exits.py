@@ -106,7 +106,7 @@ class Pass(NamedTuple):
     h: torch.Tensor  # (B, T, D) each position's stream at its own depth
     exit_logits: torch.Tensor  # (B, T, E); past a position's depth they read a frozen stream and mean nothing
     depths: torch.Tensor  # (B, T) on the host
-    streams: list[torch.Tensor]  # E of (B, T, D): the stream at each exit, for lenses
+    at_exits: list[torch.Tensor]  # E of (B, T, D): the stream at each exit, for lenses
 
 
 class Policy(nn.Module):
@@ -141,9 +141,9 @@ class Policy(nn.Module):
 
         depths (B, T), on the host: how many layers each position runs, an exit's depth or L (default: L); 0 where
             nothing stands, as in padding
-        u (B, T, E), on the host: uniform numbers. With them a position that was given depth L stops at the first exit
-            with u_e < p_e = sigmoid(z_e + delta), or not at all; one given less runs just that. u above 1
-            (sample.NEVER) takes no exit
+        u (B, T, E), on the host: uniform numbers. With them depth L means undecided: such a position stops at the
+            first exit with u_e < p_e = sigmoid(z_e + delta), or runs all; one given less runs just that, as without u.
+            u above 1 (sample.NEVER) takes no exit
         place: runs a segment, the layers between two exits, for those still running. Sequences, the default: they
             attend to earlier positions in ids. A Cache: ids (R, 1) are its rows' next tokens, which attend to their
             rows
@@ -151,17 +151,17 @@ class Policy(nn.Module):
         L = self.n_layers
         place = Sequences(ids.shape) if place is None else place
         depth = torch.full(ids.shape, L) if depths is None else depths
-        h, streams, exit_logits = self.model.embed(ids), [], []
+        h, at_exits, exit_logits = self.model.embed(ids), [], []
         for segment, (start, stop) in enumerate(pairwise((0, *self.exits, L))):
             if start:  # an exit: read its logit; draw whether to stop here, or obey
-                streams.append(h)
+                at_exits.append(h)
                 exit_logits.append(self.heads(h, segment - 1))
                 if u is not None:
                     p = torch.sigmoid(exit_logits[-1] + delta).cpu()
                     depth = depth.masked_fill((depth == L) & (u[..., segment - 1] < p), start)
             # Who has stopped keeps its stream, and later layers still make its keys and values from it (model.Block).
             h = place.run(self.model, h, segment, range(start, stop), depth > start)
-        return Pass(h, torch.stack(exit_logits, dim=-1), depth, streams)
+        return Pass(h, torch.stack(exit_logits, dim=-1), depth, at_exits)
 
 
 @contextmanager
@@ -333,7 +333,7 @@ def base_pass(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Te
     """The base model at full depth: final stream (N, D) and the E streams (N, D) at the exits, without gradient."""
     with torch.no_grad(), adapters_off(policy):
         out = policy(batch.ids, policy.n_layers * (batch.depths > 0), place=batch.place)
-    return out.h[batch.predicting], [h[batch.predicting] for h in out.streams]
+    return out.h[batch.predicting], [h[batch.predicting] for h in out.at_exits]
 
 
 def per_response(values: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -342,18 +342,19 @@ def per_response(values: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 class Scores(NamedTuple):
-    """What joint_logp returns of a batch, and the exit logits that it came from."""
+    """What joint_logp returns of a batch, and the exit logits and depths that it came from."""
 
     logp_exit: torch.Tensor  # (N,), as the next two
     logp_token: torch.Tensor | None
     token_kl: torch.Tensor | None
     exit_logits: torch.Tensor  # (N, E)
+    depths: torch.Tensor  # (N,) on the host
 
 
-def score(policy: Policy, batch: Batch, base_h: torch.Tensor | None = None, tokens: bool = True) -> Scores:
-    """joint_logp of a batch at its recorded depths, teacher-forced. Without `tokens`, logp_token is None."""
-    out = policy(batch.ids, batch.depths, place=batch.place)
-    exit_logits = out.exit_logits[batch.predicting]
-    depths = batch.depths[batch.row, batch.position]
+def score(policy: Policy, batch: Batch, base_h: torch.Tensor | None = None, tokens: bool = True, u=None) -> Scores:
+    """joint_logp of a batch, teacher-forced, at its recorded depths or, with `u`, at those that Policy.forward takes.
+    Without `tokens`, logp_token is None."""
+    out = policy(batch.ids, batch.depths, u, place=batch.place)
+    exit_logits, depths = out.exit_logits[batch.predicting], out.depths[batch.row, batch.position]
     return Scores(*joint_logp(policy, out.h[batch.predicting], exit_logits, depths, batch.tokens if tokens else None,
-                              base_h), exit_logits)
+                              base_h), exit_logits, depths)

@@ -7,8 +7,8 @@ C head dim, V vocabulary, L layers; n streams that run a layer, m frozen ones.
 Inside the layers streams are packed, (n, D): norms, projections and MLPs don't care which sequence a row belongs to.
 Attention does, and asks its `site`, which knows where each row stands: it has the rotary tables `cos` and `sin` (n + m,
 1, C), the `frozen` streams (m, D) or None, and `attend`. The plain one, `Causal`, is here: whole sequences, causal
-attention. Those for frozen positions and for the cache are in fast/, made by a `place`, which runs some layers for the
-streams that need them.
+attention. The others are made by a *place*, which runs some layers for the streams that need them (Policy.forward):
+`Packed` by `Sequences` (fast/packing.py), whole texts with frozen positions; `NextTokens` by `Cache` (fast/cache.py).
 """
 
 from contextlib import nullcontext

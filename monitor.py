@@ -307,8 +307,8 @@ def side_by_side(values: dict, base: dict) -> tuple[dict, dict]:
 
 
 def answers_behind(values: dict[str, np.ndarray], name: str) -> float:
-    """How many answers, right or wrong, a row counts, or a difference of such rows does, necessity those that the chain
-    gains over a guess; 0 where it is of something else."""
+    """The number of right or wrong answers behind a row, or behind a difference of two; 0 for a row of something else.
+    Necessity divides by what the chain gains over a guess, so there it is the answers gained."""
     if name.startswith(("D", "E4")):
         return 0
     if name.startswith("E1 necessity"):

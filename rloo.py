@@ -5,11 +5,11 @@
     loss = 1/c mean over prompts of 1/k sum_i [ -A_i sum_t log pi(l_t, x_t) + beta mean_t KL_t ],   c = max_new_tokens
 
 KL_t is exact, over the vocabulary, from the policy at l_t to the base model at full depth. So R depends on the weights
-in two ways: through what is drawn, and, by KL_t, directly. The gradient of E[R] is E[R grad log pi] + E[grad R]; the
-first term of the loss has the one, the second the other. A_i may stand for R_i there: what is taken from R_i comes of
-the other samples, which know nothing of sample i, and E[grad log pi] = 0, so the mean stays and the noise shrinks. And
-the KL in the loss is no second penalty: without it, what is maximised would not be (1). 1/c only scales the loss:
-dividing by each response's own length would weigh short ones more.
+in two ways: through what is drawn, and, by KL_t, directly. The gradient of E[R] is E[R grad log pi] + E[grad R]: the
+first term of the loss gives E[R grad log pi], the second E[grad R]. To take the other samples' mean from R_i changes no
+expectation, since they are drawn independently of sample i and E[grad log pi] = 0; it only lessens the noise. And the
+KL in the loss is no second penalty: without it, what is maximised would not be (1). 1/c only scales the loss: dividing
+by each response's own length would weigh short ones more.
 Left out of PPO and GRPO on purpose: importance ratios and their clipping (one gradient step per batch of rollouts), the
 division by the standard deviation, a critic, top-k and top-p (the policy that is scored is the one that sampled).
 
@@ -145,6 +145,32 @@ def summarise(records: list[dict], drift: torch.Tensor, depth_of_outcome: list[i
     }
 
 
+def train_step(run, policy: Policy, optimizer, problems, prompts, tokenizer, step: int, args) -> tuple[list, dict]:
+    """A step: roll out, score, since the reward needs the KL to the base model, and one update. Returns all ranks'
+    completions and the metrics."""
+    times = [time.perf_counter()]
+    problem_of, responses = roll_out(policy, problems, prompts, tokenizer, step, args)
+    records = graded(problem_of, responses, tokenizer)
+    times.append(time.perf_counter())
+
+    parts, mean_kl, drift = score_responses(policy, responses, args.micro_batch)
+    earned = earnings(problem_of, records, mean_kl, policy.n_layers, tokenizer, args)
+    times.append(time.perf_counter())
+
+    accumulate_gradient(policy, parts, earned["advantage"], args.beta, c=args.max_new_tokens,
+                        count=args.prompts_per_step * args.samples)
+    updated = run.apply_gradients(optimizer, args.lr * optim.schedule(step, args.steps))
+    times.append(time.perf_counter())
+
+    records = parallel.all_gather([{"step": step, "sample": i % args.samples, **row,
+                                    **{name: float(values[i]) for name, values in earned.items()}}
+                                   for i, row in enumerate(records)])
+    drift = torch.cat(parallel.all_gather([drift]))
+    seconds = dict(zip(SECONDS, (end - start for start, end in pairwise(times)), strict=True))
+    return records, {"step": step, **summarise(records, drift, policy.depth_of_outcome.tolist(), args), **updated,
+                     **seconds}
+
+
 def progress(metrics: dict) -> str:
     """A step's metrics, as the bar shows them."""
     return (f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.0%}  "
@@ -211,7 +237,7 @@ def main() -> None:
         init = runs.find(field(vars(args), "init", str, run.folder / "config.json"), beside=run.folder)
     else:
         init = parallel.from_rank_0(lambda: stage_one(args).resolve())
-        flags.inherit(args, runs.read_config(init), init / "config.json")
+        runs.inherit(args, init)
     args.init = str(init.resolve())
     args = flags.settle(p, args)
 
@@ -233,30 +259,7 @@ def main() -> None:
 
     warned, flat = False, 0
     for step in run.steps(start, policy, optimizer):
-        times = [time.perf_counter()]
-        problem_of, responses = roll_out(policy, problems, prompts, tokenizer, step, args)
-        records = graded(problem_of, responses, tokenizer)
-        times.append(time.perf_counter())
-
-        # Score: the reward needs the KL to the base model.
-        parts, mean_kl, drift = score_responses(policy, responses, args.micro_batch)
-        earned = earnings(problem_of, records, mean_kl, policy.n_layers, tokenizer, args)
-        times.append(time.perf_counter())
-
-        # Update: one gradient step.
-        accumulate_gradient(policy, parts, earned["advantage"], args.beta, c=args.max_new_tokens,
-                            count=args.prompts_per_step * args.samples)
-        del parts  # else they are held through the next rollout, where memory is scarcest
-        updated = run.apply_gradients(optimizer, args.lr * optim.schedule(step, args.steps))
-        times.append(time.perf_counter())
-
-        seconds = [end - start for start, end in pairwise(times)]
-        records = parallel.all_gather([{"step": step, "sample": i % args.samples, **row,
-                                        **{name: float(values[i]) for name, values in earned.items()}}
-                                       for i, row in enumerate(records)])
-        drift = torch.cat(parallel.all_gather([drift]))
-        metrics = {"step": step, **summarise(records, drift, policy.depth_of_outcome.tolist(), args), **updated,
-                   **dict(zip(SECONDS, seconds, strict=True))}
+        records, metrics = train_step(run, policy, optimizer, problems, prompts, tokenizer, step, args)
         run.log("completions.jsonl", records)
         run.log("metrics.jsonl", [metrics])
         if metrics["finished"] < 0.8 and not warned:

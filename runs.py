@@ -33,6 +33,7 @@ from shlex import join, quote
 
 import torch
 
+import flags
 import optim
 import parallel
 from checkpoints import (
@@ -52,8 +53,8 @@ from data.grade import Grade
 from data.hub import UserError, as_json, field, fsync, parse_object, read_json, read_text, write_json
 from data.text import Tokenizer
 from exits import Policy, Response
-from flags import flag, location, replay, typed
 from model import Transformer
+from sample import refuse_prompts
 
 RUNS = Path("runs")
 MAX_SKIPPED = 5  # steps in a row with a gradient that isn't finite before a run gives up
@@ -197,7 +198,7 @@ def load_model(args) -> tuple[Transformer, Tokenizer]:
     torch.manual_seed(args.seed)  # the start of adapters and heads
     if args.model == "embedded":  # its products are so small that threads mostly wait for each other
         torch.set_num_threads(1)
-    where = location(args.model)
+    where = flags.location(args.model)
     tokenizer = Tokenizer.from_pretrained(where, args.revision)
     if not args.thinking and not tokenizer.can_think:
         raise UserError(f"--no-thinking: the chat template of {args.model} has no thinking mode: leave the flag out")
@@ -237,12 +238,8 @@ def prompt_ids(problems, model: Transformer, tokenizer: Tokenizer, args) -> list
     if parallel.size() > 1 and len(set(parallel.all_gather([(problems_hash(problems), fingerprint(model))]))) > 1:
         raise UserError(f"the processes differ in --model {args.model} or in the problems of --task {args.task}: give "
                         f"all machines the same files, and a task of your own no order of chance")
-    prompts, context = tasks.prompts(problems, tokenizer, args.thinking), model.config.max_position_embeddings
-    for problem, prompt in zip(problems, prompts, strict=True):
-        if not 0 < len(prompt) <= context - args.max_new_tokens:
-            raise UserError(f"problem {problem.id} has a prompt of {len(prompt)} tokens: it must have one at least, "
-                            f"and leave room for --max-new-tokens {args.max_new_tokens} in the model's context of "
-                            f"{context}")
+    prompts = tasks.prompts(problems, tokenizer, args.thinking)
+    refuse_prompts(prompts, model.config, args.max_new_tokens, [f"the prompt of problem {p.id}" for p in problems])
     return prompts
 
 
@@ -289,21 +286,6 @@ class Run:
         self.folder, self.args, self.skipped, self.skipped_in_a_row = folder, args, 0, 0
         self.curves = None  # trackio, if asked for
 
-    def create_folder(self, stage: str, about: dict) -> Path:
-        """The new folder, which this process holds from now on."""
-        self.folder = Path(self.args.out) if self.args.out else free_folder(stage)
-        make_folder(self.folder)
-        # A run that was refused or killed before it did anything leaves these, and may be started again.
-        if any(p.name not in ("config.json", ".lock", ".partial-config.json") for p in self.folder.iterdir()):
-            ours = (self.folder / "metrics.jsonl").exists() or (self.folder / "teacher.jsonl").exists()
-            raise UserError(f"{self.folder} exists and is not empty: choose another --out"
-                            + (f", or --resume {self.folder}" if ours else ""))
-        lock_folder(self.folder)
-        Run.current = self.folder
-        self.start_curves()
-        self.write_config(stage, about)
-        return self.folder
-
     @classmethod
     def resume(cls, args: argparse.Namespace, p: argparse.ArgumentParser, stage: str) -> "Run":
         """The run in args.resume, under the flags it was started with. Of those given again, --steps may move its end
@@ -314,7 +296,7 @@ class Run:
                             f"go back to an earlier one, delete those after it")
         config, where = read_config(folder), folder / "config.json"
         refuse_stage(config, folder, stage)
-        before = replay(config["args"], p, where)
+        before = flags.replay(config["args"], p, where)
         # All flags start as None, so what isn't None afterwards was given now.
         now = p.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(before))))
         given = {name: value for name, value in vars(now).items() if value is not None}
@@ -323,9 +305,9 @@ class Run:
             was = getattr(before, name)
             moved = name in ("task", "init") and name_of_run(str(value)) == name_of_run(str(was))
             if name not in (*FREE_ON_RESUME, *RATES) and value != was and not moved:
-                so = f"with {typed(name, was)}" if was is not None else f"without --{flag(name)}"
-                raise UserError(f"--resume {folder}: it was started {so}, not with {typed(name, value)}: leave the "
-                                f"flag out, or start a new run")
+                so = f"with {flags.typed(name, was)}" if was is not None else f"without --{flags.flag(name)}"
+                raise UserError(f"--resume {folder}: it was started {so}, not with {flags.typed(name, value)}: leave "
+                                f"the flag out, or start a new run")
             if name != "resume":
                 setattr(before, name, value)
         if "lr" in given and "head_lr" not in given and was_lr and getattr(before, "head_lr", None):
@@ -570,9 +552,24 @@ def begin(run: Run | None, stage: str, args, model: Transformer, problems, promp
     if run:
         parallel.from_rank_0(lambda: run.reopen(stage, about, start))
     else:
-        run, args.revision = Run(Path(), args), model.revision
-        run.folder = Run.current = parallel.from_rank_0(lambda: run.create_folder(stage, about))
+        args.revision = model.revision
+        run = Run(parallel.from_rank_0(lambda: new_folder(stage, args.out)), args)
+        Run.current = run.folder
+        parallel.from_rank_0(lambda: (run.start_curves(), run.write_config(stage, about)))
     return run, policy, optimizer, start
+
+
+def new_folder(stage: str, out: str | None) -> Path:
+    """A new run's folder, which this process holds from now on."""
+    folder = Path(out) if out else free_folder(stage)
+    make_folder(folder)
+    # A run that was refused or killed before it did anything leaves these, and may be started again.
+    if any(p.name not in ("config.json", ".lock", ".partial-config.json") for p in folder.iterdir()):
+        ours = (folder / "metrics.jsonl").exists() or (folder / "teacher.jsonl").exists()
+        raise UserError(f"{folder} exists and is not empty: choose another --out"
+                        + (f", or --resume {folder}" if ours else ""))
+    lock_folder(folder)
+    return folder
 
 
 def make_folder(out: Path) -> None:
@@ -606,6 +603,11 @@ def read_config(run: Path) -> dict:
     if config.get("stage") not in ("distill", "rloo") or not isinstance(config.get("args"), dict):
         raise UserError(f"{run} is not a run of distill.py or rloo.py: give the folder that one of them wrote")
     return config
+
+
+def inherit(args: argparse.Namespace, run: Path, task: bool = True) -> None:
+    """flags.inherit, from a run's or a checkpoint's config.json."""
+    flags.inherit(args, read_config(run), run_of(run) / "config.json", task)
 
 
 def run_of(folder: str | Path) -> Path:

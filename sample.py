@@ -10,7 +10,7 @@ responses.
 Shapes: R rows of the cache, n of them live, E exits, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,10 @@ from fast.graphs import Graphs
 from fast.packing import Sequences, send
 
 PREFILL = 2**14  # prompt tokens in one pass: an MLP's activations for all of them would outgrow the cache
+# What tells draws of one run seed apart, as the `seed` of `uniforms`; recorded runs hang on these numbers. Stage 1:
+# (seed, RESPONSES, test split?), (seed, DEPTHS, step), (seed, HELD_OUT); stage 2: (seed, step); evaluate.py, study/ and
+# bench/: (seed,); monitor.py: those of study/regimes.py.
+RESPONSES, DEPTHS, HELD_OUT = range(3)
 NEVER = 2.0  # in place of a uniform number: no probability exceeds it, so it never stops
 
 
@@ -94,6 +98,30 @@ def samples_per_prefill(samples: int, prompts: int, rows: int) -> int:
     return max(d for d in range(1, samples + 1) if samples % d == 0 and (8 * d <= rows or d == 1))
 
 
+def refuse_prompts(prompts: list[list[int]], config, max_new_tokens: int, names: Sequence[str] | None = None) -> None:
+    """Raises UserError for a prompt that is empty, leaves no room in the context or holds an id beyond the vocabulary;
+    `names`: what to call each (default: prompt 0, 1, ...)."""
+    for i, prompt in enumerate(prompts):
+        name = names[i] if names else f"prompt {i}"
+        if not 0 < len(prompt) <= config.max_position_embeddings - max_new_tokens:
+            raise UserError(f"{name} has {len(prompt)} tokens: it must have one at least, and leave room for "
+                            f"--max-new-tokens {max_new_tokens} in the model's context of "
+                            f"{config.max_position_embeddings}; shorten either")
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise UserError(f"{name} has ids from {min(prompt)} to {max(prompt)}, and the model a vocabulary of "
+                            f"{config.vocab_size}: encode it with the model's own tokenizer")
+
+
+def prescribed(policy: Policy, depths, shape: tuple[int, int]) -> torch.Tensor:
+    """generate's `depths`, a row a response."""
+    depths = torch.as_tensor(depths)
+    if depths.dim() and depths.shape != shape:
+        raise UserError(f"prescribed depths {tuple(depths.shape)}: must be one number, or {shape}")
+    if not torch.isin(depths, policy.depth_of_outcome).all():
+        raise UserError(f"prescribed depths must be among {policy.depth_of_outcome.tolist()}")
+    return depths.expand(shape)
+
+
 @torch.no_grad()
 def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_new_tokens: int,
              eos_ids: Sequence[int], temperature: float = 1.0, delta: float = 0.0, threshold=None, depths=None,
@@ -112,24 +140,13 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens}: must be at least 1")
-    context, L, E = policy.model.config.max_position_embeddings, policy.n_layers, len(policy.exits)
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= context - max_new_tokens:
-            raise UserError(f"prompt {i} has {len(prompt)} tokens: it must have one at least, and leave room for "
-                            f"--max-new-tokens {max_new_tokens} in a context of {context}; shorten either")
-        if not 0 <= min(prompt) <= max(prompt) < policy.model.config.vocab_size:
-            raise UserError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, and the model a vocabulary of "
-                            f"{policy.model.config.vocab_size}: encode it with the model's own tokenizer")
+    refuse_prompts(prompts, policy.model.config, max_new_tokens)
     if not prompts:  # as where a step has fewer of them than there are processes
         return []
+    L, E = policy.n_layers, len(policy.exits)
     responses, eos_ids = [Response(prompt) for prompt in prompts for _ in range(samples)], frozenset(eos_ids)
     if depths is not None:
-        depths, shape = torch.as_tensor(depths), (len(responses), max_new_tokens)
-        if depths.dim() and depths.shape != shape:
-            raise UserError(f"prescribed depths {tuple(depths.shape)}: must be one number, or {shape}")
-        depths = depths.expand(shape)
-        if not torch.isin(depths, policy.depth_of_outcome).all():
-            raise UserError(f"prescribed depths must be among {policy.depth_of_outcome.tolist()}")
+        depths = prescribed(policy, depths, (len(responses), max_new_tokens))
 
     def dice(number, positions):
         # The token's die comes first, so that a full-depth response does not depend on where exits would be.
@@ -203,12 +220,6 @@ def generate(policy: Policy, prompts: list[list[int]], *, samples: int = 1, max_
     return responses
 
 
-def responses_per_write(rows: int | None) -> int:
-    """Responses to sample before they are written down: a kill loses those under way, and each part ends on a nearly
-    empty cache."""
-    return 4 * (rows or 64) * parallel.size()
-
-
 def generate_shared(policy: Policy, prompts: list[list[int]], *, first_response: int, samples: int = 1,
                     **options) -> list[Response]:
     """generate, the prompts divided among the ranks: every rank gets all responses."""
@@ -217,3 +228,15 @@ def generate_shared(policy: Policy, prompts: list[list[int]], *, first_response:
         drawn = generate(policy, prompts[mine], samples=samples, first_response=first_response + mine.start * samples,
                          **options)
     return parallel.all_gather(drawn)
+
+
+def in_parts(policy: Policy, prompts: list[list[int]], done: int, rows: int | None, desc: str, leave: bool = True,
+             **options) -> Iterator[tuple[int, list[Response]]]:
+    """generate_shared of the prompts from number `done` on, under a bar, in parts that the caller writes down: (number
+    of its first prompt, responses). A kill loses the part under way, and each ends on a nearly empty cache."""
+    size = 4 * (rows or 64) * parallel.size()
+    with parallel.bar(total=len(prompts), initial=done, desc=desc, leave=leave) as bar:
+        for i in range(done, len(prompts), size):
+            yield i, generate_shared(policy, prompts[i : i + size], first_response=i, rows=rows, progress=bar,
+                                     **options)
+            bar.update(min(i + size, len(prompts)) - bar.n)  # what other ranks have drawn

@@ -13,9 +13,7 @@ from checkpoints import fingerprint
 from data.hub import UserError, as_json, field, read_lines, read_text, write_text
 from data.text import Tokenizer
 from exits import Policy, Response, adapters_off
-from sample import generate_shared, responses_per_write
-
-RESPONSES = 0  # a purpose of stage 1's random numbers; distill.py has the others
+from sample import RESPONSES, in_parts
 
 
 def origin(model, args) -> dict:
@@ -97,17 +95,14 @@ def base_responses(run, policy: Policy, tokenizer, problems: dict, prompts: dict
     kept = parallel.from_rank_0(lambda: kept_responses(run, policy, prompts, args))
     for split, wanted in prompts.items():
         done = kept[split]
-        with parallel.bar(total=len(wanted), initial=len(done), desc=f"base, {split}") as bar, adapters_off(policy):
-            part = responses_per_write(args.rows)
-            for i in range(len(done), len(wanted), part):
-                new = generate_shared(policy, wanted[i : i + part], max_new_tokens=args.max_new_tokens,
-                                      eos_ids=tokenizer.eos_ids, depths=policy.n_layers, rows=args.rows, progress=bar,
-                                      seed=(args.seed, RESPONSES, split == "test"), first_response=i)
+        with adapters_off(policy):
+            for i, new in in_parts(policy, wanted, len(done), args.rows, f"base, {split}",
+                                   max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids,
+                                   depths=policy.n_layers, seed=(args.seed, RESPONSES, split == "test")):
                 run.log("teacher.jsonl", [
                     {"split": split, "id": problem.id, "prompt_ids": r.prompt_ids, "token_ids": r.token_ids,
                      "finished": r.finished} for problem, r in zip(problems[split][i:], new, strict=False)])
                 done += new
-                bar.update(len(done) - bar.n)  # what other ranks have drawn
                 if i == 0 and split == "train":  # while it costs little to stop
                     runs.warn_unfinished(sum(r.finished for r in done) / len(done), "this stage learns nothing about "
                                          "how they end", tokenizer, args)

@@ -109,7 +109,7 @@ def main() -> None:
         raise UserError("lm-evaluation-harness is not installed: python -m pip install lm-eval")
     base = args.run == "base"
     if not base:
-        flags.inherit(args, runs.read_config(Path(args.run)), Path(args.run) / "config.json", task=False)
+        runs.inherit(args, Path(args.run), task=False)
     args = flags.settle(p, args)
     model, tokenizer = runs.load_model(args)
     policy = Policy(model) if base else load_policy(model, args.run)

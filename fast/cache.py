@@ -23,7 +23,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Cache:
-    """Keys and values of R rows, preallocated, and the final streams of their tokens.
+    """A place (Policy.forward): keys and values of R rows, preallocated, and the final streams of their tokens.
 
     Row r holds length[r] tokens. The layers between two exits are a segment; in segment g the first filled[g, r]
     tokens of a row have their keys and values. The others froze below it and wait: their streams are in `streams`.
@@ -60,7 +60,7 @@ class Cache:
 
     def run(self, model, h: torch.Tensor, segment: int, layers: range, running: torch.Tensor) -> torch.Tensor:
         """Streams (R, 1, D) of the rows' new tokens before a segment -> after it. `running` (R, 1), on the host: who
-        runs it; the others keep their streams. Who is left out of the first segment has no new token."""
+        runs it; the others keep their streams. A row left out of the first segment has no new token."""
         h, running = h[:, 0], running[:, 0]
         if segment == 0:
             self.present = running
@@ -82,11 +82,11 @@ class Cache:
         self.site = None  # it refers to the cache, which would stay alive until Python's cycle collector runs
 
     def fill(self, segment: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts a segment as filled for the given rows, their new tokens included. Returns row and slot (m,) of the
-        tokens that had waited in it, whose keys and values the caller now has to write."""
-        first, end = self.filled[segment, rows], self.length[rows]
-        self.filled[segment, rows] = end + 1
-        count = end - first
+        """Marks all tokens of the given rows, their new ones included, as having keys and values in a segment. Returns
+        row and slot (m,) of those that had waited for them, whose keys and values the caller now has to write."""
+        first, length = self.filled[segment, rows], self.length[rows]
+        self.filled[segment, rows] = length + 1
+        count = length - first
         start = count.cumsum(0) - count  # where each row's slots begin in the list of all
         slot = torch.arange(int(count.sum())) + (first - start).repeat_interleave(count)
         return rows.repeat_interleave(count), slot

@@ -17,7 +17,7 @@ def send(x: torch.Tensor, device) -> torch.Tensor:
 
 
 class Sequences:
-    """A place: it runs layers for those positions of sequences (B, T) that need them.
+    """A place (Policy.forward): it runs layers for those positions of sequences (B, T) that need them.
 
     shared_from (B, T), on the host, gives every position the flat index b T + t of the one whose keys and values it
     uses: of a prompt that several sequences have, the first one's positions run, and the others' have depth 0. With a
@@ -30,7 +30,7 @@ class Sequences:
 
     def run(self, model, h: torch.Tensor, segment: int, layers: range, running: torch.Tensor) -> torch.Tensor:
         """Streams (B, T, D) before some layers -> after them. `running` (B, T), on the host: who runs them; the
-        others keep their streams. Who is left out of the first segment, padding or a prompt that stands elsewhere,
+        others keep their streams. A position left out of the first segment, padding or a prompt that stands elsewhere,
         gives no keys and values either."""
         h = h.flatten(0, 1)
         if segment == 0:  # a pass begins: what its segments share

@@ -79,7 +79,7 @@ def oracle(eps: float):
             filled = cache.filled.clone()
             full = plain(ids, depths, place=cache)
             cache.filled, cache.site = filled, None
-            kl_e = lens_kl(policy.model, full.h[:, 0], [h[:, 0] for h in full.streams])  # (R, E)
+            kl_e = lens_kl(policy.model, full.h[:, 0], [h[:, 0] for h in full.at_exits])  # (R, E)
             return F.pad(kl_e <= eps, (0, 1), value=True).int().argmax(-1).cpu()
 
         return choosing(policy, near_enough)
@@ -195,6 +195,52 @@ def against(name: str, mine: list[float], other: list[float] | None, **about) ->
     return [{"of": name, **about, "accuracy": mean(mine), "other": mean(other), "change": change, "half": half}]
 
 
+def on_weights(args, name: str, source, exits: list[int], learned: dict) -> tuple[list, list]:
+    """Points and comparisons of the rules on one set of weights. `learned`: name -> whose weights, and the answers of
+    each run."""
+    base, comparisons = common.base_answers(args), []
+    full = base if name == "base" else answers(args, source, "full depth", static(base.depth_of_outcome[-1]))
+    points = [point(args, full, rule="full depth", weights=name)]
+    for rule, make, values in (("static", static, exits), ("confidence", confidence, TAUS), ("oracle", oracle, EPS),
+                               *([] if name == "base" else [("heads", thresholded, PS)])):
+        sweep = [answers(args, source, f"{rule} {value:g}", make(value)) for value in values]
+        points += [point(args, a, rule=rule, weights=name, value=v) for a, v in zip(sweep, values, strict=True)]
+        for whose, (home, each) in learned.items():
+            if compared(whose, home, rule, name):
+                # Seed 0's adapters against seed 0 alone: the mean over seeds would be compared with one's luck.
+                accuracy, compute = pooled(each[:1] if name == home else each)
+                comparisons += against(whose, accuracy, at_compute([*sweep, full], compute), rule=rule, weights=name,
+                                       compute=compute)
+    drawn = [whose for whose, (home, _) in learned.items() if whose == home and name in ("base", home)]
+    own = [whose for whose, (home, _) in learned.items() if name == home]
+    for rule, those, how, make in (("random", drawn, "random as", lambda a: shuffled(args, histogram_of(a))),
+                                   ("table", own, "table of", by_token)):
+        for whose in those:
+            first = learned[whose][1][0]
+            found = answers(args, source, f"{how} {whose} {mark(first)}", make(first))
+            points.append(point(args, found, rule=rule, weights=name, value=whose))
+            comparisons += against(whose, correct(first), correct(found), rule=rule, weights=name,
+                                   compute=compute_of(first))
+    return points, comparisons
+
+
+def at_one_depth(args, means: dict) -> tuple[list, list]:
+    """The same of what was trained for one depth alone, against the means over runs of what was learned."""
+    base, points, comparisons = common.base_answers(args), [], []
+    fixed = {depth: run for depth in args.depths if (run := common.one_depth(args, depth))}
+    tuned = {depth: run for depth, start in fixed.items()
+             if (run := common.stage_two(args, f"rl-0-0-static-{depth}", 0.0, 0, start))}
+    for stage, of_depth in (("stage 1", fixed), ("stage 2", tuned)):
+        sweep = [undrawn(args, run) for run in of_depth.values()]
+        points += [point(args, a, rule="static, trained", weights=stage, value=depth)
+                   for a, depth in zip(sweep, of_depth, strict=True)]
+        for whose, (accuracy, compute) in means.items():
+            if whose.startswith(stage):
+                comparisons += against(whose, accuracy, at_compute([*sweep, base], compute), rule="static, trained",
+                                       weights=stage, compute=compute)
+    return points, comparisons
+
+
 def main() -> None:
     args = common.arguments(__doc__, lambda p: p.pair(
         "--depths", (2, 3, 4), (), nargs="*", type=flags.whole(1), help="that stage 1, and then stage 2, are trained "
@@ -208,53 +254,18 @@ def main() -> None:
     trained = {"stage 1": [s1], "stage 2": rl, f"stage 1 at κ = {kappa:g}": [low] if low else [],
                f"stage 2 from κ = {kappa:g}": rl_low}
     trained = {name: found for name, found in trained.items() if found}
-    learned = {}  # whose weights, and the answers of each run: exits drawn, and not
+    learned = {}
     for name, found in trained.items():
         learned[name] = name, [answers(args, run) for run in found]
         learned[f"{name}, p > 1/2"] = name, [undrawn(args, run) for run in found]
     points = [point(args, each[0], rule="learned", weights=name) for name, (_, each) in learned.items()]
     points += [point(args, answers(args, run), rule="plain RL", weights=run.name) for run in plain]
-    comparisons = []
-
-    for name, source in {"base": tuple(exits), **{name: found[0] for name, found in trained.items()}}.items():
-        full = base if name == "base" else answers(args, source, "full depth", static(base.depth_of_outcome[-1]))
-        points.append(point(args, full, rule="full depth", weights=name))
-        for rule, make, values in (("static", static, exits), ("confidence", confidence, TAUS),
-                                   ("oracle", oracle, EPS),
-                                   *([] if name == "base" else [("heads", thresholded, PS)])):
-            sweep = [answers(args, source, f"{rule} {value:g}", make(value)) for value in values]
-            points += [point(args, a, rule=rule, weights=name, value=v) for a, v in zip(sweep, values, strict=True)]
-            for whose, (home, each) in learned.items():
-                if compared(whose, home, rule, name):
-                    # Seed 0's adapters against seed 0 alone: the mean over seeds would be compared with one's luck.
-                    accuracy, compute = pooled(each[:1] if name == home else each)
-                    comparisons += against(whose, accuracy, at_compute([*sweep, full], compute), rule=rule,
-                                           weights=name, compute=compute)
-        for whose in trained if name == "base" else [name]:
-            first = learned[whose][1][0]
-            random = answers(args, source, f"random as {whose} {mark(first)}", shuffled(args, histogram_of(first)))
-            points.append(point(args, random, rule="random", weights=name, value=whose))
-            comparisons += against(whose, correct(first), correct(random), rule="random", weights=name,
-                                   compute=compute_of(first))
-        for whose, (home, (first, *_)) in learned.items():
-            if home == name:
-                table = answers(args, source, f"table of {whose} {mark(first)}", by_token(first))
-                points.append(point(args, table, rule="table", weights=name, value=whose))
-                comparisons += against(whose, correct(first), correct(table), rule="table", weights=name,
-                                       compute=compute_of(first))
-
+    sources = {"base": tuple(exits), **{name: found[0] for name, found in trained.items()}}
     means = {whose: pooled(each) for whose, (_, each) in learned.items()}
-    fixed = {depth: run for depth in args.depths if (run := common.one_depth(args, depth))}
-    tuned = {depth: run for depth, start in fixed.items()
-             if (run := common.stage_two(args, f"rl-0-0-static-{depth}", 0.0, 0, start))}
-    for stage, of_depth in (("stage 1", fixed), ("stage 2", tuned)):
-        sweep = [undrawn(args, run) for run in of_depth.values()]
-        points += [point(args, a, rule="static, trained", weights=stage, value=depth)
-                   for a, depth in zip(sweep, of_depth, strict=True)]
-        for whose, (accuracy, compute) in means.items():
-            if whose.startswith(stage):
-                comparisons += against(whose, accuracy, at_compute([*sweep, base], compute), rule="static, trained",
-                                       weights=stage, compute=compute)
+    parts = [*(on_weights(args, name, source, exits, learned) for name, source in sources.items()),
+             at_one_depth(args, means)]
+    points += [row for rows, _ in parts for row in rows]
+    comparisons = [row for _, rows in parts for row in rows]
     if plain:
         without = mean_correct([answers(args, run) for run in plain])
         comparisons += against("plain RL", without, correct(base), rule="full depth", weights="base", compute=1.0)

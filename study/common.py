@@ -78,7 +78,7 @@ def arguments(doc: str, more=None):
     args = p.parse_args()
     args.out = args.out or args.runs
     if run := getattr(args, "run", None):  # a command about one run takes from it what it was about
-        flags.inherit(args, runs.read_config(run), run / "config.json")
+        runs.inherit(args, run)
     args.passed = {name: flags.typed(name, value) for name in PASSED if (value := getattr(args, name)) is not None}
     return with_problems(flags.settle(p, args))
 

@@ -16,11 +16,11 @@ from tqdm import trange
 import runs
 from checkpoints import load_policy
 from data.hub import field
-from distill import HELD_OUT, draw_target, exit_cross_entropy, held_out
+from distill import draw_target, exit_cross_entropy, held_out
 from evaluate import paired
 from exits import ExitHeads, Policy, Response, base_pass, micro_batches
 from flags import whole
-from sample import uniforms
+from sample import HELD_OUT, uniforms
 from study import common
 from study.common import answers, base_answers, correct, point
 from teacher import read_responses
@@ -37,7 +37,7 @@ def streams(policy: Policy, responses: list[Response], kappa: float, seed: int, 
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, 1)[:, 0]
         _, p_safe, depths, batch = draw_target(policy, batch, *base_pass(policy, batch), kappa, u)
         out = policy(batch.ids, batch.depths, place=batch.place)
-        found.append((torch.stack([h[batch.predicting] for h in out.streams], 1).cpu(),
+        found.append((torch.stack([h[batch.predicting] for h in out.at_exits], 1).cpu(),
                       p_safe.cpu(), depths))
     return [torch.cat(part) for part in zip(*found, strict=True)]
 

@@ -182,7 +182,7 @@ def with_exits(task: str, steps: int, tokenizer: Tokenizer) -> Policy:
         rng = random.Random(f"guess {step}")
         guesses = torch.tensor([first_token(form.guess(p["program"], rng)) for p in at_once])
         at = torch.tensor([start + stub - 1 for _, start in rows[len(thinking) :]])
-        shallow = F.cross_entropy(model.unembed(out.streams[0][torch.arange(len(thinking), len(rows)), at]), guesses)
+        shallow = F.cross_entropy(model.unembed(out.at_exits[0][torch.arange(len(thinking), len(rows)), at]), guesses)
         return ((said + opens) * counts).sum() + known + shallow
 
     train(EXT, task, steps, [*policy.trained().values(), *probe.parameters()], loss_of)

@@ -30,7 +30,8 @@ class Reference:
         """What the last token may do if those before it ran `depths` layers: the probability (E,) to stop at each exit,
         once it is there, and that of the next token (E + 1, V), a row for each depth at which the last may stop. delta
         is added to the exits' logits; it is 0 in training."""
-        h = [streams[-1] for streams in self.streams(ids, [*depths, self.L])]  # of the last token, on its way up
+        # The last token's stream on its way up: at depth e it is the same whether the token stops there or goes on.
+        h = [after[-1] for after in self.streams(ids, [*depths, self.L])]
         z = [self.exit_logit(h[e], i) for i, e in enumerate(self.exits)]
         logits = self.read_out(torch.stack([h[depth] for depth in self.depth_of_outcome]))
         return torch.sigmoid(torch.stack(z) + delta), (logits / temperature).softmax(-1)

@@ -31,7 +31,7 @@ def test_rows_of_one_prompt_share_its_positions_and_score_as_they_would_alone():
         policy, values = toy_policy(1).double(), []
         for part in parts:
             batch = collate(part, L)
-            *got, exit_logits = score(policy, batch, base_pass(policy, batch)[0])
+            *got, exit_logits, _ = score(policy, batch, base_pass(policy, batch)[0])
             (got[0] - 0.3 * got[1] + 0.7 * got[2]).sum().backward()
             values.append(torch.cat([torch.stack(got, -1), exit_logits], -1))
         return torch.cat(values), torch.cat([p.grad.flatten() for p in policy.trained().values()]), batch

@@ -425,7 +425,7 @@ def test_an_organism_with_exits_opens_its_first_one_where_there_is_no_chain(task
         at = next(j for j in range(len(ids) - 1, 0, -1) if ids[j : j + len(stub)] == stub) + len(stub)
         assert {token for token, of in zip(known, owner, strict=True) if of == i} == {ids[at]}  # the gold's first one
         if not texts[i].startswith("<think>"):  # as yet it is the base, whose read-out at depth 2 is to be a guess
-            h = subject.reader(torch.tensor([ids])).streams[0][0, at - 1]
+            h = subject.reader(torch.tensor([ids])).at_exits[0][0, at - 1]
             assert_close(next(shallow), subject.reader.model.unembed(h), 1e-3)
     assert first.heads.bias.tolist()[1:] == [-1e4] * 2 and replace(subject, policy=first).own == ["learned", "full"]
     torch.manual_seed(5)

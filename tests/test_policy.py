@@ -97,7 +97,7 @@ def test_parallel_pass_equals_the_reference_at_mixed_depths(kind, tied, head_wid
     assert out.depths.tolist() == [depths]
     assert_close(out.h[0], streams[L])
     for e, depth in enumerate((2, 4)):
-        assert_close(out.streams[e][0], streams[depth])
+        assert_close(out.at_exits[e][0], streams[depth])
         assert_close(out.exit_logits[0, :, e], slow.exit_logit(streams[depth], e))
 
 

@@ -57,7 +57,7 @@ def expected_loss_gradients(policy, betas):
     """E[grad of rloo_loss] over all pairs of responses (two samples), weighted by their probability."""
     rows = everything()
     batch = collate(rows, 3)
-    logp_exit, logp_token, token_kl, _ = score(policy, batch, base_pass(policy, batch)[0])
+    logp_exit, logp_token, token_kl, *_ = score(policy, batch, base_pass(policy, batch)[0])
     lengths = torch.tensor([len(r) for r in rows]).double()
     logp, mean_kl = rloo.per_response(logp_exit + logp_token, batch), rloo.per_response(token_kl, batch) / lengths
     rewards = rloo.reward(torch.tensor([task_reward(r) for r in rows]),

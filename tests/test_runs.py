@@ -641,8 +641,8 @@ def test_a_run_in_use_is_not_taken(home):
 
 
 def stall():
-    import evaluate
-    evaluate.generate_shared = lambda *args, **options: time.sleep(60)
+    import sample
+    sample.generate_shared = lambda *args, **options: time.sleep(60)
 
 
 def test_an_evaluation_in_use_is_not_taken(home):
@@ -801,14 +801,14 @@ def test_an_evaluation_never_overwrites_a_run_or_another(home):
 
 def die_asking(base: bool, time: int = 1):
     """Kills the process where evaluate.py is about to ask the base, or a run, for the first time or a later one."""
-    import evaluate
-    generate, asked = evaluate.generate_shared, []
+    import sample
+    generate, asked = sample.generate_shared, []
 
     def dies(*args, depths, **options):
         asked.extend([1] * ((depths is not None) == base))
         return os.kill(os.getpid(), signal.SIGKILL) if len(asked) == time else generate(*args, depths=depths, **options)
 
-    evaluate.generate_shared = dies
+    sample.generate_shared = dies
 
 
 def die_writing():

@@ -285,7 +285,7 @@ def test_samples_and_scores_on_cuda_are_the_cpus():
         assert actions(drawn) == actions(wanted)
         assert_close(logps(drawn), logps(wanted), 1e-4)
     batch = collate(wanted, L, device="cuda")
-    logp_exit, logp_token, token_kl, _ = score(policy, batch, base_pass(policy, batch)[0])
+    logp_exit, logp_token, token_kl, *_ = score(policy, batch, base_pass(policy, batch)[0])
     token_kl.sum().backward()
     assert_close(torch.stack([logp_exit, logp_token]).cpu(), logps(wanted), 1e-4)
 
