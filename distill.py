@@ -7,7 +7,10 @@ they agree, exiting is safe:
     s_e = 2 (1 - sigmoid(kappa KL_e)),   q = stick-breaking of s                                  (4), (3)
     loss = mean_t [ KL(student at l*_t || base) - log pi_student(l*_t) ],   l*_t ~ q              (5)
 
-The second term is computed with the noise of its coins averaged out (exit_cross_entropy).
+The second term is computed with the noise of its coins averaged out (exit_cross_entropy). The first one does not move a
+student that is sure of a token which the base rules out: its gradient by a logit, p (log p - log base - KL), vanishes
+as p nears 0 or 1. Exits that (4) calls safe hardly know such tokens. Where an exit is forced, as at one fixed depth,
+--forward-kl gets them out: KL(base || student), whose gradient is p - base.
 Left out on purpose: dropout, weight decay, a loss on the tokens themselves (the base's distribution is the target).
 
     python distill.py                           the embedded model on arithmetic: minutes on a laptop
@@ -15,6 +18,7 @@ Left out on purpose: dropout, weight decay, a loss on the tokens themselves (the
     python distill.py --resume runs/distill-…   goes on after an interruption
 """
 
+import argparse
 import math
 from shlex import quote
 
@@ -105,7 +109,8 @@ def distill_loss(token_kl: torch.Tensor, exit_loss: torch.Tensor, count: int) ->
     return (token_kl + exit_loss).sum() / count
 
 
-def train_step(policy: Policy, responses: list[Response], step: int, kappa: float, seed: int, micro_batch: int) -> dict:
+def train_step(policy: Policy, responses: list[Response], step: int, kappa: float, seed: int, micro_batch: int,
+               forward_kl: bool = False) -> dict:
     """Accumulates the gradient of eq. (5) over a step's responses and returns what is logged."""
     count = sum(map(len, responses))
     E, depth_of_outcome = len(policy.exits), policy.depth_of_outcome
@@ -116,7 +121,7 @@ def train_step(policy: Policy, responses: list[Response], step: int, kappa: floa
         u = uniforms((seed, DEPTHS, step), index[batch.row], batch.position, 1)[:, 0]
         log_q, p_safe, depths, batch = draw_target(policy, batch, base_h, lens_h, kappa, u)
         # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
-        scores = score(policy, batch, base_h, tokens=False)
+        scores = score(policy, batch, base_h, tokens=False, forward_kl=forward_kl)
         exit_loss = exit_cross_entropy(scores.exit_logits, p_safe, depths, policy.exits)
         distill_loss(scores.token_kl, exit_loss, count).backward()
 
@@ -158,17 +163,18 @@ def from_hazards(p: torch.Tensor) -> torch.Tensor:
     return stick_breaking(p.log(), torch.log1p(-p)).exp()
 
 
-def at_own_exits(policy: Policy, batch, base_h: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def at_own_exits(policy: Policy, batch, base_h, u: torch.Tensor, forward_kl=False) -> tuple[torch.Tensor, torch.Tensor]:
     """The depths (N,) that the student takes in a parallel pass with uniforms u (N, E), and its token KL (N,) there, on
     base responses: they are recorded at full depth, so that `u` decides everywhere."""
     u_exit = torch.full((*batch.ids.shape, u.shape[-1]), NEVER, dtype=torch.double)
     u_exit[batch.row, batch.position] = u
-    scores = score(policy, batch, base_h, tokens=False, u=u_exit)
+    scores = score(policy, batch, base_h, tokens=False, u=u_exit, forward_kl=forward_kl)
     return scores.depths, scores.token_kl
 
 
 @torch.no_grad()
-def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int, micro_batch: int) -> dict:
+def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int, micro_batch: int,
+             forward_kl: bool = False) -> dict:
     """Has it converged? On held-out base responses, in parallel passes:
 
         token_kl, exit_cross_entropy  the two terms of (5) at depths drawn from q
@@ -186,13 +192,13 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
     for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
         base_h, lens_h = base_pass(policy, batch)
         u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
-        own, kl_own = at_own_exits(policy, batch, base_h, u[:, :E])
+        own, kl_own = at_own_exits(policy, batch, base_h, u[:, :E], forward_kl)
         drawn += (own[:, None] == depth_of_outcome).sum(0)
-        half, kl_half = at_own_exits(policy, batch, base_h, torch.full_like(u[:, :E], 0.5))
+        half, kl_half = at_own_exits(policy, batch, base_h, torch.full_like(u[:, :E], 0.5), forward_kl)
         at_half += (half[:, None] == depth_of_outcome).sum(0)
         log_q, p_safe, depths, batch_q = draw_target(policy, batch, base_h, lens_h, kappa, u[:, E])
         target += log_q.exp().sum(0)
-        scores = score(policy, batch_q, base_h, tokens=False)
+        scores = score(policy, batch_q, base_h, tokens=False, forward_kl=forward_kl)
         lost = per_response(torch.stack([kl_own, kl_half], 1).double(), batch)
         whole = torch.exp(-lost[:, 0]).sum()
         stretch = send(torch.tensor([[min(1, STRETCH / len(responses[i]))] for i in index]), policy.device)
@@ -261,6 +267,9 @@ def main() -> None:
     p = flags.training(__doc__, save_every=(50, 5))
     p.pair("--kl-factor", 16.0, 1.0, type=flags.number(0, 1e6, above=True), help="kappa of (4): larger exits later, "
            "and costs less accuracy; {} / {}, the paper's")
+    p.add_argument("--forward-kl", action=argparse.BooleanOptionalAction, default=False, help="(5)'s token KL as "
+                   "KL(base || student), which also pulls where the student is sure of what the base rules out "
+                   "(default: off, KL(student || base))")
     p.add_argument("--exit-every", type=flags.whole(1), help="layers between exits (default: 5, or 2 in models under "
                    "20 layers)")
     p.pair("--rank", 8, 16, type=flags.whole(1, 4096), help="of the LoRA adapters, {} / {}; alpha is twice the rank")
@@ -305,7 +314,8 @@ def main() -> None:
 
     for step in run.steps(start, policy, optimizer):
         chosen = [data["train"][i] for i in optim.pick(len(data["train"]), args.responses_per_step, step, args.seed)]
-        metrics = {"step": step, **train_step(policy, chosen, step, args.kl_factor, args.seed, args.micro_batch)}
+        metrics = {"step": step, **train_step(policy, chosen, step, args.kl_factor, args.seed, args.micro_batch,
+                                              args.forward_kl)}
         decay = optim.schedule(step, args.steps)
         metrics |= run.apply_gradients(optimizer, args.lr * decay, args.head_lr * decay)
         run.log("metrics.jsonl", [metrics])
@@ -313,7 +323,7 @@ def main() -> None:
         run.bar.set_postfix_str(f"token KL {metrics['token_kl']:.3f}  exit CE {metrics['exit_cross_entropy']:.3f}  "
                                 f"exit rate {rates[0]:.1%} (target {rates[1]:.1%})")
 
-    measured = held_out(policy, data["test"], args.kl_factor, args.seed, args.micro_batch)
+    measured = held_out(policy, data["test"], args.kl_factor, args.seed, args.micro_batch, args.forward_kl)
     run.complete(measured)
     print(in_words(measured, policy.depth_of_outcome.tolist(), max(map(len, data["test"]))))
     losses = runs.finite(run.last_metrics(20), "token_kl", run.folder / "metrics.jsonl")

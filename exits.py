@@ -230,21 +230,22 @@ def kl(logp_all: torch.Tensor, logq_all: torch.Tensor) -> torch.Tensor:
     return (logp_all.exp() * (logp_all - logq_all)).sum(-1).clamp(min=0)
 
 
-def joint_logp(policy: Policy, h, exit_logits, depths, tokens=None, base_h=None, *, temperature=1.0, delta=0.0):
+def joint_logp(policy: Policy, h, exit_logits, depths, tokens=None, base_h=None, *, temperature=1.0, delta=0.0,
+               forward_kl=False):
     """Eq. (2): log pi(l_t, x_t) = log pi(l_t) + log softmax(W_U norm(h_t) / temperature)[x_t], its two terms apart, and
     the KL of (1) and (5).
 
     h (N, D) is each position's stream at its own depth, exit_logits (N, E), depths (N,), tokens (N,) the ids
     predicted there; base_h (N, D) is the base model's stream at full depth. Returns, each (N,): logp_exit, logp_token
-    and token_kl = KL(policy's token distribution || base model's), None where tokens or base_h are not given. Training
-    scores at temperature 1, at which it samples.
+    and token_kl = KL(policy's token distribution || base model's), the other way round with `forward_kl`, None where
+    tokens or base_h are not given. Training scores at temperature 1, at which it samples.
     """
 
     def chunk(h, tokens, base_h):
         with torch.no_grad():
             base = None if base_h is None else token_logp_all(policy.model, base_h, temperature)
         # log p(x), and `kl` above of the softmax of these logits, in fewer passes over tables of N x V; uses `base` up.
-        return TokenValues.apply(token_logits(policy.model, h, temperature), tokens, base)
+        return TokenValues.apply(token_logits(policy.model, h, temperature), tokens, base, forward_kl)
 
     logp_token, token_kl = in_chunks(chunk, policy.model.config.vocab_size, h, tokens, base_h)
     return logp_depth(policy, exit_logits, depths, delta), logp_token, token_kl
@@ -351,10 +352,11 @@ class Scores(NamedTuple):
     depths: torch.Tensor  # (N,) on the host
 
 
-def score(policy: Policy, batch: Batch, base_h: torch.Tensor | None = None, tokens: bool = True, u=None) -> Scores:
+def score(policy: Policy, batch: Batch, base_h: torch.Tensor | None = None, tokens: bool = True, u=None,
+          forward_kl: bool = False) -> Scores:
     """joint_logp of a batch, teacher-forced, at its recorded depths or, with `u`, at those that Policy.forward takes.
     Without `tokens`, logp_token is None."""
     out = policy(batch.ids, batch.depths, u, place=batch.place)
     exit_logits, depths = out.exit_logits[batch.predicting], out.depths[batch.row, batch.position]
     return Scores(*joint_logp(policy, out.h[batch.predicting], exit_logits, depths, batch.tokens if tokens else None,
-                              base_h), exit_logits, depths)
+                              base_h, forward_kl=forward_kl), exit_logits, depths)

@@ -61,28 +61,37 @@ def kl_in_place(p: torch.Tensor, logp: torch.Tensor, logq: torch.Tensor) -> torc
 
 
 class TokenValues(torch.autograd.Function):
-    """log p(x) and KL(p || q) of p = softmax(logits), at tokens x (n,) and another model's log q (n, V), which is used
-    up; either may be None. Their gradients by the logits need no derivative of the softmax:
+    """log p(x) and KL(p || q), or with `forward_kl` KL(q || p), of p = softmax(logits), at tokens x (n,) and another
+    model's log q (n, V), which is used up; either may be None. Their gradients by the logits need no derivative of the
+    softmax:
 
-        d log p(x) = onehot(x) - p          d KL = p (log p - log q - KL)
+        d log p(x) = onehot(x) - p          d KL(p || q) = p (log p - log q - KL)          d KL(q || p) = p - q
     """
 
     @staticmethod
-    def forward(ctx, logits, tokens, logq):
+    def forward(ctx, logits, tokens, logq, forward_kl=False):
         ctx.set_materialize_grads(False)
         logp = torch.log_softmax(logits, -1)
         p = logp.exp() if logits.requires_grad or logq is not None else None
         logp_token = None if tokens is None else logp.gather(-1, tokens[:, None])[:, 0]
-        kl = None if logq is None else kl_in_place(p, logp, logq)  # logq now holds p (log q - log p)
-        ctx.save_for_backward(p, tokens, logq, kl)
+        if logq is None:
+            kl = other = None
+        elif forward_kl:
+            other = logq.exp()
+            kl = kl_in_place(other, logq, logp)
+        else:
+            kl, other = kl_in_place(p, logp, logq), logq  # which now holds p (log q - log p)
+        ctx.save_for_backward(p, tokens, other, kl)
+        ctx.forward_kl = forward_kl
         return logp_token, None if kl is None else kl.clamp(min=0)
 
     @staticmethod
     def backward(ctx, of_token, of_kl):
-        p, tokens, minus_terms, kl = ctx.saved_tensors
+        p, tokens, other, kl = ctx.saved_tensors
         grad = 0
         if of_token is not None:
             grad = (p * -of_token[:, None]).scatter_add_(-1, tokens[:, None], of_token[:, None])
         if of_kl is not None:
-            grad = grad + (p * kl[:, None]).add_(minus_terms).mul_(-of_kl[:, None])
-        return grad, None, None
+            minus = other - p if ctx.forward_kl else (p * kl[:, None]).add_(other)
+            grad = grad + minus.mul_(-of_kl[:, None])
+        return grad, None, None, None

@@ -174,8 +174,8 @@ def calibrated(args, name: str, factor: float, *options) -> Path | None:
 def one_depth(args, depth: int) -> Path | None:
     """Stage 1 for one depth alone: at a KL factor of next to nothing every exit is safe, and all take the first."""
     s1 = stage_one(args)
-    steps = ("--steps", 3000) if args.model == "embedded" else ()
-    return s1 and calibrated(args, f"static-{depth}", 1e-4, "--exit-every", depth, *steps, "--teacher",
+    record = ("--steps", 3000) if args.model == "embedded" else ("--forward-kl",)  # else it never lets go (distill.py)
+    return s1 and calibrated(args, f"static-{depth}", 1e-4, "--exit-every", depth, *record, "--teacher",
                              s1 / "teacher.jsonl")
 
 

@@ -57,16 +57,16 @@ class Reference:
             ids.append(int((p_token[i].cumsum(0) <= die).sum()))  # the first at which the sum is above the die
         return ids[len(prompt) :], depths[len(prompt) - 1 :]
 
-    def score(self, prompt, response, depths, **options):
+    def score(self, prompt, response, depths, forward_kl=False, **options):
         """Eq. (2) of each token of a response, as its two terms, log pi(l_t) and the log of the token's probability at
-        that depth; and the KL of (1) and (5), from what the policy says there to what the base model says. Shape (3,
-        tokens of the response)."""
+        that depth; and the KL of (1) and (5), from what the policy says there to what the base model says, with
+        forward_kl the other way round. Shape (3, tokens of the response)."""
         scores, base = [], Reference(self.w, self.config, self.exits)
         for t, (token, depth) in enumerate(zip(response, depths, strict=True)):
             ids, before = [*prompt, *response[:t]], [self.L] * (len(prompt) - 1) + list(depths[:t])
             (p_exit, p_token), i = self.policy(ids, before, **options), self.depth_of_outcome.index(depth)
             p, p_base = p_token[i], base.policy(ids, [self.L] * len(before), **options)[1][-1]  # -1: at full depth
-            kl = (p * (p / p_base).log()).sum()
+            kl = (p_base * (p_base / p).log()).sum() if forward_kl else (p * (p / p_base).log()).sum()
             scores.append(torch.stack([stick_breaking(p_exit)[i].log(), p[token].log(), kl]))
         return torch.stack(scores, 1)
 

@@ -115,8 +115,8 @@ def test_exit_rate_and_savings_are_equation_6():
 # ------------------------------------------------------------------------------------------------- steps and checks
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(micro_batch):
+@pytest.mark.parametrize("micro_batch, forward_kl", [(1, False), (2, True), (3, False)])
+def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(micro_batch, forward_kl):
     """All of stage 1 but the optimizer. Depths are addressed by response and position, and sums are divided by the
     step's count: micro-batches may not bend the mean."""
     policy, step, seed, kappa = toy_policy(1).double(), 3, 5, 0.5
@@ -129,7 +129,7 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
         q = [slow_target(row, kappa) for row in kls]
         depths = [slow.depth_of_outcome[pick(odds, splitmix(seed, distill.DEPTHS, step, i, t, 0))]
                   for odds, (t, _) in zip(q, predicting(r), strict=True)]
-        scores.append(slow.score(r.prompt_ids, r.token_ids, depths))
+        scores.append(slow.score(r.prompt_ids, r.token_ids, depths, forward_kl))
         targets += q
         before = [L] * (len(r.prompt_ids) - 1) + depths
         for t, ids in predicting(r):
@@ -143,7 +143,7 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
     loss = token_kl.mean() + exit_loss
     loss.backward()
 
-    metrics = distill.train_step(policy, ANSWERS, step, kappa, seed, micro_batch)
+    metrics = distill.train_step(policy, ANSWERS, step, kappa, seed, micro_batch, forward_kl)
     for p, name in zip(policy.trained().values(), names, strict=True):
         assert_close(p.grad, slow.w[name].grad)
     for key, value in (("loss", loss), ("token_kl", token_kl.mean()), ("exit_cross_entropy", exit_loss)):
@@ -155,8 +155,8 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
     assert metrics["learned"]["layer_savings"] == pytest.approx((4 * first + 2 * (1 - first) * second) / L, rel=1e-6)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3])
-def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, monkeypatch):
+@pytest.mark.parametrize("micro_batch, forward_kl", [(1, False), (3, True)])
+def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, forward_kl, monkeypatch):
     """The figures that say whether stage 1 has converged: one wrong position or die, and it is judged by another
     model's, another depth's or another text's numbers."""
     policy, seed, kappa, scores, own, drawn, targets = toy_policy(1).double(), 4, 0.5, [], [], [], []
@@ -177,19 +177,19 @@ def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, mon
                              for e, p, s in zip(EXITS, slow.policy(ids, before)[0].tolist(), slow_safe(kls, kappa),
                                                 strict=True) if depths[-1] >= e)
         drawn += student[len(r.prompt_ids) - 1 :]
-        scores.append(slow.score(r.prompt_ids, r.token_ids, depths))
-        own.append(slow.score(r.prompt_ids, r.token_ids, student[len(r.prompt_ids) - 1 :])[2])
+        scores.append(slow.score(r.prompt_ids, r.token_ids, depths, forward_kl))
+        own.append(slow.score(r.prompt_ids, r.token_ids, student[len(r.prompt_ids) - 1 :], forward_kl)[2])
         cut += sure[len(r.prompt_ids) - 1 :]
-        at_half.append(slow.score(r.prompt_ids, r.token_ids, sure[len(r.prompt_ids) - 1 :])[2])
+        at_half.append(slow.score(r.prompt_ids, r.token_ids, sure[len(r.prompt_ids) - 1 :], forward_kl)[2])
     token_kl = torch.cat(scores, 1)[2]
-    got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch)
+    got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch, forward_kl)
     assert min(len(set(drawn)), len(set(cut))) > 1 and got["positions"] == len(drawn) == 7
     assert got["token_kl"] == pytest.approx(float(token_kl.mean()), rel=1e-9)
     assert got["exit_cross_entropy"] == pytest.approx(exit_loss / 7, rel=1e-9)
     assert got["token_kl_at_own_exits"] == pytest.approx(float(torch.cat(own).mean()), rel=1e-9)
     for stretch in (distill.STRETCH, 2):  # of a response that is longer, what it loses in so many tokens
         monkeypatch.setattr(distill, "STRETCH", stretch)
-        got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch)
+        got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch, forward_kl)
         for name, them in (("intact", own), ("intact_at_half", at_half)):
             lost = [kl.sum() * min(1, stretch / len(kl)) for kl in them]
             assert got[name] == pytest.approx(float(sum((-k).exp() for k in lost)) / 3, rel=1e-9)
