@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sample import draw, uniforms
+from sample import DEPTHS, HELD_OUT, RESPONSES, draw, uniforms
 from tests.chance import assert_frequencies, splitmix
 
 
@@ -16,6 +16,7 @@ def test_uniforms_are_a_function_of_their_address_alone():
         assert float(whole[row, position, i]) == splitmix(7, 11, row, position, i)
     assert torch.equal(uniforms((7, 11), [17, 3], [3, 5], 2), torch.stack([whole[17, 3, :2], whole[3, 5, :2]]))
     assert torch.equal(uniforms((7, 11), torch.tensor([17]), torch.tensor([3]), 4), whole[17, 3][None])
+    assert (RESPONSES, DEPTHS, HELD_OUT) == (0, 1, 2)  # other numbers, and no recorded run could be repeated
 
 
 def test_uniforms_differ_in_every_part_of_their_address():
