@@ -195,10 +195,10 @@ def against(name: str, mine: list[float], other: list[float] | None, **about) ->
     return [{"of": name, **about, "accuracy": mean(mine), "other": mean(other), "change": change, "half": half}]
 
 
-def on_weights(args, name: str, source, exits: list[int], learned: dict) -> tuple[list, list]:
+def on_weights(args, name: str, source, exits: list[int], learned: dict, base) -> tuple[list, list]:
     """Points and comparisons of the rules on one set of weights. `learned`: name -> whose weights, and the answers of
-    each run."""
-    base, comparisons = common.base_answers(args), []
+    each run; `base`: the base's answers."""
+    comparisons = []
     full = base if name == "base" else answers(args, source, "full depth", static(base.depth_of_outcome[-1]))
     points = [point(args, full, rule="full depth", weights=name)]
     for rule, make, values in (("static", static, exits), ("confidence", confidence, TAUS), ("oracle", oracle, EPS),
@@ -224,9 +224,9 @@ def on_weights(args, name: str, source, exits: list[int], learned: dict) -> tupl
     return points, comparisons
 
 
-def at_one_depth(args, means: dict) -> tuple[list, list]:
+def at_one_depth(args, means: dict, base) -> tuple[list, list]:
     """The same of what was trained for one depth alone, against the means over runs of what was learned."""
-    base, points, comparisons = common.base_answers(args), [], []
+    points, comparisons = [], []
     fixed = {depth: run for depth in args.depths if (run := common.one_depth(args, depth))}
     tuned = {depth: run for depth, start in fixed.items()
              if (run := common.stage_two(args, f"rl-0-0-static-{depth}", 0.0, 0, start))}
@@ -262,8 +262,8 @@ def main() -> None:
     points += [point(args, answers(args, run), rule="plain RL", weights=run.name) for run in plain]
     sources = {"base": tuple(exits), **{name: found[0] for name, found in trained.items()}}
     means = {whose: pooled(each) for whose, (_, each) in learned.items()}
-    parts = [*(on_weights(args, name, source, exits, learned) for name, source in sources.items()),
-             at_one_depth(args, means)]
+    parts = [*(on_weights(args, name, source, exits, learned, base) for name, source in sources.items()),
+             at_one_depth(args, means, base)]
     points += [row for rows, _ in parts for row in rows]
     comparisons = [row for _, rows in parts for row in rows]
     if plain:

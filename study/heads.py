@@ -69,6 +69,7 @@ def main() -> None:
     runs.refuse_stage(config, args.run, "distill")
     seed, kappa = (field(config["args"], name, kind, args.run / "config.json")
                    for name, kind in (("seed", int), ("kl_factor", float)))
+    forward_kl = field(config["args"], "forward_kl", bool, args.run / "config.json", default=False)  # older runs: none
     model, _ = runs.load_model(args)
     policy = load_policy(model, args.run)
     kept = read_responses(args.run / "teacher.jsonl", model, args)
@@ -87,7 +88,7 @@ def main() -> None:
         # The mark tells them from heads that were fitted otherwise.
         mark = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in heads.parameters())).hexdigest()[:8]
         answered = answers(args, args.run, "learned" if width is None else f"heads {width} {mark}", replaced)
-        measured = held_out(policy, kept["test"], kappa, seed, args.micro_batch)
+        measured = held_out(policy, kept["test"], kappa, seed, args.micro_batch, forward_kl)
         right = correct(answered)
         gained = dict(zip(("gained", "gained_half"), paired(before, right), strict=True)) if before else {}
         before = right

@@ -436,6 +436,11 @@ def test_new_heads_are_fitted_to_what_the_old_ones_read(home, monkeypatch):
     assert {name: trained[name] for name in ("token_kl", "exit_cross_entropy", "intact")} == {
         name: pytest.approx(ended[name], rel=1e-4) for name in ("token_kl", "exit_cross_entropy", "intact")}
     assert all(late < 0.6 * early for early, late in zip(*results, strict=True))
+    path.write_text(ours.replace('"forward_kl": false', '"forward_kl": true'))
+    heads.main()  # measures in the direction that the run was trained in
+    turned = json.loads((home / "docs" / "data" / "heads.json").read_text())["rows"][0]
+    assert turned["exit_cross_entropy"] == trained["exit_cross_entropy"] and turned["token_kl"] != trained["token_kl"]
+    path.write_text(ours)
     assert data["responses"] == 6  # those that it was trained on: the other 3 are what it is measured on
     assert [row["width"] for row in data["rows"]] == [None, 0, 5]
     assert fitted[0]["exit_cross_entropy"] != fitted[1]["exit_cross_entropy"]
