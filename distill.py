@@ -21,6 +21,7 @@ Left out on purpose: dropout, weight decay, a loss on the tokens themselves (the
 import argparse
 import math
 from shlex import quote
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ import runs
 import teacher
 from data import tasks
 from exits import (
+    Batch,
     Policy,
     Response,
     base_pass,
@@ -76,14 +78,49 @@ def log_target(kl_e: torch.Tensor, kappa: float) -> torch.Tensor:
     return stick_breaking(*log_safe(kl_e, kappa))
 
 
-def draw_target(policy: Policy, batch, base_h, lens_h, kappa: float, u):
-    """Draws l*_t ~ q of eq. (3) by uniforms u (N,). Returns log q (N, E + 1), s of (4) (N, E), l* (N,) on the host, and
-    the batch at these depths."""
+class Target(NamedTuple):
+    """What stage 1 teaches on a batch."""
+
+    q: torch.Tensor  # (N, E + 1) eq. (3), of which depths were drawn
+    p_safe: torch.Tensor  # (N, E) s of eq. (4)
+    depths: torch.Tensor  # (N,) l*, on the host
+    batch: Batch  # the batch at these depths
+
+
+def base_target(policy: Policy, batch: Batch, base_h, lens_h, kappa: float, u) -> Target:
+    """Draws l*_t ~ q of eq. (3), by uniforms u (N, E), of which it takes the first: the base's streams at full depth
+    (N, D) and at the exits, E of (N, D) -> Target."""
     kl_e = lens_kl(policy.model, base_h, lens_h)
     log_q = log_target(kl_e, kappa)
-    depths = policy.depth_of_outcome[draw(log_q, send(u, policy.device)).cpu()]
-    placed = batch.depths.index_put((batch.row, batch.position), depths)
-    return log_q, log_safe(kl_e, kappa)[0].exp(), depths, batch._replace(depths=placed)
+    depths = policy.depth_of_outcome[draw(log_q, send(u[:, 0], policy.device)).cpu()]
+    return Target(log_q.exp(), log_safe(kl_e, kappa)[0].exp(), depths, at_depths(batch, depths))
+
+
+@torch.no_grad()
+def student_target(policy: Policy, batch: Batch, base_h, lens_h, kappa: float, u) -> Target:
+    """base_target with the student's lens in (4): what the adapters have learned to say early counts as safe. It is
+    asked where it will be used, in a pass in which tokens freeze as soon as their coin, P(stop) = s_e, falls so. Past
+    l* there is no such lens: q is l* itself, and s means nothing there."""
+    def safety(h, exit_idx):
+        log_s, log_not_s = log_safe(lens_kl(policy.model, base_h, [h[batch.predicting]])[:, 0], kappa)
+        return log_s.new_zeros(h.shape[:2]).index_put(batch.predicting, log_s - log_not_s)
+
+    out = policy(batch.ids, batch.depths, coins(batch, u), place=batch.place, heads=safety)
+    p_safe, depths = out.exit_logits[batch.predicting].sigmoid(), out.depths[batch.row, batch.position]
+    q = F.one_hot(torch.searchsorted(policy.depth_of_outcome, depths), len(policy.depth_of_outcome))
+    return Target(send(q.to(p_safe.dtype), policy.device), p_safe, depths, at_depths(batch, depths))
+
+
+def at_depths(batch: Batch, depths: torch.Tensor) -> Batch:
+    """The batch with depths (N,) at its predicting positions."""
+    return batch._replace(depths=batch.depths.index_put((batch.row, batch.position), depths))
+
+
+def coins(batch: Batch, u: torch.Tensor) -> torch.Tensor:
+    """Uniforms u (N, E) of the predicting positions as Policy.forward takes them, (B, T, E): no other one stops."""
+    u_exit = torch.full((*batch.ids.shape, u.shape[-1]), NEVER, dtype=torch.double)
+    u_exit[batch.row, batch.position] = u
+    return u_exit
 
 
 def reached(depths: torch.Tensor, exits, device) -> torch.Tensor:
@@ -100,8 +137,8 @@ def exit_cross_entropy(exit_logits: torch.Tensor, p_safe: torch.Tensor, depths: 
     expectation and expected gradient, less noise. l*_t is drawn all the same, for it decides which exits are reached
     and where the stream freezes. Heads past it learn nothing.
     """
-    coins = F.binary_cross_entropy_with_logits(exit_logits, p_safe, reduction="none")
-    return (coins * reached(depths, exits, coins.device)).sum(-1)
+    each = F.binary_cross_entropy_with_logits(exit_logits, p_safe, reduction="none")
+    return (each * reached(depths, exits, each.device)).sum(-1)
 
 
 def distill_loss(token_kl: torch.Tensor, exit_loss: torch.Tensor, count: int) -> torch.Tensor:
@@ -110,7 +147,7 @@ def distill_loss(token_kl: torch.Tensor, exit_loss: torch.Tensor, count: int) ->
 
 
 def train_step(policy: Policy, responses: list[Response], step: int, kappa: float, seed: int, micro_batch: int,
-               forward_kl: bool = False) -> dict:
+               forward_kl: bool = False, target=base_target) -> dict:
     """Accumulates the gradient of eq. (5) over a step's responses and returns what is logged."""
     count = sum(map(len, responses))
     E, depth_of_outcome = len(policy.exits), policy.depth_of_outcome
@@ -118,15 +155,15 @@ def train_step(policy: Policy, responses: list[Response], step: int, kappa: floa
     loss, q_sum, p_sum, visits = (policy.heads.bias.new_zeros(n) for n in sizes)
     for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
         base_h, lens_h = base_pass(policy, batch)
-        u = uniforms((seed, DEPTHS, step), index[batch.row], batch.position, 1)[:, 0]
-        log_q, p_safe, depths, batch = draw_target(policy, batch, base_h, lens_h, kappa, u)
+        u = uniforms((seed, DEPTHS, step), index[batch.row], batch.position, E)
+        q, p_safe, depths, batch = target(policy, batch, base_h, lens_h, kappa, u)
         # (5) asks for no token's own probability, and each asked for costs one more product with the vocabulary.
         scores = score(policy, batch, base_h, tokens=False, forward_kl=forward_kl)
         exit_loss = exit_cross_entropy(scores.exit_logits, p_safe, depths, policy.exits)
         distill_loss(scores.token_kl, exit_loss, count).backward()
 
         loss += torch.stack([scores.token_kl.sum(), exit_loss.sum()]).detach()
-        q_sum += log_q.exp().sum(0)
+        q_sum += q.sum(0)
         p, visited = hazard_sums(scores.exit_logits.detach().sigmoid(), depths, policy.exits)
         p_sum, visits = p_sum + p, visits + visited
     sums = torch.cat([loss, q_sum, p_sum, visits])  # together, since each copy waits for the device
@@ -166,15 +203,13 @@ def from_hazards(p: torch.Tensor) -> torch.Tensor:
 def at_own_exits(policy: Policy, batch, base_h, u: torch.Tensor, forward_kl=False) -> tuple[torch.Tensor, torch.Tensor]:
     """The depths (N,) that the student takes in a parallel pass with uniforms u (N, E), and its token KL (N,) there, on
     base responses: they are recorded at full depth, so that `u` decides everywhere."""
-    u_exit = torch.full((*batch.ids.shape, u.shape[-1]), NEVER, dtype=torch.double)
-    u_exit[batch.row, batch.position] = u
-    scores = score(policy, batch, base_h, tokens=False, u=u_exit, forward_kl=forward_kl)
+    scores = score(policy, batch, base_h, tokens=False, u=coins(batch, u), forward_kl=forward_kl)
     return scores.depths, scores.token_kl
 
 
 @torch.no_grad()
 def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int, micro_batch: int,
-             forward_kl: bool = False) -> dict:
+             forward_kl: bool = False, target=base_target) -> dict:
     """Has it converged? On held-out base responses, in parallel passes:
 
         token_kl, exit_cross_entropy  the two terms of (5) at depths drawn from q
@@ -187,17 +222,17 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         intact_at_half                the same by at_half, where heads guess best
     """
     E, depth_of_outcome = len(policy.exits), policy.depth_of_outcome
-    drawn, at_half, target = torch.zeros(E + 1), torch.zeros(E + 1), policy.heads.bias.new_zeros(E + 1)
+    drawn, at_half, q_sum = torch.zeros(E + 1), torch.zeros(E + 1), policy.heads.bias.new_zeros(E + 1)
     totals, count = torch.zeros(6, dtype=torch.double, device=policy.device), sum(map(len, responses))
     for index, batch in micro_batches(policy, responses, micro_batch, parallel.share(len(responses))):
         base_h, lens_h = base_pass(policy, batch)
-        u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, E + 1)
+        u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, 2 * E)
         own, kl_own = at_own_exits(policy, batch, base_h, u[:, :E], forward_kl)
         drawn += (own[:, None] == depth_of_outcome).sum(0)
         half, kl_half = at_own_exits(policy, batch, base_h, torch.full_like(u[:, :E], 0.5), forward_kl)
         at_half += (half[:, None] == depth_of_outcome).sum(0)
-        log_q, p_safe, depths, batch_q = draw_target(policy, batch, base_h, lens_h, kappa, u[:, E])
-        target += log_q.exp().sum(0)
+        q, p_safe, depths, batch_q = target(policy, batch, base_h, lens_h, kappa, u[:, E:])
+        q_sum += q.sum(0)
         scores = score(policy, batch_q, base_h, tokens=False, forward_kl=forward_kl)
         lost = per_response(torch.stack([kl_own, kl_half], 1).double(), batch)
         whole = torch.exp(-lost[:, 0]).sum()
@@ -205,14 +240,14 @@ def held_out(policy: Policy, responses: list[Response], kappa: float, seed: int,
         exit_loss = exit_cross_entropy(scores.exit_logits, p_safe, depths, policy.exits)
         stretches = torch.exp(-lost * stretch).sum(0)
         totals += torch.stack([scores.token_kl.sum(), exit_loss.sum(), kl_own.sum(), whole, *stretches])
-    for sums in (drawn, at_half, target, totals):
+    for sums in (drawn, at_half, q_sum, totals):
         parallel.all_reduce(sums)  # over the processes, each of which has seen its share of the responses
     token_kl, cross_entropy, own_kl, whole, intact, intact_at_half = totals.tolist()
     return {"positions": count, "token_kl": token_kl / count, "exit_cross_entropy": cross_entropy / count,
             "token_kl_at_own_exits": own_kl / count, "intact": intact / len(responses),
             "intact_whole": whole / len(responses), "intact_at_half": intact_at_half / len(responses),
             "learned": summary(drawn / count, depth_of_outcome), "at_half": summary(at_half / count, depth_of_outcome),
-            "target": summary(target.cpu() / count, depth_of_outcome)}
+            "target": summary(q_sum.cpu() / count, depth_of_outcome)}
 
 
 def in_words(measured: dict, depth_of_outcome: list[int], longest: int) -> str:
@@ -270,6 +305,9 @@ def main() -> None:
     p.add_argument("--forward-kl", action=argparse.BooleanOptionalAction, default=False, help="(5)'s token KL as "
                    "KL(base || student), which also pulls where the student is sure of what the base rules out "
                    "(default: off, KL(student || base))")
+    p.add_argument("--student-lens", action=argparse.BooleanOptionalAction, default=False, help="(4) by the student's "
+                   "own lens, in place of the base's: exits move down as far as the adapters learn to follow (default: "
+                   "off, as in the paper)")
     p.add_argument("--exit-every", type=flags.whole(1), help="layers between exits (default: 5, or 2 in models under "
                    "20 layers)")
     p.pair("--rank", 8, 16, type=flags.whole(1, 4096), help="of the LoRA adapters, {} / {}; alpha is twice the rank")
@@ -312,10 +350,11 @@ def main() -> None:
     data = teacher.base_responses(run, policy, tokenizer, problems, prompts, args)
     teacher.report_accuracy(problems["train"], prompts["train"], data["train"], tokenizer)
 
+    target = student_target if args.student_lens else base_target
     for step in run.steps(start, policy, optimizer):
         chosen = [data["train"][i] for i in optim.pick(len(data["train"]), args.responses_per_step, step, args.seed)]
         metrics = {"step": step, **train_step(policy, chosen, step, args.kl_factor, args.seed, args.micro_batch,
-                                              args.forward_kl)}
+                                              args.forward_kl, target)}
         decay = optim.schedule(step, args.steps)
         metrics |= run.apply_gradients(optimizer, args.lr * decay, args.head_lr * decay)
         run.log("metrics.jsonl", [metrics])
@@ -323,7 +362,8 @@ def main() -> None:
         run.bar.set_postfix_str(f"token KL {metrics['token_kl']:.3f}  exit CE {metrics['exit_cross_entropy']:.3f}  "
                                 f"exit rate {rates[0]:.1%} (target {rates[1]:.1%})")
 
-    measured = held_out(policy, data["test"], args.kl_factor, args.seed, args.micro_batch, args.forward_kl)
+    measured = held_out(policy, data["test"], args.kl_factor, args.seed, args.micro_batch, args.forward_kl,
+                        target)
     run.complete(measured)
     print(in_words(measured, policy.depth_of_outcome.tolist(), max(map(len, data["test"]))))
     losses = runs.finite(run.last_metrics(20), "token_kl", run.folder / "metrics.jsonl")

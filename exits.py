@@ -136,7 +136,7 @@ class Policy(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def forward(self, ids, depths=None, u=None, delta: float = 0.0, place=None) -> Pass:
+    def forward(self, ids, depths=None, u=None, delta: float = 0.0, place=None, heads=None) -> Pass:
         """The forward pass of training and sampling, and the only point where a stream freezes: ids (B, T) -> Pass.
 
         depths (B, T), on the host: how many layers each position runs, an exit's depth or L (default: L); 0 where
@@ -147,15 +147,16 @@ class Policy(nn.Module):
         place: runs a segment, the layers between two exits, for those still running. Sequences, the default: they
             attend to earlier positions in ids. A Cache: ids (R, 1) are its rows' next tokens, which attend to their
             rows
+        heads: what gives the exit logits, in place of the policy's own: streams (B, T, D) and an exit's index -> (B, T)
         """
         L = self.n_layers
-        place = Sequences(ids.shape) if place is None else place
+        place, heads = Sequences(ids.shape) if place is None else place, heads or self.heads
         depth = torch.full(ids.shape, L) if depths is None else depths
         h, at_exits, exit_logits = self.model.embed(ids), [], []
         for segment, (start, stop) in enumerate(pairwise((0, *self.exits, L))):
             if start:  # an exit: read its logit; draw whether to stop here, or obey
                 at_exits.append(h)
-                exit_logits.append(self.heads(h, segment - 1))
+                exit_logits.append(heads(h, segment - 1))
                 if u is not None:
                     p = torch.sigmoid(exit_logits[-1] + delta).cpu()
                     depth = depth.masked_fill((depth == L) & (u[..., segment - 1] < p), start)

@@ -16,7 +16,7 @@ from tqdm import trange
 import runs
 from checkpoints import load_policy
 from data.hub import field
-from distill import draw_target, exit_cross_entropy, held_out
+from distill import base_target, exit_cross_entropy, held_out, student_target
 from evaluate import paired
 from exits import ExitHeads, Policy, Response, base_pass, micro_batches
 from flags import whole
@@ -29,13 +29,13 @@ EPOCHS, BATCH, LR = 25, 512, 2e-3  # Adam's; the rate falls to 0
 
 
 @torch.no_grad()
-def streams(policy: Policy, responses: list[Response], kappa: float, seed: int, micro_batch: int):
+def streams(policy: Policy, responses: list[Response], kappa: float, seed: int, micro_batch: int, target):
     """What heads are fitted to, of N predicting positions: streams at the exits (N, E, D), s of (4) (N, E) and depths
     drawn from q (N,), all on the host: N x E x D numbers of the model's dtype."""
     found = []
     for index, batch in micro_batches(policy, responses, micro_batch):
-        u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, 1)[:, 0]
-        _, p_safe, depths, batch = draw_target(policy, batch, *base_pass(policy, batch), kappa, u)
+        u = uniforms((seed, HELD_OUT), index[batch.row], batch.position, len(policy.exits))
+        _, p_safe, depths, batch = target(policy, batch, *base_pass(policy, batch), kappa, u)
         out = policy(batch.ids, batch.depths, place=batch.place)
         found.append((torch.stack([h[batch.predicting] for h in out.at_exits], 1).cpu(),
                       p_safe.cpu(), depths))
@@ -69,13 +69,15 @@ def main() -> None:
     runs.refuse_stage(config, args.run, "distill")
     seed, kappa = (field(config["args"], name, kind, args.run / "config.json")
                    for name, kind in (("seed", int), ("kl_factor", float)))
-    forward_kl = field(config["args"], "forward_kl", bool, args.run / "config.json", default=False)  # older runs: none
+    forward_kl, student_lens = (field(config["args"], name, bool, args.run / "config.json", default=False)
+                                for name in ("forward_kl", "student_lens"))  # older runs have neither
+    target = student_target if student_lens else base_target
     model, _ = runs.load_model(args)
     policy = load_policy(model, args.run)
     kept = read_responses(args.run / "teacher.jsonl", model, args)
     trained_width = policy.heads.hidden
     chosen = kept["train"][: args.responses]
-    to_fit = streams(policy, chosen, kappa, seed, args.micro_batch)
+    to_fit = streams(policy, chosen, kappa, seed, args.micro_batch, target)
     rows, before = [], None
     for width in [None, *args.widths]:
         heads = policy.heads if width is None else fitted(policy, width, *to_fit)
@@ -88,7 +90,7 @@ def main() -> None:
         # The mark tells them from heads that were fitted otherwise.
         mark = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in heads.parameters())).hexdigest()[:8]
         answered = answers(args, args.run, "learned" if width is None else f"heads {width} {mark}", replaced)
-        measured = held_out(policy, kept["test"], kappa, seed, args.micro_batch, forward_kl)
+        measured = held_out(policy, kept["test"], kappa, seed, args.micro_batch, forward_kl, target)
         right = correct(answered)
         gained = dict(zip(("gained", "gained_half"), paired(before, right), strict=True)) if before else {}
         before = right

@@ -26,15 +26,29 @@ def slow_target(kl_e, kappa):
     return stick_breaking(torch.tensor(slow_safe(kl_e, kappa), dtype=torch.double)).tolist()
 
 
-def slow_kls(policy, ids):
-    """KL from the base model's final answer after a text to its answer at each exit."""
+def slow_kls(policy, ids, before=None):
+    """KL from the base model's final answer after a text to its answer at each exit, or to the student's, where the
+    text's tokens ran `before` layers."""
     _, (*lenses, final) = reference(policy, base=True).policy(ids, [policy.n_layers] * (len(ids) - 1))
+    if before is not None:
+        _, (*lenses, _) = reference(policy).policy(ids, before)
     return [sum(p * math.log(p / q) for p, q in zip(final.tolist(), lens.tolist(), strict=True)) for lens in lenses]
 
 
 def pick(odds, die):
     """The outcome in whose interval a die of [0, 1) falls."""
     return next(i for i in range(len(odds)) if die < sum(odds[: i + 1]))
+
+
+def slow_depth(policy, target, ids, before, kappa, coins):
+    """q of the next token after a text whose tokens ran `before` layers, s of (4), and the depth that coins draw."""
+    if target is distill.base_target:
+        kls = slow_kls(policy, ids)
+        q = slow_target(kls, kappa)
+        return q, slow_safe(kls, kappa), (*EXITS, L)[pick(q, coins[0])]
+    safe = slow_safe(slow_kls(policy, ids, before), kappa)
+    depth = next((e for e, s, coin in zip(EXITS, safe, coins, strict=True) if coin < s), L)
+    return [float(e == depth) for e in (*EXITS, L)], safe, depth
 
 
 def predicting(r):
@@ -115,8 +129,10 @@ def test_exit_rate_and_savings_are_equation_6():
 # ------------------------------------------------------------------------------------------------- steps and checks
 
 
-@pytest.mark.parametrize("micro_batch, forward_kl", [(1, False), (2, True), (3, False)])
-def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(micro_batch, forward_kl):
+@pytest.mark.parametrize("micro_batch, forward_kl, target", [
+    (1, False, distill.base_target), (2, True, distill.base_target), (3, False, distill.base_target),
+    (1, True, distill.student_target), (3, False, distill.student_target)])
+def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(micro_batch, forward_kl, target):
     """All of stage 1 but the optimizer. Depths are addressed by response and position, and sums are divided by the
     step's count: micro-batches may not bend the mean."""
     policy, step, seed, kappa = toy_policy(1).double(), 3, 5, 0.5
@@ -125,25 +141,23 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
         slow.w[name].requires_grad_()
     scores, targets, hazards, coins = [], [], ([], []), []
     for i, r in enumerate(ANSWERS):
-        kls = [slow_kls(policy, ids) for _, ids in predicting(r)]
-        q = [slow_target(row, kappa) for row in kls]
-        depths = [slow.depth_of_outcome[pick(odds, splitmix(seed, distill.DEPTHS, step, i, t, 0))]
-                  for odds, (t, _) in zip(q, predicting(r), strict=True)]
-        scores.append(slow.score(r.prompt_ids, r.token_ids, depths, forward_kl))
-        targets += q
-        before = [L] * (len(r.prompt_ids) - 1) + depths
+        before = [L] * (len(r.prompt_ids) - 1)
         for t, ids in predicting(r):
-            p, s = slow.policy(ids, before[:t])[0], slow_safe(kls[t - len(r.prompt_ids) + 1], kappa)
-            reached = [e for e in (0, 1) if before[t] >= EXITS[e]]
-            for e in reached:
+            dice = [splitmix(seed, distill.DEPTHS, step, i, t, e) for e in (0, 1)]
+            q, s, depth = slow_depth(policy, target, ids, before, kappa, dice)
+            p = slow.policy(ids, before)[0]
+            before.append(depth)
+            targets.append(q)
+            for e in (e for e in (0, 1) if depth >= EXITS[e]):
                 hazards[e].append(p[e].item())
                 coins.append(-s[e] * p[e].log() - (1 - s[e]) * (1 - p[e]).log())
+        scores.append(slow.score(r.prompt_ids, r.token_ids, before[len(r.prompt_ids) - 1 :], forward_kl))
     token_kl = torch.cat(scores, 1)[2]
     exit_loss = sum(coins) / len(token_kl)
     loss = token_kl.mean() + exit_loss
     loss.backward()
 
-    metrics = distill.train_step(policy, ANSWERS, step, kappa, seed, micro_batch, forward_kl)
+    metrics = distill.train_step(policy, ANSWERS, step, kappa, seed, micro_batch, forward_kl, target)
     for p, name in zip(policy.trained().values(), names, strict=True):
         assert_close(p.grad, slow.w[name].grad)
     for key, value in (("loss", loss), ("token_kl", token_kl.mean()), ("exit_cross_entropy", exit_loss)):
@@ -155,8 +169,9 @@ def test_a_steps_gradient_and_metrics_are_equation_5s_at_depths_drawn_from_q(mic
     assert metrics["learned"]["layer_savings"] == pytest.approx((4 * first + 2 * (1 - first) * second) / L, rel=1e-6)
 
 
-@pytest.mark.parametrize("micro_batch, forward_kl", [(1, False), (3, True)])
-def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, forward_kl, monkeypatch):
+@pytest.mark.parametrize("micro_batch, forward_kl, target", [
+    (1, False, distill.base_target), (3, True, distill.base_target), (2, False, distill.student_target)])
+def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, forward_kl, target, monkeypatch):
     """The figures that say whether stage 1 has converged: one wrong position or die, and it is judged by another
     model's, another depth's or another text's numbers."""
     policy, seed, kappa, scores, own, drawn, targets = toy_policy(1).double(), 4, 0.5, [], [], [], []
@@ -165,31 +180,32 @@ def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, for
     for i, r in enumerate(ANSWERS):
         depths, student, sure = [], *([L] * (len(r.prompt_ids) - 1) for _ in range(2))
         for t, ids in predicting(r):
-            *coins, die = [splitmix(seed, distill.HELD_OUT, i, t, e) for e in range(3)]
+            *coins, first, second = [splitmix(seed, distill.HELD_OUT, i, t, e) for e in range(4)]
             p_exit = slow.policy(ids, student)[0].tolist()
             student.append(next((e for e, p, coin in zip(EXITS, p_exit, coins, strict=True) if coin < p), L))
             p_exit = slow.policy(ids, sure)[0].tolist()
             sure.append(next((e for e, p in zip(EXITS, p_exit, strict=True) if p > 0.5), L))
-            kls, before = slow_kls(policy, ids), [L] * (len(r.prompt_ids) - 1) + depths
-            targets.append(slow_target(kls, kappa))
-            depths.append(slow.depth_of_outcome[pick(targets[-1], die)])
+            before = [L] * (len(r.prompt_ids) - 1) + depths
+            q, safe, depth = slow_depth(policy, target, ids, before, kappa, (first, second))
+            targets.append(q)
+            depths.append(depth)
             exit_loss -= sum(s * math.log(p) + (1 - s) * math.log(1 - p)
-                             for e, p, s in zip(EXITS, slow.policy(ids, before)[0].tolist(), slow_safe(kls, kappa),
-                                                strict=True) if depths[-1] >= e)
+                             for e, p, s in zip(EXITS, slow.policy(ids, before)[0].tolist(), safe, strict=True)
+                             if depth >= e)
         drawn += student[len(r.prompt_ids) - 1 :]
         scores.append(slow.score(r.prompt_ids, r.token_ids, depths, forward_kl))
         own.append(slow.score(r.prompt_ids, r.token_ids, student[len(r.prompt_ids) - 1 :], forward_kl)[2])
         cut += sure[len(r.prompt_ids) - 1 :]
         at_half.append(slow.score(r.prompt_ids, r.token_ids, sure[len(r.prompt_ids) - 1 :], forward_kl)[2])
     token_kl = torch.cat(scores, 1)[2]
-    got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch, forward_kl)
+    got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch, forward_kl, target)
     assert min(len(set(drawn)), len(set(cut))) > 1 and got["positions"] == len(drawn) == 7
     assert got["token_kl"] == pytest.approx(float(token_kl.mean()), rel=1e-9)
     assert got["exit_cross_entropy"] == pytest.approx(exit_loss / 7, rel=1e-9)
     assert got["token_kl_at_own_exits"] == pytest.approx(float(torch.cat(own).mean()), rel=1e-9)
     for stretch in (distill.STRETCH, 2):  # of a response that is longer, what it loses in so many tokens
         monkeypatch.setattr(distill, "STRETCH", stretch)
-        got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch, forward_kl)
+        got = distill.held_out(policy, ANSWERS, kappa, seed, micro_batch, forward_kl, target)
         for name, them in (("intact", own), ("intact_at_half", at_half)):
             lost = [kl.sum() * min(1, stretch / len(kl)) for kl in them]
             assert got[name] == pytest.approx(float(sum((-k).exp() for k in lost)) / 3, rel=1e-9)

@@ -440,6 +440,11 @@ def test_new_heads_are_fitted_to_what_the_old_ones_read(home, monkeypatch):
     heads.main()  # measures in the direction that the run was trained in
     turned = json.loads((home / "docs" / "data" / "heads.json").read_text())["rows"][0]
     assert turned["exit_cross_entropy"] == trained["exit_cross_entropy"] and turned["token_kl"] != trained["token_kl"]
+    path.write_text(ours.replace('"student_lens": false', '"student_lens": true'))
+    heads.main()  # fits to the target that the run was trained on, and measures by it
+    asked, *refitted = json.loads((home / "docs" / "data" / "heads.json").read_text())["rows"]
+    assert asked["exit_cross_entropy"] != trained["exit_cross_entropy"]
+    assert [row["total_compute"] for row in refitted] != [row["total_compute"] for row in fitted]
     path.write_text(ours)
     assert data["responses"] == 6  # those that it was trained on: the other 3 are what it is measured on
     assert [row["width"] for row in data["rows"]] == [None, 0, 5]
@@ -456,7 +461,7 @@ def test_heads_are_fitted_to_streams_frozen_at_drawn_depths():
     """At full depth a head would be fitted to what no token that left before it ever shows."""
     policy = toy_policy(1).double()
     (r,) = said = responses([[5, 6, 7]], [[11, 12, 13, 14, 15, 16, 17]], [[L] * 7])
-    h, p_safe, depths = heads.streams(policy, said, 2.0, 0, 1)
+    h, p_safe, depths = heads.streams(policy, said, 2.0, 0, 1, distill.base_target)
     assert len(set(depths.tolist())) == 3 and h.shape == (7, 2, 20) and p_safe.shape == (7, 2)
     streams = reference(policy).streams([*r.prompt_ids, *r.token_ids[:-1]], [L, L, *depths.tolist()])
     for e, depth in enumerate(policy.exits):
