@@ -217,10 +217,11 @@ def test_held_out_equals_the_references_pass_over_the_same_dice(micro_batch, for
         assert got[name]["layer_savings"] == pytest.approx((4 * wanted[0] + 2 * wanted[1]) / 6, abs=1e-6)
 
 
-def test_held_out_is_the_same_whether_rows_of_one_prompt_share_a_pass():
-    """The comparison's student must see the prompt that it shares."""
+@pytest.mark.parametrize("target", [distill.base_target, distill.student_target])
+def test_held_out_is_the_same_whether_rows_of_one_prompt_share_a_pass(target):
+    """The comparison's student must see the prompt that it shares, and so must the one whose lens is asked."""
     same = responses([[5, 6, 7, 8]] * 15, [[1, 2, 3], [4, 5], [6, 7, 8, 9]] * 5, [[L] * n for n in (3, 2, 4)] * 5)
-    alone, shared = (distill.held_out(toy_policy(1).double(), same, 0.5, 0, size) for size in (1, 15))
+    alone, shared = (distill.held_out(toy_policy(1).double(), same, 0.5, 0, size, target=target) for size in (1, 15))
     assert alone["learned"] == shared["learned"] and 0.1 < alone["learned"]["exit_rate"] < 0.9
     for name in ("token_kl", "exit_cross_entropy", "intact"):
         assert alone[name] == pytest.approx(shared[name], rel=1e-9)

@@ -24,7 +24,7 @@ from tests.commands import RL, SMALL, config, lines, run
 def made(trained):
     """The toy, and two runs on it under flags that are no defaults."""
     run("distill.py", "--model", "toy", *SMALL, "--seed", 3, "--kl-factor", 3, "--forward-kl", "--student-lens",
-        "--responses", 12, "--responses-per-step", 5, "--lr", 0.05, "--out", "wired-1", cwd=trained)
+        "--exit-every", 1, "--responses", 12, "--responses-per-step", 5, "--lr", 0.05, "--out", "wired-1", cwd=trained)
     run("rloo.py", *RL, "--seed", 5, "--save-every", 1, "--init", "wired-1", "--out", "wired-2", cwd=trained)
     return SimpleNamespace(home=trained, tokenizer=Tokenizer.from_pretrained(trained / "toy"))
 
@@ -58,7 +58,7 @@ def test_stage_1_learns_from_the_base_at_full_depth_and_is_checked_at_its_own_ka
         assert metrics["tokens"] == sum(len(kept["train"][i]) for i in optim.pick(12, 5, step, 3))
         if step == 0:  # by fresh adapters, which change nothing
             chosen = [kept["train"][i] for i in optim.pick(12, 5, 0, 3)]
-            first = distill.train_step(Policy(fresh_model(made)), chosen, 0, 3.0, 3, 8, True, distill.student_target)
+            first = distill.train_step(Policy(fresh_model(made), (1, 2, 3)), chosen, 0, 3.0, 3, 8, True, distill.student_target)
             assert metrics["token_kl"] == pytest.approx(first["token_kl"], abs=1e-5)
     policy, done = load_policy(fresh_model(made), made.home / "wired-1"), made.home / "wired-1" / "complete.json"
     args = SimpleNamespace(**config(made.home / "wired-1"))
