@@ -58,7 +58,8 @@ def test_stage_1_learns_from_the_base_at_full_depth_and_is_checked_at_its_own_ka
         assert metrics["tokens"] == sum(len(kept["train"][i]) for i in optim.pick(12, 5, step, 3))
         if step == 0:  # by fresh adapters, which change nothing
             chosen = [kept["train"][i] for i in optim.pick(12, 5, 0, 3)]
-            first = distill.train_step(Policy(fresh_model(made), (1, 2, 3)), chosen, 0, 3.0, 3, 8, True, distill.student_target)
+            fresh = Policy(fresh_model(made), (1, 2, 3))
+            first = distill.train_step(fresh, chosen, 0, 3.0, 3, 8, True, distill.student_target)
             assert metrics["token_kl"] == pytest.approx(first["token_kl"], abs=1e-5)
     policy, done = load_policy(fresh_model(made), made.home / "wired-1"), made.home / "wired-1" / "complete.json"
     args = SimpleNamespace(**config(made.home / "wired-1"))
