@@ -1,4 +1,4 @@
-"""Stage 2: RLOO with a penalty on depth, which pays the policy to think in visible tokens instead of hidden layers.
+"""Stage 2: RLOO (REINFORCE, leave-one-out) with a penalty on depth, which pays the policy to think in visible tokens.
 
     R_i = r_task,i - lambda mean_t l_t / L - beta mean_t KL_t            of sample i of a prompt      (1)
     A_i = R_i - mean_{j != i} R_j                                       leave-one-out, no std division

@@ -9,7 +9,7 @@ A training goes: Run.resume, with --resume, takes the flags of then; `begin` giv
 checkpoint, and makes the folder or reopens it; Run.steps yields the steps, saves, and stops where it is asked to;
 each step ends with Run.apply_gradients, the optimizer's, and Run.log; Run.complete ends the run.
 
-Every random number of a step is derived from seed, step, row and position: a resumed run needs no generator state.
+Every random number of a step is derived from seed, step, response and position: a resumed run needs no generator state.
 """
 
 import argparse

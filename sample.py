@@ -4,7 +4,7 @@ responses.
     admit     waiting prompts enter free rows of the cache; a prompt's samples, or some of them, share its pass
     compact   when no prompt waits and half of the rows are empty, the cache shrinks; not with graphs, which read its
               tensors: their empty rows cost less than new captures
-    step      one pass of Policy.forward over the rows' last tokens; a depth and a token are drawn for each
+    step      one pass of Policy.forward over the rows' last tokens, which draws a depth for each; then a token
     record    both, with their log-probabilities, go to the response; an eos or the length limit frees its row
 
 Shapes: R rows of the cache, n of them live, E exits, V vocabulary.

@@ -74,7 +74,7 @@ class Cache:
         return h.index_copy(0, site.rows, model.run(h.index_select(0, site.rows), layers, site))[:, None]
 
     def end(self, h: torch.Tensor) -> None:
-        """Ends a step: every row that had a new token is one longer, and its final stream h[r] (R, 1, D) is kept."""
+        """Ends a step: of h (R, 1, D) the final streams of rows that had a new token are kept, and these are longer."""
         rows = self.present.nonzero()[:, 0]
         row, slot = send(rows, h.device), send(self.length[rows], h.device)
         self.streams[row, slot] = h[row, 0]
