@@ -297,7 +297,9 @@ def test_training_steps(stage, recompute, tmp_path):
 
 
 def test_held_out():
-    assert_same(*both(lambda device: distill.held_out(on(device), some_responses(), 1.0, 0, 3)), 1e-5)
+    for target in (distill.base_target, distill.student_target):
+        assert_same(*both(lambda device, target=target: distill.held_out(on(device), some_responses(), 1.0, 0, 3,
+                                                                         target=target)), 1e-5)
 
 
 def test_save_and_load(tmp_path):
