@@ -12,7 +12,7 @@ coins averaged out (exit_cross_entropy).
 Two options are not the paper's. --student-lens asks the student's lens in (4), so that exits move down as far as the
 adapters follow. --forward-kl turns the KL of (5) round. As it stands it does not move a student that is sure of a token
 which the base rules out: its gradient by a logit, p (log p - log base - KL), vanishes as p nears 0 or 1. Where an exit
-is forced, as at one fixed depth, there are such tokens, and KL(base || student), whose gradient is p - base, frees them.
+is forced, as at one fixed depth, such tokens occur, and KL(base || student), whose gradient is p - base, frees them.
 Left out on purpose: dropout, weight decay, a loss on the tokens themselves (the base's distribution is the target).
 
     python distill.py                           the embedded model on arithmetic: minutes on a laptop
