@@ -46,7 +46,8 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def measure(rows: list[dict], depth_of_outcome: list[int]) -> dict:
-    """The README's metrics over responses, pooled over generated tokens; total compute is per response."""
+    """The README's metrics over responses, pooled over generated tokens; total compute is per response.
+    accuracy_flexible also counts answers that stand elsewhere than the instruction asks (data/grade.py)."""
     n, L = len(rows), depth_of_outcome[-1]
     depths = [d for row in rows for d in row["depths"]]
     accuracy = sum(row["correct"] for row in rows) / n
