@@ -109,7 +109,7 @@ def student_target(policy: Policy, batch: Batch, base_h, lens_h, kappa: float, u
 
     out = policy(batch.ids, batch.depths, coins(batch, u), place=batch.place, heads=safety)
     p_safe, depths = out.exit_logits[batch.predicting].sigmoid(), out.depths[batch.row, batch.position]
-    q = F.one_hot(torch.searchsorted(policy.depth_of_outcome, depths), len(policy.depth_of_outcome))
+    q = depths[:, None] == policy.depth_of_outcome
     return Target(send(q.to(p_safe.dtype), policy.device), p_safe, depths, at_depths(batch, depths))
 
 
